@@ -1,3 +1,39 @@
-"""Post-training Matryoshka quantization: one 8-bit parent, every width from 2 to 8 bits inside it."""
+"""Post-training Matryoshka quantization: one 8-bit parent, every width from 2 to 8 bits inside it.
+
+Importing the package loads neither torch nor transformers; it only arranges for transformers to know the format.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from matgptq.registration import register_when_imported
+
+if TYPE_CHECKING:
+    from matgptq.evaluation import evaluate
+    from matgptq.loading import load
+    from matgptq.quantization import quantize
+    from matgptq.transformers_integration import MatGPTQConfig
 
 __version__ = "0.1.0.dev0"
+__all__ = ["MatGPTQConfig", "__version__", "evaluate", "load", "quantize"]
+
+_HOME = {
+    "quantize": "matgptq.quantization",
+    "load": "matgptq.loading",
+    "evaluate": "matgptq.evaluation",
+    "MatGPTQConfig": "matgptq.transformers_integration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+register_when_imported()

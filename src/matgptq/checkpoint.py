@@ -1,0 +1,302 @@
+"""Checkpoints on disk: written whole or not at all, opened with every header checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from matgptq.errors import AllocationError, CheckpointError, SourceError
+from matgptq.format import CODES, GUARD, QUANT_METHOD, Settings, check_layer, parse_settings, scales_name
+from matgptq.nested_weight import NestedWeight
+from matgptq.size import layer_bits
+from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_headers, read_json
+
+REPORT_NAME = "report.json"
+DEFAULT_SHARD_BYTES = 4 << 30
+
+
+class CheckpointWriter:
+    """Collects a checkpoint in a temporary directory beside its destination and renames it when it is whole.
+
+    Use as a context manager: leaving it with an exception (Ctrl-C and a full disk included) removes everything that
+    was written; leaving it normally without ``commit`` does, too.
+
+    Args:
+        destination: directory to create.
+        force: replace a checkpoint (or an empty directory) that stands there.
+        shard_bytes: tensors are gathered up to this size before a file is written.
+
+    Raises:
+        CheckpointError: the destination exists and ``force`` is off, or holds something that is not a matgptq
+            checkpoint and is therefore not ours to delete.
+    """
+
+    def __init__(self, destination: Path, *, force: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+        self.destination = Path(os.path.abspath(destination))
+        self.shard_bytes = shard_bytes
+        check_destination(self.destination, force=force)
+        self._staging: Path | None = None
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def __enter__(self) -> CheckpointWriter:
+        try:
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            prefix = f".{self.destination.name}.partial-"
+            self._staging = Path(tempfile.mkdtemp(prefix=prefix, dir=self.destination.parent))
+            self._staging.chmod(0o755)  # mkdtemp makes it private, a model directory is not
+        except OSError as error:
+            raise CheckpointError(f"{self.destination}: cannot be written: {error}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+
+    @property
+    def staging(self) -> Path:
+        """The temporary directory; files put there become part of the checkpoint."""
+        if self._staging is None:
+            raise CheckpointError("the checkpoint writer is not open")
+        return self._staging
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor as it is."""
+        if name in self._pending or any(name in shard for shard in self._shards):
+            raise CheckpointError(f"tensor {name} is written twice")
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().to("cpu").contiguous()
+        self._pending_bytes += size
+        self._total_bytes += size
+
+    def add_layer(self, layer: str, weight: NestedWeight) -> None:
+        """Take one quantized layer: codes, scales and the guard that stock loaders stumble over."""
+        self.add(f"{layer}.{CODES}", weight.codes)
+        for bits, scales in sorted(weight.scales.items()):
+            self.add(f"{layer}.{scales_name(bits)}", scales.to(torch.float16))
+        self.add(f"{layer}.{GUARD}", torch.empty(0, dtype=torch.float16))
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON side file."""
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        with _disk_errors(self.destination):
+            (self.staging / name).write_text(text, encoding="utf-8")
+
+    def copy_file(self, file: Path) -> None:
+        """Copy a side file under its own name."""
+        with _disk_errors(self.destination):
+            shutil.copyfile(file, self.staging / file.name)
+
+    def commit(self) -> None:
+        """Write what is pending, name the shards, and put the directory in its place."""
+        self._flush()
+        with _disk_errors(self.destination):
+            self._name_shards()
+            for file in self.staging.iterdir():
+                _sync(file)
+            _sync(self.staging)
+            replaced = None
+            if self.destination.exists():
+                replaced = Path(
+                    tempfile.mkdtemp(prefix=f".{self.destination.name}.replaced-", dir=self.destination.parent)
+                )
+                os.rename(self.destination, replaced / "old")
+            os.rename(self.staging, self.destination)
+            self._staging = None
+            _sync(self.destination.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        file = self.staging / f"shard-{len(self._shards)}.safetensors"
+        with _disk_errors(self.destination):
+            save_file(self._pending, file, metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending = {}
+        self._pending_bytes = 0
+
+    def _name_shards(self) -> None:
+        count = len(self._shards)
+        if count == 1:
+            os.rename(self.staging / "shard-0.safetensors", self.staging / WEIGHTS_NAME)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            os.rename(self.staging / f"shard-{number}.safetensors", self.staging / name)
+            weight_map.update(dict.fromkeys(names, name))
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Refuse a destination that stands, unless ``force`` may replace it; see ``CheckpointWriter``."""
+    if not destination.exists():
+        return
+    if not force:
+        raise CheckpointError(f"{destination}: exists already; use --force to replace it, or another -o")
+    if not destination.is_dir():
+        raise CheckpointError(f"{destination}: is a file; choose another -o")
+    if any(destination.iterdir()) and not is_checkpoint(destination):
+        raise CheckpointError(f"{destination}: is not a matgptq checkpoint, so --force does not delete it")
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory's ``config.json`` claims to be one of ours."""
+    try:
+        config = read_json(directory / "config.json")
+    except SourceError:
+        return False
+    record = config.get("quantization_config")
+    return isinstance(record, dict) and record.get("quant_method") == QUANT_METHOD
+
+
+class _disk_errors:
+    """Turn a full disk or a read-only directory into an error that says so."""
+
+    def __init__(self, destination: Path) -> None:
+        self.destination = destination
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(f"{self.destination}: cannot be written: {error}; nothing was left behind") from error
+
+
+def _sync(path: Path) -> None:
+    """Make a file or directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """Shape of a quantized layer in a checkpoint."""
+
+    out_features: int
+    in_features: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint; tensors stay on disk.
+
+    Attributes:
+        path: its directory.
+        config: parsed ``config.json``.
+        settings: its ``quantization_config``.
+        tensors: headers of all stored tensors.
+        layers: the quantized layers in the order of the files.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    settings: Settings
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    layers: Mapping[str, LayerInfo] = field(repr=False)
+
+    @property
+    def quantized_weights(self) -> int:
+        """Number of weights that have codes."""
+        return sum(layer.out_features * layer.in_features for layer in self.layers.values())
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of everything that is not codes or scales: embeddings, norms, biases, head."""
+        own = {
+            f"{layer}.{name}" for layer in self.layers for name in (CODES, *map(scales_name, self.settings.scale_bits))
+        }
+        return sum(info.bytes for name, info in self.tensors.items() if name not in own)
+
+    def widths(self, bits: int | Mapping[str, int]) -> dict[str, int]:
+        """Width of each layer for a uniform width or an allocation (which must name every layer).
+
+        Raises:
+            AllocationError: a layer is unknown, or has no width.
+        """
+        if isinstance(bits, int):
+            return dict.fromkeys(self.layers, bits)
+        unknown = sorted(set(bits) - set(self.layers))
+        lost = [layer for layer in self.layers if layer not in bits]
+        if unknown or lost:
+            problem = f"unknown layer {unknown[0]}" if unknown else f"no width for layer {lost[0]}"
+            raise AllocationError(f"allocation: {problem}")
+        return dict(bits)
+
+    def served_bits(self, bits: int | Mapping[str, int]) -> int:
+        """Bits of codes and scales that serving reads at a width or an allocation."""
+        return sum(
+            layer_bits(layer.out_features, layer.in_features, layer.group_size, width)
+            for layer, width in ((self.layers[name], width) for name, width in self.widths(bits).items())
+        )
+
+    def bits_per_weight(self, bits: int | Mapping[str, int]) -> float:
+        """Average bits per quantized weight, all scales that are read included."""
+        return self.served_bits(bits) / self.quantized_weights
+
+    def served_bytes(self, bits: int | Mapping[str, int]) -> int:
+        """Size of the whole model as served: codes at their width, their scales, and every other tensor."""
+        return (self.served_bits(bits) + 7) // 8 + self.other_bytes
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint directory, reading and checking headers only.
+
+    Raises:
+        CheckpointError: not a matgptq checkpoint, another format version, damaged files, or tensors that do not
+            match ``config.json``; the message names the file or the layer.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: not a checkpoint directory (no config.json)")
+    try:
+        config = read_json(path / "config.json")
+        settings = parse_settings(config.get("quantization_config") or {}, str(path / "config.json"))
+        tensors = read_headers(path)
+    except SourceError as error:
+        raise CheckpointError(str(error)) from error
+    found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for name, info in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == CODES or leaf.startswith("scales_"):
+            found.setdefault(layer, {})[leaf] = (info.dtype, info.shape)
+    if not found:
+        raise CheckpointError(f"{path}: config.json says {QUANT_METHOD}, but no tensor in it holds codes")
+    layers = {}
+    for layer, parts in found.items():
+        check_layer(settings, layer, parts, None)
+        out_features, in_features = parts[CODES][1]
+        layers[layer] = LayerInfo(out_features, in_features, settings.group_size_of(layer, in_features))
+    unknown = sorted(set(settings.layer_group_sizes) - set(layers))
+    if unknown:
+        raise CheckpointError(f"{path}: config.json names layer {unknown[0]}, which has no codes")
+    return Checkpoint(path, config, settings, tensors, layers)

@@ -1,0 +1,41 @@
+"""Choice of device and dtype from what the user said and what there is."""
+
+from __future__ import annotations
+
+import torch
+
+from matgptq.errors import ConfigurationError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """``auto`` is CUDA when there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigurationError(f"unknown device {device!r}: use auto, cpu or cuda") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device cuda was asked for, but PyTorch sees no CUDA device")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device, stored: str | None) -> torch.dtype:
+    """``auto`` is float32 on the CPU, where it costs little, and the model's own dtype on a GPU.
+
+    Args:
+        dtype: ``auto``, a name or a torch dtype.
+        device: where the model will run.
+        stored: the dtype that ``config.json`` names, if any.
+    """
+    if isinstance(dtype, torch.dtype):
+        name = str(dtype).removeprefix("torch.")
+    elif dtype == "auto":
+        name = "float32" if device.type == "cpu" else (stored or "bfloat16")
+    else:
+        name = dtype
+    if name not in _DTYPES:
+        raise ConfigurationError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
+    return _DTYPES[name]

@@ -1,0 +1,79 @@
+"""Load a checkpoint for inference at any width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matgptq.allocation import complete_allocation, read_allocation
+from matgptq.checkpoint import open_checkpoint
+from matgptq.devices import resolve_device, resolve_dtype
+from matgptq.errors import CheckpointError, SourceError
+from matgptq.nested_linear import nested_layers
+from matgptq.slicing import check_bits
+
+
+def load(
+    path: str | Path,
+    bits: int | None = None,
+    allocation: Mapping[str, int] | str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a checkpoint as an ordinary transformers model whose width can be changed at any time.
+
+    Args:
+        path: a checkpoint directory, or the hub id of one.
+        bits: width of all layers, 2..8; default: the one that ``config.json`` names.
+        allocation: ``{layer: bits}``, or a file with one; layers that it does not name get ``bits``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: of activations and of everything that is not quantized; ``auto`` is float32 on the CPU and the
+            checkpoint's own on a GPU.
+        trust_remote_code: allow code in the checkpoint to run. Off unless asked for.
+
+    Returns:
+        The model in eval mode. ``model.set_bits(3)`` or ``model.set_bits({layer: 3, ...})`` changes widths at once,
+        without reading the disk.
+
+    Raises:
+        CheckpointError: damaged or foreign files.
+        AllocationError: unknown layers or widths.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from matgptq.transformers_integration import register
+
+    register()
+    local = Path(path).expanduser()
+    if local.exists():
+        open_checkpoint(local)  # names what is wrong before transformers gets to see it
+        path = local
+    if bits is not None:
+        check_bits(bits)
+    if isinstance(allocation, str | Path):
+        allocation = read_allocation(allocation)
+    target = resolve_device(device)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: transformers cannot read its config: {error}") from error
+    record = getattr(config, "quantization_config", None)
+    if record is None:
+        raise CheckpointError(f"{path}: has no quantization_config, so it is not a matgptq checkpoint")
+    if bits is not None:
+        record["bits"] = bits
+    stored = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
+    model = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=resolve_dtype(dtype, target, stored), trust_remote_code=trust_remote_code
+    )
+    model = model.to(target).eval()
+    if allocation is not None:
+        layers = nested_layers(model)
+        default = next(iter(layers.values())).bits
+        model.set_bits(complete_allocation(allocation, layers, default))
+    return model

@@ -1,0 +1,167 @@
+"""What a run is going to do, decided and checked before the first calibration token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from matgptq.blocks import Block, find_blocks
+from matgptq.calibration import SELF
+from matgptq.errors import ConfigurationError
+from matgptq.families import find_family
+from matgptq.grid import resolve_group_size
+from matgptq.nested_weight import scale_source
+from matgptq.recipe import PER_CHANNEL, Recipe
+from matgptq.size import SCALE_BITS
+from matgptq.slicing import PARENT_BITS
+
+DEFAULT_NSAMPLES = 128
+DEFAULT_SEQLEN = 2048
+# A CPU sees about a thousandth of a GPU's tokens per second; these keep a small model to minutes.
+CPU_NSAMPLES = 16
+CPU_SELF_SEQLEN = 512
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What the user said about calibration; None stands for a default that depends on the device."""
+
+    dataset: str | Path | Tensor
+    nsamples: int | None
+    seqlen: int | None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer that will be quantized."""
+
+    name: str
+    out_features: int
+    in_features: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in which everything that can be refused has been.
+
+    Attributes:
+        blocks: the blocks in order, holding only the layers that will be quantized.
+        layers: those layers by full name, in the order of the forward pass.
+        kept: Linear layers that stay at full precision.
+        group_size: as asked for.
+        nsamples: calibration windows; 0 when the recipe needs none.
+        seqlen: tokens in each.
+        notes: reduced defaults and layers that fell back to smaller groups, for the user.
+    """
+
+    blocks: tuple[Block, ...]
+    layers: Mapping[str, LayerPlan]
+    kept: tuple[str, ...]
+    group_size: int
+    nsamples: int
+    seqlen: int
+    notes: tuple[str, ...]
+
+    def stored_bytes(self, recipe: Recipe) -> int:
+        """Bytes that codes and scales will take in the checkpoint."""
+        sets = len(scale_bits(recipe))
+        return sum(
+            layer.out_features * (layer.in_features + sets * layer.in_features // layer.group_size * SCALE_BITS // 8)
+            for layer in self.layers.values()
+        )
+
+
+def scale_bits(recipe: Recipe) -> tuple[int, ...]:
+    """Widths that get scales of their own: the targets if they are refitted, otherwise only the parent."""
+    widths = recipe.target_bits if recipe.refit and len(recipe.target_bits) > 1 else (PARENT_BITS,)
+    scale_source(widths)
+    return widths
+
+
+def make_plan(network: Any, recipe: Recipe, request: CalibrationRequest, ignore: tuple[str, ...]) -> Plan:
+    """Decide what will be quantized and how, or refuse.
+
+    Args:
+        network: the loaded model.
+        recipe: method and ingredients.
+        request: calibration text and its amount.
+        ignore: names or ``*`` patterns of Linear layers to leave alone.
+
+    Raises:
+        UnsupportedModelError: unknown architecture, or a layer that no group size fits.
+        ConfigurationError: nothing is left to quantize, or windows are longer than the model allows.
+    """
+    family = find_family(network.config.model_type)
+    blocks = tuple(_without(block, ignore) for block in find_blocks(network, family))
+    layers: dict[str, LayerPlan] = {}
+    for block in blocks:
+        for name, linear in block.layers():
+            group_size = resolve_group_size(name, linear.in_features, recipe.group_size)
+            layers[name] = LayerPlan(name, linear.out_features, linear.in_features, group_size)
+    if not layers:
+        raise ConfigurationError(f"--ignore {','.join(ignore)} leaves no layer to quantize")
+    kept = tuple(
+        name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name not in layers
+    )
+    nsamples, seqlen, notes = _calibration_size(network, recipe, request)
+    return Plan(blocks, layers, kept, recipe.group_size, nsamples, seqlen, (*notes, *_group_notes(layers, recipe)))
+
+
+def _without(block: Block, ignore: tuple[str, ...]) -> Block:
+    inputs = tuple(
+        tuple(
+            (path, layer)
+            for path, layer in group
+            if not any(fnmatchcase(f"{block.name}.{path}", pattern) or path == pattern for pattern in ignore)
+        )
+        for group in block.inputs
+    )
+    return Block(block.name, block.module, tuple(group for group in inputs if group))
+
+
+def _calibration_size(network: Any, recipe: Recipe, request: CalibrationRequest) -> tuple[int, int, list[str]]:
+    if not recipe.needs_calibration:
+        return 0, 0, []
+    if isinstance(request.dataset, Tensor):
+        if request.dataset.dim() != 2:
+            raise ConfigurationError(f"calibration token ids must be [n, seqlen], not {tuple(request.dataset.shape)}")
+        return request.nsamples or len(request.dataset), request.seqlen or request.dataset.shape[1], []
+    notes = []
+    on_cpu = network.device.type == "cpu"
+    nsamples, seqlen = request.nsamples, request.seqlen
+    if nsamples is None:
+        nsamples = CPU_NSAMPLES if on_cpu else DEFAULT_NSAMPLES
+        if on_cpu:
+            notes.append(f"no GPU: calibrating on {nsamples} windows instead of {DEFAULT_NSAMPLES} (--nsamples)")
+    longest = getattr(network.config, "max_position_embeddings", None)
+    if seqlen is None:
+        wanted = CPU_SELF_SEQLEN if on_cpu and str(request.dataset) == SELF else DEFAULT_SEQLEN
+        seqlen = min(wanted, longest or wanted)
+        if seqlen < DEFAULT_SEQLEN:
+            reason = "no GPU" if seqlen == wanted else "the model's context ends there"
+            notes.append(f"{reason}: windows of {seqlen} tokens instead of {DEFAULT_SEQLEN} (--seqlen)")
+    if nsamples < 1 or seqlen < 2:
+        raise ConfigurationError(f"calibration needs at least 1 window of 2 tokens, not {nsamples} of {seqlen}")
+    if longest is not None and seqlen > longest:
+        raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
+    return nsamples, seqlen, notes
+
+
+def _group_notes(layers: Mapping[str, LayerPlan], recipe: Recipe) -> list[str]:
+    if recipe.group_size == PER_CHANNEL:
+        return []
+    by_size: dict[tuple[int, int], list[str]] = {}
+    for layer in layers.values():
+        if layer.group_size != recipe.group_size:
+            by_size.setdefault((layer.group_size, layer.in_features), []).append(layer.name)
+    return [
+        f"group size {size} for {len(names)} layers such as {names[0]}: "
+        f"{recipe.group_size} does not divide {in_features} input features"
+        for (size, in_features), names in by_size.items()
+    ]

@@ -1,0 +1,317 @@
+"""From a full-precision model to a checkpoint: check, calibrate, solve block by block, write."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matgptq.blocks import BlockInputs, capture_inputs, collect_hessians, propagate
+from matgptq.calibration import SELF, load_windows
+from matgptq.checkpoint import DEFAULT_SHARD_BYTES, REPORT_NAME, CheckpointWriter, check_destination
+from matgptq.devices import resolve_device, resolve_dtype
+from matgptq.errors import SourceError
+from matgptq.format import Settings
+from matgptq.plan import CalibrationRequest, Plan, make_plan, scale_bits
+from matgptq.progress import Progress, Silent
+from matgptq.recipe import Recipe, make_recipe
+from matgptq.report import LayerReport, Report
+from matgptq.slicing import WIDTHS, check_bits
+from matgptq.solver import relative_errors, solve
+from matgptq.source import ModelSource, open_source, read_tensor
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: str = "matgptq",
+    bits: Iterable[int] | None = None,
+    bit_weights: Mapping[int, float] | Iterable[float] | None = None,
+    group_size: int = 128,
+    dataset: str | Path | Tensor = SELF,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    ignore: Iterable[str] = ("lm_head",),
+    damping: float = 0.01,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    default_bits: int | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+    **ingredients: Any,
+) -> Report:
+    """Quantize a causal language model once, for all widths, and write one checkpoint.
+
+    Args:
+        model: a local Hugging Face directory, a ``.gguf`` file or a hub id.
+        out: directory to create; appears whole or not at all.
+        method: ``matgptq``, ``paper``, ``gptq`` (one width) or ``rtn``.
+        bits: target widths, default 2,3,4,8.
+        bit_weights: lambda, ``{width: weight}`` or in the order of ``bits``; default 2^width.
+        group_size: input columns per scale, -1 for a whole row.
+        dataset: calibration text: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a hub data set, ``self`` (the model
+            writes its own), or int64 token ids ``[n, seqlen]``.
+        nsamples, seqlen: calibration windows and tokens in each; defaults 128 and 2048, fewer on a CPU.
+        ignore: names or ``*`` patterns of Linear layers to keep at full precision. The output head always is.
+        damping: fraction of the mean Hessian diagonal.
+        seed: of the choice of windows.
+        device, dtype: where and in what precision the model runs; see ``matgptq.devices``.
+        default_bits: width that loaders of the checkpoint serve when nothing else is asked for; default: the
+            largest target.
+        force: replace a checkpoint that stands at ``out``.
+        trust_remote_code: allow code in the model's directory to run.
+        shard_bytes: size of one output file.
+        progress: receives stages and notes.
+        ingredients: any other field of ``matgptq.recipe.Recipe``, e.g. ``coordinate_passes=2``.
+
+    Returns:
+        What was done to each layer; the same record lies in the checkpoint as ``report.json``.
+
+    Raises:
+        MatGPTQError: a subclass that says what is wrong; nothing is left at ``out``.
+    """
+    progress = progress or Silent()
+    recipe = make_recipe(method, bits, bit_weights, group_size=group_size, damping=damping, seed=seed, **ingredients)
+    default_bits = check_bits(recipe.target_bits[-1] if default_bits is None else default_bits)
+    run_device = resolve_device(device)
+    check_destination(Path(out), force=force)
+    clock = _Clock()
+    source, network, plan = prepare(
+        model,
+        recipe,
+        CalibrationRequest(dataset, nsamples, seqlen),
+        ignore=tuple(ignore),
+        device=run_device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    kept = _kept_tensors(source, network, plan)
+    for note in plan.notes:
+        progress.note(note)
+    clock.lap("load")
+    with CheckpointWriter(Path(out), force=force, shard_bytes=shard_bytes) as writer:
+        windows, calibration = _calibration_windows(source, network, recipe, plan, dataset, progress)
+        clock.lap("calibration text")
+        report = Report(str(out), recipe.to_dict(), calibration)
+        for layer_report in _quantize_blocks(network, plan, recipe, windows, writer, progress):
+            report.layers.append(layer_report)
+        clock.lap("blocks")
+        for name, tensor in kept:
+            writer.add(name, tensor)
+        _write_config(writer, source, network, _settings(source, plan, recipe, calibration, default_bits))
+        clock.lap("write")
+        report.seconds = clock.laps
+        writer.write_json(REPORT_NAME, report.to_dict())
+        writer.commit()
+    return report
+
+
+def prepare(
+    model: str | Path,
+    recipe: Recipe,
+    request: CalibrationRequest,
+    *,
+    ignore: tuple[str, ...],
+    device: torch.device,
+    dtype: str | torch.dtype,
+    trust_remote_code: bool = False,
+) -> tuple[ModelSource, Any, Plan]:
+    """Load the model and check everything that can be refused without calibration; ``--dry-run`` ends here."""
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    network = source.load_model(resolve_dtype(dtype, device, source.stored_dtype), device)
+    return source, network, make_plan(network, recipe, request, ignore)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def _calibration_windows(
+    source: ModelSource, network: Any, recipe: Recipe, plan: Plan, dataset: str | Path | Tensor, progress: Progress
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """Token windows (None if the recipe needs none) and the record of them."""
+    if not recipe.needs_calibration:
+        return None, {}
+    from_tokens = isinstance(dataset, Tensor)
+    progress.start("calibration text", plan.nsamples)
+    done = 0
+
+    def report(count: int, total: int) -> None:
+        nonlocal done
+        if total:
+            reached = count * plan.nsamples // total
+            progress.advance(reached - done)
+            done = reached
+
+    windows = load_windows(
+        dataset,
+        None if from_tokens else source.load_tokenizer(),
+        nsamples=plan.nsamples,
+        seqlen=plan.seqlen,
+        seed=recipe.seed,
+        model=network,
+        progress=report,
+    )
+    return windows.tokens, {
+        "dataset": "token ids" if from_tokens else str(dataset),
+        "nsamples": plan.nsamples,
+        "seqlen": plan.seqlen,
+        "protocol": windows.protocol,
+    }
+
+
+def _quantize_blocks(
+    network: Any,
+    plan: Plan,
+    recipe: Recipe,
+    windows: Tensor | None,
+    writer: CheckpointWriter,
+    progress: Progress,
+) -> Iterator[LayerReport]:
+    """Solve block after block, feeding each with the outputs of the quantized ones before it."""
+    count = 0 if windows is None else len(windows)
+    steps = 3 * count or 1  # of one block: see all windows, solve, see all windows again
+    progress.start("quantize blocks", steps * len(plan.blocks))
+    inputs = BlockInputs([], []) if windows is None else capture_inputs(network, plan.blocks, windows)
+    for index, block in enumerate(plan.blocks):
+        hessians: list[Tensor | None] = [None] * len(block.inputs)
+        if windows is not None:
+            hessians = [*collect_hessians(block, inputs, index, progress.advance)]
+        for group, hessian in zip(block.inputs, hessians, strict=True):
+            layers = [(f"{block.name}.{path}", layer) for path, layer in group]
+            yield from _quantize_layers(layers, hessian, plan, recipe, writer, progress)
+        progress.advance(count or 1)
+        last = index == len(plan.blocks) - 1
+        if windows is not None and not last:
+            propagate(block, inputs, index, progress.advance)
+        elif last:
+            progress.advance(count)
+
+
+def _quantize_layers(
+    layers: list[tuple[str, nn.Linear]],
+    hessian: Tensor | None,
+    plan: Plan,
+    recipe: Recipe,
+    writer: CheckpointWriter,
+    progress: Progress,
+) -> Iterator[LayerReport]:
+    """Solve layers that share an input as one stack, write them, and leave the quantized weights in the model."""
+    started = time.monotonic()
+    sizes = [layer.out_features for _, layer in layers]
+    group_size = plan.layers[layers[0][0]].group_size
+    solution = solve(torch.cat([layer.weight for _, layer in layers]), hessian, recipe, group_size)
+    seconds = time.monotonic() - started
+    for (name, layer), weight in zip(layers, solution.weight.split_rows(sizes), strict=True):
+        errors = {} if hessian is None else relative_errors(layer.weight, weight, hessian, WIDTHS)
+        writer.add_layer(name, weight)
+        layer.weight.data = weight.dequantize(recipe.propagated_bits, layer.weight.dtype)
+        if solution.rounded_to_nearest:
+            progress.note(f"{name}: the Hessian could not be factored, rounded to nearest")
+        elif solution.damping_steps:
+            progress.note(f"{name}: damping raised to {solution.damping:g}")
+        yield LayerReport(
+            name=name,
+            shape=(layer.out_features, layer.in_features),
+            group_size=group_size,
+            errors=errors,
+            seconds=round(seconds * layer.out_features / sum(sizes), 3),
+            fallback_group_size=group_size != plan.group_size and plan.group_size > 0,
+            dead_columns=solution.dead_columns,
+            damping_steps=solution.damping_steps,
+            rounded_to_nearest=solution.rounded_to_nearest,
+        )
+
+
+def _kept_tensors(source: ModelSource, network: Any, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that is not quantized, exactly as stored, under the name that the model knows it by.
+
+    The check that all of the model's state is accounted for runs at the call, before any work; the tensors are read
+    when the iterator is.
+
+    Raises:
+        SourceError: the files lack a tensor of the model, or hold one that the model does not know.
+    """
+    quantized = {f"{layer}.weight" for layer in plan.layers}
+    state = network.state_dict()
+    if source.gguf_file:
+        tied = set(network.all_tied_weights_keys) if hasattr(network, "all_tied_weights_keys") else set()
+        names = [name for name in state if name not in quantized and name not in tied]
+        return ((name, state[name]) for name in names)
+    prefix = f"{network.base_model_prefix}."
+    stored: dict[str, str] = {}
+    for name in source.tensors:
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        known = next((candidate for candidate in candidates if candidate in state), None)
+        if known is None and _is_derived(name):
+            continue
+        if known is None or known in stored:
+            raise SourceError(f"{source.name}: tensor {name} has no place in {type(network).__name__}")
+        stored[known] = name
+    lost = sorted(quantized - set(stored))
+    if lost:
+        raise SourceError(f"{source.name}: {lost[0]} is stored under another name, which is not supported")
+    kept = [(known, name) for known, name in stored.items() if known not in quantized]
+    return ((known, read_tensor(name, source.tensors[name])) for known, name in kept)
+
+
+def _is_derived(name: str) -> bool:
+    """Buffers that old checkpoints carry and models compute by themselves."""
+    return name.endswith((".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"))
+
+
+def _settings(
+    source: ModelSource, plan: Plan, recipe: Recipe, calibration: Mapping[str, Any], default_bits: int
+) -> Settings:
+    exceptions = {
+        name: layer.group_size
+        for name, layer in plan.layers.items()
+        if layer.group_size != (layer.in_features if plan.group_size == -1 else plan.group_size)
+    }
+    origin = Path(source.name).expanduser()
+    return Settings(
+        bits=default_bits,
+        target_bits=recipe.target_bits,
+        scale_bits=scale_bits(recipe),
+        group_size=plan.group_size,
+        layer_group_sizes=exceptions,
+        ignore=plan.kept,
+        recipe=recipe.to_dict(),
+        calibration=dict(calibration),
+        source=str(origin.resolve()) if origin.exists() else source.name,
+    )
+
+
+def _write_config(writer: CheckpointWriter, source: ModelSource, network: Any, settings: Settings) -> None:
+    """``config.json`` and all side files of the model."""
+    if source.gguf_file:
+        config = copy.deepcopy(network.config)
+        config.dtype = network.dtype
+        record = config.to_dict()
+        record["architectures"] = [type(network).__name__]
+        record.pop("_name_or_path", None)
+        source.load_tokenizer().save_pretrained(writer.staging)
+        if network.generation_config is not None:
+            network.generation_config.save_pretrained(writer.staging)
+    else:
+        record = dict(source.config)
+        for file in source.side_files():
+            writer.copy_file(file)
+    record["quantization_config"] = settings.to_dict()
+    writer.write_json("config.json", record)

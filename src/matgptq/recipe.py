@@ -1,0 +1,215 @@
+"""What a quantization run does, as data: the method, its ingredients and their values.
+
+Every ingredient of the solver is one field here, so that each can be switched off alone and an ablation is a change
+of one argument. A checkpoint records the whole recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from matgptq.errors import ConfigurationError
+from matgptq.slicing import PARENT_BITS, WIDTHS, check_widths
+
+Method = Literal["matgptq", "paper", "gptq", "rtn"]
+METHODS: tuple[str, ...] = get_args(Method)
+Grid = Literal["absmax", "minmax"]
+Compensation = Literal["per-width", "mean", "none"]
+ColumnOrder = Literal["hessian", "natural"]
+
+GROUP_SIZE_FALLBACKS = (128, 64, 32)
+PER_CHANNEL = -1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All choices of a run that change its result, except the model and the calibration text.
+
+    Attributes:
+        method: the name under which the other fields got their defaults; recorded, not consulted by the solver.
+        target_bits: widths R that the solver minimises the error of, ascending.
+        bit_weights: lambda_r, one positive number for each target width, in the order of ``target_bits``.
+        group_size: input columns per scale; a layer that it does not divide falls back to a smaller one
+            (``GROUP_SIZE_FALLBACKS``). ``PER_CHANNEL`` means one scale for a whole row.
+        grid: ``absmax`` puts the largest magnitude of a group on the outermost level (scale absmax / 128);
+            ``minmax`` is the grid of GPTQ and of the published method (scale 2 absmax / 255 at 8 bits).
+        signed_scales: give a group a negative scale when its largest magnitude is positive, so that this magnitude
+            falls on the side of the grid that has one level more.
+        scale_candidates: shrink factors tried per group, between ``scale_min_shrink`` and 1; 1 means no search.
+        scale_min_shrink: smallest factor of the scale search.
+        compensation: how a column's error reaches the later ones. ``per-width`` keeps one compensated copy of the
+            weight for each target width; ``mean`` is the published method: one copy, the plain mean of the
+            residuals; ``none`` rounds to nearest.
+        column_order: ``hessian`` visits columns by descending diagonal of the Hessian (scales stay in the original
+            order, so inference needs no permutation); ``natural`` from left to right.
+        coordinate_passes: passes of exact coordinate descent over all columns after the first sweep.
+        refit: solve for the best group scales of each target width once the codes are fixed.
+        refit_in_loop: refit before and after each coordinate pass, instead of once at the end.
+        damping: added to the Hessian's diagonal, as a fraction of its mean.
+        seed: of the calibration windows.
+    """
+
+    method: Method
+    target_bits: tuple[int, ...]
+    bit_weights: tuple[float, ...]
+    group_size: int = 128
+    grid: Grid = "absmax"
+    signed_scales: bool = True
+    scale_candidates: int = 16
+    scale_min_shrink: float = 0.45
+    compensation: Compensation = "per-width"
+    column_order: ColumnOrder = "hessian"
+    coordinate_passes: int = 1
+    refit: bool = True
+    refit_in_loop: bool = False
+    damping: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.method in METHODS, f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        _require(self.target_bits == check_widths(self.target_bits), "target_bits must ascend without repeats")
+        _require(
+            len(self.bit_weights) == len(self.target_bits)
+            and all(math.isfinite(weight) and weight > 0 for weight in self.bit_weights),
+            f"bit_weights needs one positive number for each of the widths {self.target_bits}, not {self.bit_weights}",
+        )
+        _require(
+            self.group_size == PER_CHANNEL or self.group_size >= 8,
+            f"group_size must be at least 8, or {PER_CHANNEL} for one scale per output row; not {self.group_size}",
+        )
+        _require(self.grid in get_args(Grid), f"unknown grid {self.grid!r}")
+        _require(self.compensation in get_args(Compensation), f"unknown compensation {self.compensation!r}")
+        _require(self.column_order in get_args(ColumnOrder), f"unknown column order {self.column_order!r}")
+        _require(self.scale_candidates >= 1, "scale_candidates must be at least 1")
+        _require(0 < self.scale_min_shrink <= 1, "scale_min_shrink must lie in (0, 1]")
+        _require(self.coordinate_passes >= 0, "coordinate_passes cannot be negative")
+        _require(
+            not (self.coordinate_passes and self.compensation == "mean" and len(self.target_bits) > 1),
+            "coordinate passes need one copy of the weight per width: use compensation='per-width'",
+        )
+        _require(math.isfinite(self.damping) and self.damping >= 0, f"damping must be >= 0, not {self.damping}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any ingredient reads the Hessian. Round-to-nearest does not."""
+        return self.compensation != "none" or self.scale_candidates > 1 or self.refit or self.coordinate_passes > 0
+
+    @property
+    def propagated_bits(self) -> int:
+        """The width whose outputs feed the next block: the largest target, which is the best approximation."""
+        return self.target_bits[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready record of every field."""
+        record = dataclasses.asdict(self)
+        record["target_bits"] = list(self.target_bits)
+        record["bit_weights"] = list(self.bit_weights)
+        return record
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigurationError(message)
+
+
+# The defaults of each method; everything else is the Recipe's own default.
+_METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "matgptq": {},
+    "paper": {
+        "grid": "minmax",
+        "signed_scales": False,
+        "scale_candidates": 1,
+        "compensation": "mean",
+        "column_order": "natural",
+        "coordinate_passes": 0,
+        "refit": False,
+    },
+    "gptq": {
+        "grid": "minmax",
+        "signed_scales": False,
+        "scale_candidates": 1,
+        "column_order": "natural",
+        "coordinate_passes": 0,
+        "refit": False,
+    },
+    "rtn": {
+        "signed_scales": False,
+        "grid": "minmax",
+        "scale_candidates": 1,
+        "compensation": "none",
+        "coordinate_passes": 0,
+        "refit": False,
+    },
+}
+
+DEFAULT_TARGET_BITS = (2, 3, 4, 8)
+
+
+def make_recipe(
+    method: str = "matgptq",
+    bits: Iterable[int] | None = None,
+    bit_weights: Mapping[int, float] | Iterable[float] | None = None,
+    **options: Any,
+) -> Recipe:
+    """The recipe of a method, with options of one's own.
+
+    Args:
+        method: ``matgptq`` (this project's), ``paper`` (arXiv 2602.03537 as published), ``gptq`` (one width,
+            arXiv 2210.17323) or ``rtn`` (round to nearest).
+        bits: target widths; nested methods need 8 among them, ``gptq`` takes exactly one. Default 2,3,4,8. ``rtn``
+            rounds to the parent's grid whatever widths are named, so its only target is 8.
+        bit_weights: lambda_r as ``{width: weight}`` or in the order of ``bits`` as given. Default 2^r for
+            ``matgptq``, equal for the others.
+        options: any other field of ``Recipe``.
+
+    Raises:
+        ConfigurationError: a value out of range or a combination that makes no sense.
+    """
+    if method not in METHODS:
+        raise ConfigurationError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    unknown = sorted(set(options) - {field.name for field in dataclasses.fields(Recipe)})
+    if unknown:
+        raise ConfigurationError(f"unknown recipe option {', '.join(unknown)}")
+    given = tuple(bits) if bits is not None else DEFAULT_TARGET_BITS
+    target_bits = check_widths(given)
+    if method == "rtn":
+        given = target_bits = (PARENT_BITS,)
+    if method == "gptq":
+        if len(target_bits) != 1:
+            raise ConfigurationError(f"method gptq makes one width: give one of {WIDTHS[0]}..{WIDTHS[-1]}, not {given}")
+    elif PARENT_BITS not in target_bits:
+        raise ConfigurationError(
+            f"the parent's {PARENT_BITS} bits must be among the target widths, add {PARENT_BITS} to {given}; "
+            "a model of one width alone is method gptq"
+        )
+    values: dict[str, Any] = {**_METHOD_DEFAULTS[method], **options}
+    return Recipe(
+        method=method,  # type: ignore[arg-type]
+        target_bits=target_bits,
+        bit_weights=_resolve_bit_weights(method, given, target_bits, bit_weights),
+        **values,
+    )
+
+
+def _resolve_bit_weights(
+    method: str,
+    given: tuple[int, ...],
+    target_bits: tuple[int, ...],
+    bit_weights: Mapping[int, float] | Iterable[float] | None,
+) -> tuple[float, ...]:
+    if bit_weights is None:
+        return tuple(2.0**bits if method == "matgptq" else 1.0 for bits in target_bits)
+    if isinstance(bit_weights, Mapping):
+        by_width = {int(bits): float(weight) for bits, weight in bit_weights.items()}
+    else:
+        listed = [float(weight) for weight in bit_weights]
+        if len(listed) != len(given):
+            raise ConfigurationError(f"{len(listed)} bit weights for the {len(given)} widths {given}")
+        by_width = dict(zip(given, listed, strict=True))
+    if set(by_width) != set(target_bits):
+        raise ConfigurationError(f"bit weights are given for {sorted(by_width)}, the widths are {list(target_bits)}")
+    return tuple(by_width[bits] for bits in target_bits)

@@ -1,0 +1,53 @@
+"""Register with transformers without importing it.
+
+Importing transformers takes seconds, so ``import matgptq`` does not. If transformers is there already, registration
+happens at once; otherwise a finder waits for ``transformers.quantizers.auto`` and registers right after it has run.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+_WATCHED = "transformers.quantizers.auto"
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, wrapped: importlib.abc.Loader) -> None:
+        self._wrapped = wrapped
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._wrapped.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._wrapped.exec_module(module)
+        from matgptq.transformers_integration import register
+
+        register()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _WATCHED:
+            return None
+        sys.meta_path.remove(self)  # once is enough, and find_spec below must not come back here
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def register_when_imported() -> None:
+    """Register now if transformers is loaded, or else as soon as it is."""
+    if _WATCHED in sys.modules:
+        from matgptq.transformers_integration import register
+
+        register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,67 @@
+"""What happened to each layer: errors per width, time, and everything that was not as asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    Attributes:
+        name: full module name.
+        shape: ``(out_features, in_features)``.
+        group_size: used; differs from the one asked for when that does not divide the input features.
+        errors: relative output error ``||(W - W_r) X||^2 / ||W X||^2`` by width; empty without calibration.
+        seconds: solver time; layers solved together share it by their number of rows.
+        fallback_group_size: whether group_size is not the one asked for.
+        dead_columns: input columns that calibration never excited.
+        damping_steps: times the damping was raised.
+        rounded_to_nearest: the Hessian could not be factored and the layer was rounded to nearest.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    group_size: int
+    errors: Mapping[int, float]
+    seconds: float
+    fallback_group_size: bool = False
+    dead_columns: int = 0
+    damping_steps: int = 0
+    rounded_to_nearest: bool = False
+
+
+@dataclass
+class Report:
+    """A whole run.
+
+    Attributes:
+        output: the checkpoint's directory.
+        recipe: as recorded in the checkpoint.
+        calibration: what text, how much of it.
+        layers: in the order of the model.
+        seconds: wall time by stage.
+    """
+
+    output: str
+    recipe: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """How many layers needed each fallback; all zero on a smooth run."""
+        return {
+            "smaller group size": sum(layer.fallback_group_size for layer in self.layers),
+            "dead input columns": sum(layer.dead_columns > 0 for layer in self.layers),
+            "raised damping": sum(layer.damping_steps > 0 for layer in self.layers),
+            "rounded to nearest": sum(layer.rounded_to_nearest for layer in self.layers),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "fallbacks": self.fallbacks}

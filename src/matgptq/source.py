@@ -1,0 +1,244 @@
+"""Where a full-precision model comes from: a Hugging Face directory, a GGUF file or a hub id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from matgptq.errors import SourceError, UnsupportedModelError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken"]
+# Weights in any format; every other file of the directory goes along with the checkpoint.
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a stored tensor lies and what it is."""
+
+    file: Path
+    dtype: str  # safetensors' name: F32, BF16, U8 ...
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * DTYPE_BITS[self.dtype] // 8
+
+
+DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+
+
+def read_headers(directory: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of all tensors of a safetensors directory, sharded or not; reads headers only.
+
+    Raises:
+        SourceError: no weights, a shard that is missing or truncated, or an index that does not match its shards.
+    """
+    index_file = directory / INDEX_NAME
+    if index_file.exists():
+        index = read_json(index_file)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise SourceError(f"{index_file}: no usable weight_map")
+        files = sorted(set(weight_map.values()))
+        if any(Path(name).name != name for name in files):
+            raise SourceError(f"{index_file}: a shard lies outside the directory")
+    elif (directory / WEIGHTS_NAME).exists():
+        weight_map, files = None, [WEIGHTS_NAME]
+    else:
+        raise SourceError(f"{directory}: neither {WEIGHTS_NAME} nor {INDEX_NAME} found")
+    tensors: dict[str, TensorInfo] = {}
+    for name in files:
+        for key, info in read_header(directory / name).items():
+            if weight_map is None or weight_map.get(key) == name:
+                tensors[key] = info
+    lost = sorted(set(weight_map or ()) - set(tensors))
+    if lost:
+        assert weight_map is not None
+        raise SourceError(f"{directory / weight_map[lost[0]]}: tensor {lost[0]} of {INDEX_NAME} is not in it")
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Tensors of one safetensors file; raises ``SourceError`` when it is missing, truncated or not safetensors."""
+    if not file.is_file():
+        raise SourceError(f"{file}: file is missing")
+    try:
+        with safe_open(file, "pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
+            return {name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SourceError(f"{file}: truncated or not a safetensors file ({error})") from error
+
+
+def read_tensor(name: str, info: TensorInfo) -> Tensor:
+    """Load one tensor exactly as stored."""
+    with safe_open(info.file, "pt") as handle:
+        tensor: Tensor = handle.get_tensor(name)
+        return tensor
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Parse a JSON object; raises ``SourceError`` naming the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{file}: not a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that can be loaded and copied.
+
+    Attributes:
+        name: what the user called it.
+        directory: local directory with all its files.
+        gguf_file: name of the GGUF file inside, or None for safetensors.
+        config: parsed ``config.json``; empty for GGUF, which has none.
+        tensors: headers of the stored tensors; empty for GGUF.
+        trust_remote_code: whether the user allowed code from the model's directory to run.
+    """
+
+    name: str
+    directory: Path
+    gguf_file: str | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    trust_remote_code: bool = False
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """The dtype that ``config.json`` names, if it names one."""
+        value = self.config.get("dtype") or self.config.get("torch_dtype")
+        return value if isinstance(value, str) else None
+
+    def load_model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+        """The causal language model in eval mode, with every weight checked to be there and finite.
+
+        Raises:
+            SourceError: a weight is missing, not finite, or of another shape than the architecture's.
+        """
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
+        if self.gguf_file:
+            options["gguf_file"] = self.gguf_file
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(self.directory, output_loading_info=True, **options)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            raise SourceError(f"{self.name}: transformers cannot load it: {error}") from error
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            raise SourceError(f"{self.name}: the files hold no {missing[0]} ({len(missing)} tensors are missing)")
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise SourceError(f"{self.name}: tensor {name} holds NaN or Inf")
+        model.eval().requires_grad_(False)
+        return model.to(device)
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer that comes with the model; raises ``SourceError`` when there is none."""
+        from transformers import AutoTokenizer
+
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf_file:
+            options["gguf_file"] = self.gguf_file
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, **options)
+        except Exception as error:  # transformers raises nearly anything here, depending on what file is absent
+            raise SourceError(f"{self.name}: no tokenizer can be loaded from it ({error})") from error
+
+    def side_files(self) -> list[Path]:
+        """Everything beside the weights that belongs to the model: tokenizer, chat template, generation config."""
+        if self.gguf_file:
+            return []
+        return sorted(
+            file
+            for file in self.directory.iterdir()
+            if file.is_file()
+            and file.name not in ("config.json", INDEX_NAME)
+            and not file.name.endswith(".index.json")
+            and not file.name.startswith(".")
+            and file.suffix not in _WEIGHT_SUFFIXES
+        )
+
+
+def open_source(model: str | Path, *, trust_remote_code: bool = False) -> ModelSource:
+    """Find a model's files and check them without loading any weight.
+
+    Args:
+        model: a local directory, a ``.gguf`` file, or a hub id (downloaded, or taken from the cache).
+        trust_remote_code: allow code in the model's directory to run. Off unless asked for.
+
+    Raises:
+        SourceError: files are missing or damaged, or the name is neither a path nor a hub id that can be fetched.
+        UnsupportedModelError: the model is quantized already.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SourceError(f"{path}: give a model directory, a .gguf file or a hub id")
+        return _open_gguf(str(model), path, trust_remote_code)
+    if not path.is_dir():
+        path = _download(str(model))
+    if not (path / "config.json").exists():
+        gguf_files = sorted(path.glob("*.gguf"))
+        if len(gguf_files) == 1:
+            return _open_gguf(str(model), gguf_files[0], trust_remote_code)
+        if gguf_files:
+            raise SourceError(f"{path}: several .gguf files, name one of them: {', '.join(f.name for f in gguf_files)}")
+        raise SourceError(f"{path}: no config.json in it, so it is not a model directory")
+    config = read_json(path / "config.json")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        raise UnsupportedModelError(f"{model}: already quantized with {method}; start from the full-precision model")
+    pickled = [*path.glob("*.bin"), *path.glob("*.pth")]
+    if pickled and not (path / WEIGHTS_NAME).exists() and not (path / INDEX_NAME).exists():
+        raise SourceError(
+            f"{path}: {pickled[0].name} is a pickle, which can run code; convert the model to safetensors"
+        )
+    return ModelSource(str(model), path, None, config, read_headers(path), trust_remote_code)
+
+
+def _open_gguf(name: str, file: Path, trust_remote_code: bool) -> ModelSource:
+    with file.open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise SourceError(f"{file}: not a GGUF file")
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise SourceError(f'{file}: reading GGUF needs the gguf package: pip install "matgptq[gguf]"') from None
+    return ModelSource(name, file.parent, file.name, {}, {}, trust_remote_code)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+    except HFValidationError:
+        raise SourceError(f"{name}: no such directory or file, and not a hub id of the form owner/name") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise SourceError(f"{name}: no such directory or file, and the hub did not give it: {error}") from error

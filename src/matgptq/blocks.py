@@ -120,7 +120,7 @@ def capture_inputs(model: Any, blocks: Sequence[Block], windows: Tensor) -> Bloc
 @torch.no_grad()
 def run_block(block: Block, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Output of one block for one window."""
-    output = block.module(hidden, **arguments)
+    output: Tensor | tuple[Tensor, ...] = block.module(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -80,14 +80,14 @@ def shared_table(
         hull.append(code)
     codes = torch.tensor(hull)
     breakpoints = torch.tensor([crossing(a, b) for a, b in itertools.pairwise(hull)], dtype=torch.float64)
-    tensors = (
-        breakpoints.float(),
-        codes.to(torch.uint8),
-        mean[codes].float(),
-        (offset / total - mean.square())[codes].clamp_min(0).float(),
-        levels.mean(0)[codes].float(),
+    return SharedTable(
+        breakpoints=breakpoints.float().to(device),
+        codes=codes.to(torch.uint8).to(device),
+        mean_level=mean[codes].float().to(device),
+        spread=(offset / total - mean.square())[codes].clamp_min(0).float().to(device),
+        plain_mean_level=levels.mean(0)[codes].float().to(device),
+        total_weight=total,
     )
-    return SharedTable(*(tensor.to(device) for tensor in tensors), total)
 
 
 def round_shared(position: Tensor, table: SharedTable) -> tuple[Tensor, Tensor]:

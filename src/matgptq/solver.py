@@ -85,7 +85,9 @@ def solve(weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: in
     problem = _Problem(recipe, group_size, order, matrix, ordered, None if factor is None else factor.upper)
     pieces = [
         problem.solve(rows, piece_scales)
-        for rows, piece_scales in zip(weight.split(rows_per_piece), scales.split(rows_per_piece), strict=True)
+        for rows, piece_scales in zip(
+            torch.split(weight, rows_per_piece), torch.split(scales, rows_per_piece), strict=True
+        )
     ]
     nested = NestedWeight(
         torch.cat([piece.codes for piece in pieces]),
@@ -194,5 +196,9 @@ class _Problem:
         levels = self._levels(codes, len(scales))
         current = levels * scales.repeat_interleave(self.group_size, 2)  # [copies, rows, in]
         gradient = (weight - current) @ self.hessian
-        columns = (t[..., self.order].permute(2, 0, 1).reshape(len(self.order), -1) for t in (current, gradient))
-        return self._restore(descend(*columns, self.ordered_hessian, self._grid(scales)))
+        codes = descend(self._by_column(current), self._by_column(gradient), self.ordered_hessian, self._grid(scales))
+        return self._restore(codes)
+
+    def _by_column(self, copies: Tensor) -> Tensor:
+        """``[copies, rows, in]`` as ``[in, copies * rows]`` in processing order."""
+        return copies[..., self.order].permute(2, 0, 1).reshape(len(self.order), -1)

@@ -159,15 +159,7 @@ class ModelSource:
 
     def load_tokenizer(self) -> Any:
         """The tokenizer that comes with the model; raises ``SourceError`` when there is none."""
-        from transformers import AutoTokenizer
-
-        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        if self.gguf_file:
-            options["gguf_file"] = self.gguf_file
-        try:
-            return AutoTokenizer.from_pretrained(self.directory, **options)
-        except Exception as error:  # transformers raises nearly anything here, depending on what file is absent
-            raise SourceError(f"{self.name}: no tokenizer can be loaded from it ({error})") from error
+        return load_tokenizer(self.directory, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code)
 
     def side_files(self) -> list[Path]:
         """Everything beside the weights that belongs to the model: tokenizer, chat template, generation config."""
@@ -182,6 +174,19 @@ class ModelSource:
             and not file.name.startswith(".")
             and file.suffix not in _WEIGHT_SUFFIXES
         )
+
+
+def load_tokenizer(directory: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory, hub id or GGUF file; raises ``SourceError`` when there is none."""
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+    try:
+        return AutoTokenizer.from_pretrained(directory, **options)
+    except Exception as error:  # transformers raises nearly anything here, depending on what file is absent
+        raise SourceError(f"{directory}: no tokenizer can be loaded from it ({error})") from error
 
 
 def open_source(model: str | Path, *, trust_remote_code: bool = False) -> ModelSource:

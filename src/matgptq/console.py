@@ -1,0 +1,194 @@
+"""What the command line draws: progress bars with time left, and tables a person can read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from matgptq.checkpoint import Checkpoint
+from matgptq.evaluation import Evaluation
+from matgptq.plan import Plan
+from matgptq.report import LayerReport, Report
+from matgptq.slicing import WIDTHS
+
+MEGABYTE = 1_000_000
+
+
+class ProgressBars:
+    """Draws stages on standard error; on anything but a terminal each stage is one line."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ProgressBars:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._finish()
+        self._bars.stop()
+
+    def start(self, stage: str, total: int) -> None:
+        """Begin a stage."""
+        self._finish()
+        if not self._console.is_terminal:
+            self._console.print(f"{stage} ...")
+        self._task = self._bars.add_task(stage, total=total)
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the present stage on."""
+        if self._task is not None:
+            self._bars.advance(self._task, steps)
+
+    def note(self, message: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(f"[yellow]note:[/yellow] {message}", highlight=False)
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            task = self._bars.tasks[self._task]
+            self._bars.update(self._task, completed=task.total)
+            self._task = None
+
+
+def megabytes(count: int) -> str:
+    """A size as people read it."""
+    return f"{count / MEGABYTE:,.1f} MB"
+
+
+def plan_table(plan: Plan, stored_bytes: int) -> Table:
+    """What a run would do."""
+    table = Table(title="plan", show_header=False)
+    sizes = sorted({layer.group_size for layer in plan.layers.values()})
+    rows = {
+        "blocks": len(plan.blocks),
+        "layers to quantize": len(plan.layers),
+        "layers kept": ", ".join(plan.kept) or "none",
+        "weights to quantize": f"{sum(p.out_features * p.in_features for p in plan.layers.values()):,}",
+        "group sizes": ", ".join(map(str, sizes)),
+        "calibration": f"{plan.nsamples} windows of {plan.seqlen} tokens" if plan.nsamples else "none",
+        "codes and scales on disk": megabytes(stored_bytes),
+    }
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def error_table(layers: Sequence[LayerReport], *, every_layer: bool = False) -> Table:
+    """Relative output errors: one row per kind of layer (geometric mean over the blocks), or one per layer."""
+    table = Table(title="relative output error by width" + ("" if every_layer else ", mean over the blocks"))
+    for column in ("layer", "group", *(f"{bits} bits" for bits in WIDTHS), "seconds", "fallbacks"):
+        table.add_column(column, justify="left" if column in ("layer", "fallbacks") else "right")
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        parts = [part for part in layer.name.split(".") if not part.isdigit()]
+        kinds.setdefault(layer.name if every_layer else ".".join(parts[-2:]), []).append(layer)
+    for kind, members in kinds.items():
+        errors = [_geometric_mean([layer.errors[bits] for layer in members if layer.errors]) for bits in WIDTHS]
+        table.add_row(
+            kind,
+            "/".join(map(str, sorted({layer.group_size for layer in members}))),
+            *("-" if error is None else f"{error:.2g}" for error in errors),
+            f"{sum(layer.seconds for layer in members):.1f}",
+            _fallbacks(members),
+        )
+    return table
+
+
+def _geometric_mean(values: Sequence[float]) -> float | None:
+    if not values:
+        return None
+    return math.exp(sum(math.log(max(value, 1e-30)) for value in values) / len(values))
+
+
+def _fallbacks(layers: Sequence[LayerReport]) -> str:
+    counts = {
+        "smaller groups": sum(layer.fallback_group_size for layer in layers),
+        "dead inputs": sum(layer.dead_columns > 0 for layer in layers),
+        "more damping": sum(layer.damping_steps > 0 for layer in layers),
+        "to nearest": sum(layer.rounded_to_nearest for layer in layers),
+    }
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def report_summary(report: Report) -> str:
+    """Time and fallbacks of a run in one line."""
+    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in report.seconds.items())
+    fallbacks = ", ".join(f"{count} x {name}" for name, count in report.fallbacks.items() if count) or "none"
+    return f"time: {seconds}; fallbacks: {fallbacks}"
+
+
+def size_table(checkpoint: Checkpoint) -> Table:
+    """What each width costs, and where its scales come from."""
+    table = Table(title="widths")
+    for column in ("bits", "bits per weight", "size as served", "target", "scales"):
+        table.add_column(column, justify="right")
+    from matgptq.nested_weight import scale_source
+
+    sources = scale_source(checkpoint.settings.scale_bits)
+    for bits in WIDTHS:
+        table.add_row(
+            f"{bits}{' (default)' if bits == checkpoint.settings.bits else ''}",
+            f"{checkpoint.bits_per_weight(bits):.3f}",
+            megabytes(checkpoint.served_bytes(bits)),
+            "yes" if bits in checkpoint.settings.target_bits else "",
+            "own" if sources[bits] == bits else f"those of {sources[bits]} bits",
+        )
+    return table
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Quality of each width."""
+    table = Table(title="quality by width", caption=evaluation.protocol, caption_justify="left")
+    for column in ("bits", "bits per weight", "size", "perplexity", "KL", "top-1"):
+        table.add_column(column, justify="right")
+    for result in evaluation.results:
+        table.add_row(
+            f"{result.bits:g}",
+            f"{result.bits_per_weight:.3f}",
+            megabytes(result.bytes),
+            _perplexity(result.perplexity),
+            "-" if result.kl is None else f"{result.kl:.4f}",
+            "-" if result.top1 is None else f"{result.top1:.1%}",
+        )
+    if evaluation.reference_perplexity is not None:
+        table.add_section()
+        table.add_row("full", "", "", _perplexity(evaluation.reference_perplexity), "0", "100%")
+    return table
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+def recipe_lines(settings: Mapping[str, object]) -> str:
+    """A recorded recipe on one line."""
+    return ", ".join(f"{key} {value}" for key, value in settings.items())

@@ -1,0 +1,249 @@
+"""How good each width is: perplexity, and divergence from the full-precision model, on the same windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matgptq.allocation import complete_allocation, read_allocation
+from matgptq.calibration import SELF, Windows, evaluation_windows
+from matgptq.checkpoint import Checkpoint, open_checkpoint
+from matgptq.devices import resolve_device, resolve_dtype
+from matgptq.errors import ConfigurationError, SourceError
+from matgptq.loading import load
+from matgptq.progress import Progress, Silent
+from matgptq.slicing import check_widths
+from matgptq.source import load_tokenizer, open_source
+
+DEFAULT_WIDTHS = (2, 3, 4, 6, 8)
+DEFAULT_SEQLEN = 2048
+CPU_WINDOWS = 4
+CPU_SELF_SEQLEN = 512
+_POSITIONS = 256  # compared at a time; full float64 copies of all logits would dominate memory
+
+
+@dataclass(frozen=True)
+class Result:
+    """One width or allocation.
+
+    Attributes:
+        bits: width of the codes; for an allocation the average over the weights.
+        bits_per_weight: with all scales that serving reads.
+        bytes: size of the whole model as served, everything that is not quantized included.
+        perplexity: exp of the mean negative log-likelihood in nats per token.
+        kl: mean ``KL(full || slice)`` in nats per token; None without a reference.
+        top1: share of positions where both models prefer the same token; None without a reference.
+    """
+
+    bits: float
+    bits_per_weight: float
+    bytes: int
+    perplexity: float
+    kl: float | None
+    top1: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of several widths on the same text.
+
+    Attributes:
+        results: in the order asked for.
+        protocol: how the text became windows.
+        reference: the full-precision model compared with, if any.
+        reference_perplexity: its perplexity on the same windows.
+    """
+
+    results: list[Result]
+    protocol: str
+    reference: str | None = None
+    reference_perplexity: float | None = None
+
+
+@dataclass
+class Divergence:
+    """Running sums over token positions of one model against a reference."""
+
+    tokens: int = 0
+    negative_log_likelihood: float = 0.0
+    kl: float = 0.0
+    agreements: int = 0
+    _chunk: int = field(default=_POSITIONS, repr=False)
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
+        """Add the positions of one window.
+
+        Args:
+            logits: ``[positions, vocabulary]``, those that predict ``targets``.
+            targets: int64 ``[positions]``.
+            reference: logits of the full model at the same positions, or None.
+        """
+        for first in range(0, len(targets), self._chunk):
+            piece = slice(first, first + self._chunk)
+            log_probability = torch.log_softmax(logits[piece].float(), -1)
+            chosen = log_probability.gather(1, targets[piece].unsqueeze(1))
+            self.negative_log_likelihood -= float(chosen.double().sum())
+            if reference is not None:
+                full = torch.log_softmax(reference[piece].float(), -1)
+                self.kl += float((full.exp() * (full - log_probability)).sum(-1).double().sum())
+                self.agreements += int((full.argmax(-1) == log_probability.argmax(-1)).sum())
+        self.tokens += len(targets)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood; inf when that overflows."""
+        mean = self.negative_log_likelihood / self.tokens
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+def evaluate(
+    path: str | Path,
+    bits: Iterable[int] | None = None,
+    *,
+    allocation: Mapping[str, int] | str | Path | None = None,
+    text: str | Path | Tensor = SELF,
+    windows: int | None = None,
+    seqlen: int | None = None,
+    reference: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure widths of a checkpoint against the full-precision model on one text.
+
+    Args:
+        path: checkpoint directory.
+        bits: widths, 2..8; default 2,3,4,6,8, or none if an allocation is given.
+        allocation: ``{layer: bits}`` or a file with one, measured after the widths; layers that it does not name
+            get the checkpoint's default width.
+        text: a text file, a hub data set, ``self`` (written by the reference model, or else by the parent), or int64
+            token ids ``[n, seqlen]``.
+        windows: how many; default all of the text, 4 on a CPU.
+        seqlen: tokens per window; default 2048 or the model's context.
+        reference: the full-precision model; default the one that the checkpoint was made from, if it is still there.
+        device, dtype: of both models.
+        trust_remote_code: allow code in the model's directory to run.
+        progress: receives stages and notes.
+
+    Raises:
+        MatGPTQError: a subclass that says what is wrong with the checkpoint, the text or the options.
+    """
+    progress = progress or Silent()
+    checkpoint = open_checkpoint(path)
+    widths = check_widths(bits) if bits is not None else (() if allocation is not None else DEFAULT_WIDTHS)
+    candidates: list[int | dict[str, int]] = [*widths]
+    if allocation is not None:
+        named = read_allocation(allocation) if isinstance(allocation, str | Path) else allocation
+        candidates.append(complete_allocation(named, checkpoint.layers, checkpoint.settings.bits))
+    run_device = resolve_device(device)
+    progress.start("load the models", 1)
+    model = load(path, device=run_device, dtype=dtype, trust_remote_code=trust_remote_code)
+    full, reference_name = _load_reference(checkpoint, reference, run_device, dtype, trust_remote_code, progress)
+    tokens = _windows(path, text, windows, seqlen, model, full, progress)
+
+    sums = [Divergence() for _ in candidates]
+    full_sum = Divergence()
+    progress.start("evaluate", len(tokens.tokens) * (len(candidates) + (full is not None)))
+    with torch.inference_mode():
+        for window in tokens.tokens.to(run_device):
+            targets = window[1:]
+            reference_logits = None
+            if full is not None:
+                reference_logits = _logits(full, window)
+                full_sum.add(reference_logits, targets, None)
+                progress.advance()
+            for candidate, divergence in zip(candidates, sums, strict=True):
+                model.set_bits(candidate)
+                divergence.add(_logits(model, window), targets, reference_logits)
+                progress.advance()
+    results = [
+        _result(checkpoint, candidate, divergence, full is not None)
+        for candidate, divergence in zip(candidates, sums, strict=True)
+    ]
+    return Evaluation(
+        results, tokens.protocol, reference_name, full_sum.perplexity if reference_name is not None else None
+    )
+
+
+def _logits(model: Any, window: Tensor) -> Tensor:
+    """``[seqlen - 1, vocabulary]`` logits that predict tokens 1.. of the window."""
+    logits: Tensor = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, :-1]
+    return logits
+
+
+def _result(
+    checkpoint: Checkpoint, candidate: int | Mapping[str, int], divergence: Divergence, compared: bool
+) -> Result:
+    widths = checkpoint.widths(candidate)
+    code_bits = sum(layer.out_features * layer.in_features * widths[name] for name, layer in checkpoint.layers.items())
+    return Result(
+        bits=candidate if isinstance(candidate, int) else code_bits / checkpoint.quantized_weights,
+        bits_per_weight=checkpoint.bits_per_weight(candidate),
+        bytes=checkpoint.served_bytes(candidate),
+        perplexity=divergence.perplexity,
+        kl=divergence.kl / divergence.tokens if compared else None,
+        top1=divergence.agreements / divergence.tokens if compared else None,
+    )
+
+
+def _load_reference(
+    checkpoint: Checkpoint,
+    reference: str | Path | None,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[Any, str | None]:
+    """The full-precision model and its name, or (None, None) when nobody named one and the recorded one is gone."""
+    name = reference if reference is not None else checkpoint.settings.source
+    if name is None:
+        progress.note("no reference model: KL and top-1 agreement are not measured (--reference MODEL)")
+        return None, None
+    try:
+        source = open_source(name, trust_remote_code=trust_remote_code)
+        stored = source.stored_dtype or checkpoint.config.get("dtype")
+        return source.load_model(resolve_dtype(dtype, device, stored), device), source.name
+    except SourceError as error:
+        if reference is not None:
+            raise
+        progress.note(f"the original model cannot be opened, so KL is not measured (--reference MODEL): {error}")
+        return None, None
+
+
+def _windows(
+    path: str | Path,
+    text: str | Path | Tensor,
+    windows: int | None,
+    seqlen: int | None,
+    model: Any,
+    full: Any,
+    progress: Progress,
+) -> Windows:
+    if isinstance(text, Tensor):
+        return evaluation_windows(text, None, windows=windows, seqlen=seqlen or text.shape[1], model=model)
+    on_cpu = model.device.type == "cpu"
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if seqlen is None:
+        wanted = CPU_SELF_SEQLEN if on_cpu and str(text) == SELF else DEFAULT_SEQLEN
+        seqlen = min(wanted, longest or wanted)
+    elif longest is not None and seqlen > longest:
+        raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
+    if windows is None and (on_cpu or str(text) == SELF):
+        windows = CPU_WINDOWS
+        progress.note(f"{windows} windows of {seqlen} tokens (--windows, --seqlen)")
+    progress.start("evaluation text", 1)
+    tokenizer = load_tokenizer(path)
+    return evaluation_windows(
+        text, tokenizer, windows=windows, seqlen=seqlen, model=full if full is not None else model
+    )

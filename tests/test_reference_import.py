@@ -1,4 +1,4 @@
-"""Import of the published code's packed models and folders: exact weights, every refusal by name, nothing left behind."""
+"""Import of the published code's packed models and folders: exact weights, refusals by name, nothing left behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import matgptq
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import CheckpointError, ConfigurationError, MatGPTQError, SourceError
 from matgptq.nested_linear import nested_layers
+from matgptq.recipe import make_recipe
 from matgptq.reference_import import ReferenceLayer, import_reference, restore_order
+from matgptq.solver import solve
 
 WIDTHS = range(2, 9)
 GROUP = 32
@@ -348,7 +350,7 @@ def test_impossible_scales_are_refused(tmp_path, model, out, value, problem, pac
 
 
 @pytest.mark.parametrize("garbage", [0.273, 1e-12, 3e38])
-def test_uninitialized_row_scales_are_refused(tmp_path, model, out, garbage):
+def test_garbage_row_scales_are_refused(tmp_path, model, out, garbage):
     weights = linear_weights(model)
 
     def change(name, _):
@@ -358,6 +360,45 @@ def test_uninitialized_row_scales_are_refused(tmp_path, model, out, garbage):
 
     write_folders(tmp_path / "save", model, change)
     refused(SourceError, "layer model.layers.0.*uninitialized memory", tmp_path / "save", out, model=model)
+
+
+def test_stale_row_scales_of_the_right_size_are_refused(tmp_path, model, out):
+    weights = linear_weights(model)
+
+    def change(name, _):
+        data = quantize(weights[name], weights[name].shape[1])
+        if name == LAYER:
+            data["scale"] *= 1 + torch.arange(64).view(-1, 1) % 2  # memory of another layer: every other row is right
+        return data
+
+    write_folders(tmp_path / "save", model, change)
+    refused(SourceError, f"layer {LAYER}: .*32 of 64 rows.*uninitialized", tmp_path / "save", out, model=model)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compensated_weights_are_not_taken_for_damaged_ones(tmp_path, model, out, packed):
+    """Low targets move the parent far from the weights: that is the method, not damage."""
+    torch.manual_seed(3)
+
+    def change(name, data):
+        size = data["qweight"].shape[1]
+        basis = torch.linalg.qr(torch.randn(size, size)).Q * torch.randn(size, 1).exp()
+        hessian = (basis / torch.arange(1, size + 1)) @ basis.T
+        recipe = make_recipe("paper", (2, 8), group_size=GROUP)
+        weight = solve(linear_weights(model)[name].float(), hessian, recipe, GROUP).weight
+        return {**data, "qweight": weight.codes, "scale": weight.scales[8].to(torch.bfloat16)}
+
+    written = write_folders(tmp_path / "ref", model, change)
+    if packed:
+
+        def pack(tensors):
+            for name, data in written.items():
+                tensors[f"{name}.qweight"], tensors[f"{name}.scales"] = data["qweight"], data["scale"]
+
+        write_packed(tmp_path / "packed", model, pack)
+    report = import_reference(tmp_path / ("packed" if packed else "ref"), out, model=model)
+    assert max(layer.weight_error for layer in report.layers) > 0.1
+    check_all_widths(out, model, written)
 
 
 @pytest.mark.parametrize("group_size", [-1, None])

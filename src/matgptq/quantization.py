@@ -23,7 +23,7 @@ from matgptq.recipe import Recipe, make_recipe
 from matgptq.report import LayerReport, Report
 from matgptq.slicing import WIDTHS, check_bits
 from matgptq.solver import relative_errors, solve
-from matgptq.source import ModelSource, open_source, read_tensor
+from matgptq.source import ModelSource, is_derived, name_in_model, open_source, read_tensor
 
 
 def quantize(
@@ -254,12 +254,10 @@ def _kept_tensors(source: ModelSource, network: Any, plan: Plan) -> Iterator[tup
         tied = set(network.all_tied_weights_keys) if hasattr(network, "all_tied_weights_keys") else set()
         names = [name for name in state if name not in quantized and name not in tied]
         return ((name, state[name]) for name in names)
-    prefix = f"{network.base_model_prefix}."
     stored: dict[str, str] = {}
     for name in source.tensors:
-        candidates = (name, prefix + name, name.removeprefix(prefix))
-        known = next((candidate for candidate in candidates if candidate in state), None)
-        if known is None and _is_derived(name):
+        known = name_in_model(name, state, network.base_model_prefix)
+        if known is None and is_derived(name):
             continue
         if known is None or known in stored:
             raise SourceError(f"{source.name}: tensor {name} has no place in {type(network).__name__}")
@@ -269,11 +267,6 @@ def _kept_tensors(source: ModelSource, network: Any, plan: Plan) -> Iterator[tup
         raise SourceError(f"{source.name}: {lost[0]} is stored under another name, which is not supported")
     kept = [(known, name) for known, name in stored.items() if known not in quantized]
     return ((known, read_tensor(name, source.tensors[name])) for known, name in kept)
-
-
-def _is_derived(name: str) -> bool:
-    """Buffers that old checkpoints carry and models compute by themselves."""
-    return name.endswith((".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"))
 
 
 def _settings(

@@ -93,18 +93,18 @@ def _write_json(file: Path | None, value: Any) -> None:
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory, .gguf file or hub id.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Checkpoint directory to create.")],
-    bits: Annotated[str | None, typer.Option(help="Target widths. [default: 2,3,4,8]")] = None,
+    bits: Annotated[str | None, typer.Option(help="Target widths. (default: 2,3,4,8)")] = None,
     bit_weights: Annotated[
-        str | None, typer.Option(help="Importance of each width: 4,8,16,256 or 2=4,8=256. [default: 2^width]")
+        str | None, typer.Option(help="Importance of each width: 4,8,16,256 or 2=4,8=256. (default: 2^width)")
     ] = None,
     group_size: Annotated[int, typer.Option(help="Input columns per scale; -1 for a whole row.")] = 128,
     method: Annotated[str, typer.Option(help="matgptq, paper, gptq (one width) or rtn.")] = "matgptq",
     dataset: Annotated[
         str, typer.Option(metavar="FILE|HUB-ID|self", help="Calibration text; self: the model writes its own.")
     ] = "self",
-    nsamples: Annotated[int | None, typer.Option(help="Calibration windows. [default: 128; 16 on a CPU]")] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration windows. (default: 128; 16 on a CPU)")] = None,
     seqlen: Annotated[
-        int | None, typer.Option(help="Tokens per window. [default: 2048; 512 for self on a CPU]")
+        int | None, typer.Option(help="Tokens per window. (default: 2048; 512 for self on a CPU)")
     ] = None,
     ignore: Annotated[
         str, typer.Option(help="Layers to keep at full precision: names or * patterns, comma-separated.")
@@ -196,17 +196,17 @@ def _dry_run(
 )
 def evaluate(
     checkpoint: Checkpoint,
-    bits: Annotated[str | None, typer.Option(help="Widths to measure. [default: 2,3,4,6,8]")] = None,
+    bits: Annotated[str | None, typer.Option(help="Widths to measure. (default: 2,3,4,6,8)")] = None,
     allocation: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure a width per layer, too (JSON or 'layer: bits').")
     ] = None,
     text: Annotated[
         str, typer.Option(metavar="FILE|HUB-ID|self", help="Text to measure on; self: the full model writes it.")
     ] = "self",
-    windows: Annotated[int | None, typer.Option(help="How many windows. [default: all; 4 on a CPU]")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per window. [default: 2048]")] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows. (default: all; 4 on a CPU)")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window. (default: 2048)")] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Full-precision model. [default: the one it was made from]")
+        str | None, typer.Option(metavar="MODEL", help="Full-precision model. (default: the one it was made from)")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Plot KL and size against bits (PNG).")] = None,
     device: DeviceOption = "auto",
@@ -251,7 +251,7 @@ def evaluate(
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    bits: Annotated[int | None, typer.Option(help="Width, 2 to 8. [default: the checkpoint's]")] = None,
+    bits: Annotated[int | None, typer.Option(help="Width, 2 to 8. (default: the checkpoint's)")] = None,
     allocation: Annotated[Path | None, typer.Option(metavar="FILE", help="A width per layer.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
@@ -313,6 +313,46 @@ def info(checkpoint: Checkpoint, json_file: JsonOption = None) -> None:
         for bits in WIDTHS
     ]
     _write_json(json_file, {"quantization_config": settings.to_dict(), "widths": records})
+
+
+@app.command(
+    name="import-reference",
+    epilog=_examples(
+        "matgptq import-reference ./packed-model -o out",
+        "matgptq import-reference ./save_dir/Llama-3.1-8B -o out --model meta-llama/Llama-3.1-8B",
+    ),
+)
+def import_reference(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Packed model, or a folder of data.pt folders.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Checkpoint directory to create.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Full-precision model; data.pt folders need it.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Default width of the checkpoint. (default: the one in DIR)")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Refuse scales that must be rounded to be stored.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that stands at OUT.")] = False,
+    trust_remote_code: TrustOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Turn a checkpoint of the published reference implementation into one of ours, or say why it cannot be."""
+    import matgptq
+    from matgptq.checkpoint import open_checkpoint
+    from matgptq.console import size_table
+
+    with _progress() as progress:
+        report = matgptq.import_reference(
+            directory,
+            out,
+            model=model,
+            bits=bits,
+            exact=exact,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    _out.print(size_table(open_checkpoint(out)))
+    _out.print(f"{len(report.layers)} layers imported; saved to {out}", highlight=False)
+    _write_json(json_file, report.to_dict())
 
 
 def _terminate(*_: object) -> None:

@@ -98,7 +98,7 @@ def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:
     layers = nested_layers(model)
     if not layers:
         raise AllocationError("the model has no nested layers; load it with matgptq.load")
-    widths = dict.fromkeys(layers, bits) if isinstance(bits, int) else dict(bits)
+    widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(layers, bits)
     unknown = sorted(set(widths) - set(layers))
     if unknown:
         raise AllocationError(f"the model has no nested layer {unknown[0]}")

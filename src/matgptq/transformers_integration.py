@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from matgptq.errors import CheckpointError, SourceError
-from matgptq.format import CODES, QUANT_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
+from matgptq.format import QUANT_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
 from matgptq.nested_linear import NestedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
 from matgptq.source import TensorInfo, read_header
@@ -128,11 +128,13 @@ def replace_linears(model: Any, settings: Settings, headers: Mapping[str, Tensor
     replaced = set()
     for name, linear in linears.items():
         # A base model loaded from a causal one's checkpoint has names without the prefix.
-        stored = name if not headers or f"{name}.{CODES}" in headers else prefix + name
-        if name in settings.ignore or prefix + name in settings.ignore:
+        stored = prefix + name if name not in stored_layers and prefix + name in stored_layers else name
+        found = stored_layers.get(stored, {})
+        ignored = name in settings.ignore or prefix + name in settings.ignore
+        if headers and (not ignored or any(map(is_own, found))):
+            check_layer(settings, stored, found, (linear.out_features, linear.in_features))
+        if ignored:
             continue
-        if headers:
-            check_layer(settings, stored, stored_layers.get(stored, {}), (linear.out_features, linear.in_features))
         model.set_submodule(
             name,
             NestedLinear(

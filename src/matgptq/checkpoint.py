@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from matgptq.errors import AllocationError, CheckpointError, SourceError
-from matgptq.format import CODES, GUARD, QUANT_METHOD, Settings, check_layer, parse_settings, scales_name
+from matgptq.format import CODES, GUARD, QUANT_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
 from matgptq.nested_weight import NestedWeight
 from matgptq.size import layer_bits
 from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_headers, read_json
@@ -45,9 +45,11 @@ class CheckpointWriter:
 
     def __init__(self, destination: Path, *, force: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
         self.destination = Path(os.path.abspath(destination))
+        self.force = force
         self.shard_bytes = shard_bytes
         check_destination(self.destination, force=force)
         self._staging: Path | None = None
+        self._replaced: Path | None = None  # what stood at the destination, between the two renames of commit
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
@@ -56,9 +58,9 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         try:
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{self.destination.name}.partial-"
-            self._staging = Path(tempfile.mkdtemp(prefix=prefix, dir=self.destination.parent))
-            self._staging.chmod(0o755)  # mkdtemp makes it private, a model directory is not
+            staging = self._beside("partial")
+            staging.mkdir()  # not mkdtemp, which makes directories private: the user's umask decides
+            self._staging = staging
         except OSError as error:
             raise CheckpointError(f"{self.destination}: cannot be written: {error}") from error
         return self
@@ -69,6 +71,14 @@ class CheckpointWriter:
         if self._staging is not None:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
+        if self._replaced is not None and not os.path.lexists(self.destination):
+            os.rename(self._replaced, self.destination)  # stopped before the new one was in place
+        elif self._replaced is not None and os.path.lexists(self._replaced):
+            _remove(self._replaced)
+        self._replaced = None
+
+    def _beside(self, role: str) -> Path:
+        return self.destination.with_name(f".{self.destination.name}.{role}-{secrets.token_hex(4)}")
 
     @property
     def staging(self) -> Path:
@@ -109,22 +119,18 @@ class CheckpointWriter:
     def commit(self) -> None:
         """Write what is pending, name the shards, and put the directory in its place."""
         self._flush()
+        check_destination(self.destination, force=self.force)  # again: hours may have passed
         with _disk_errors(self.destination):
             self._name_shards()
             for file in self.staging.iterdir():
                 _sync(file)
             _sync(self.staging)
-            replaced = None
-            if self.destination.exists():
-                replaced = Path(
-                    tempfile.mkdtemp(prefix=f".{self.destination.name}.replaced-", dir=self.destination.parent)
-                )
-                os.rename(self.destination, replaced / "old")
+            if os.path.lexists(self.destination):
+                self._replaced = self._beside("replaced")
+                os.rename(self.destination, self._replaced)
             os.rename(self.staging, self.destination)
             self._staging = None
             _sync(self.destination.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
 
     def _flush(self) -> None:
         if not self._pending:
@@ -152,7 +158,7 @@ class CheckpointWriter:
 
 def check_destination(destination: Path, *, force: bool) -> None:
     """Refuse a destination that stands, unless ``force`` may replace it; see ``CheckpointWriter``."""
-    if not destination.exists():
+    if not os.path.lexists(destination):  # a dangling link is in the way, too
         return
     if not force:
         raise CheckpointError(f"{destination}: exists already; use --force to replace it, or another -o")
@@ -170,6 +176,13 @@ def is_checkpoint(directory: Path) -> bool:
         return False
     record = config.get("quantization_config")
     return isinstance(record, dict) and record.get("quant_method") == QUANT_METHOD
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class _disk_errors:
@@ -280,15 +293,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a checkpoint directory (no config.json)")
     try:
         config = read_json(path / "config.json")
-        settings = parse_settings(config.get("quantization_config") or {}, str(path / "config.json"))
+        record = config.get("quantization_config")
+        if not isinstance(record, dict):
+            raise CheckpointError(f"{path / 'config.json'}: no quantization_config, so not a {QUANT_METHOD} checkpoint")
+        settings = parse_settings(record, str(path / "config.json"))
         tensors = read_headers(path)
     except SourceError as error:
         raise CheckpointError(str(error)) from error
     found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for name, info in tensors.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf == CODES or leaf.startswith("scales_"):
-            found.setdefault(layer, {})[leaf] = (info.dtype, info.shape)
+        found.setdefault(layer, {})[leaf] = (info.dtype, info.shape)
+    found = {layer: parts for layer, parts in found.items() if any(map(is_own, parts))}
     if not found:
         raise CheckpointError(f"{path}: config.json says {QUANT_METHOD}, but no tensor in it holds codes")
     layers = {}

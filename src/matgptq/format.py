@@ -108,7 +108,7 @@ def parse_settings(record: Mapping[str, Any], where: str) -> Settings:
             ignore=tuple(str(name) for name in _list(record, "ignore")),
             recipe=_mapping(record, "recipe"),
             calibration=_mapping(record, "calibration"),
-            source=record.get("source"),
+            source=_text(record, "source"),
         )
         expected = {str(bits): own for bits, own in scale_source(settings.scale_bits).items()}
         if record.get("scale_source", expected) != expected:
@@ -130,15 +130,22 @@ def check_layer(
 
     Args:
         settings: of the checkpoint.
-        layer: its full module name, for messages.
-        found: ``{name inside the layer: (safetensors dtype, shape)}``.
+        layer: its full module name.
+        found: ``{name inside the layer: (safetensors dtype, shape)}`` of everything stored there.
         expected: ``(out_features, in_features)`` of the architecture, or None when it is not known.
 
     Raises:
         CheckpointError: a tensor is missing, or has another dtype or shape than the settings promise.
     """
-    if CODES not in found:
-        raise CheckpointError(f"layer {layer}: the checkpoint has no {layer}.{CODES}")
+    for name in (CODES, GUARD):
+        if name not in found:
+            raise CheckpointError(f"layer {layer}: the checkpoint has no {layer}.{name}")
+    if layer in settings.ignore:
+        raise CheckpointError(f"layer {layer}: config.json says that it is not quantized, but it has {CODES}")
+    if found[GUARD][1] != (0,):
+        raise CheckpointError(
+            f"layer {layer}: it has {CODES} and a {GUARD} {list(found[GUARD][1])}; beside codes {GUARD} must be empty"
+        )
     dtype, shape = found[CODES]
     if dtype != "U8" or len(shape) != 2 or (expected is not None and shape != expected):
         wanted = "[out, in]" if expected is None else str(list(expected))
@@ -183,6 +190,18 @@ def _mapping(record: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigurationError(f"{key} must be an object, not {value!r}")
     return dict(value)
+
+
+def _text(record: Mapping[str, Any], key: str) -> str | None:
+    value = record.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ConfigurationError(f"{key} must be text, not {value!r}")
+    return value
+
+
+def is_own(leaf: str) -> bool:
+    """Whether a tensor of this name inside a layer belongs to the format: its layer is then a quantized one."""
+    return leaf == CODES or leaf.startswith("scales_")
 
 
 def _group_size(value: Any) -> int:

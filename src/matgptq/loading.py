@@ -12,6 +12,7 @@ from matgptq.allocation import complete_allocation, read_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import CheckpointError, SourceError
+from matgptq.format import parse_settings
 from matgptq.nested_linear import nested_layers
 from matgptq.slicing import check_bits
 
@@ -49,22 +50,25 @@ def load(
     from matgptq.transformers_integration import register
 
     register()
-    local = Path(path).expanduser()
-    if local.exists():
-        open_checkpoint(local)  # names what is wrong before transformers gets to see it
-        path = local
     if bits is not None:
         check_bits(bits)
     if isinstance(allocation, str | Path):
         allocation = read_allocation(allocation)
+    local = Path(path).expanduser()
+    if local.exists():
+        checkpoint = open_checkpoint(local)  # names what is wrong before transformers gets to see it
+        if allocation is not None:
+            complete_allocation(allocation, checkpoint.layers, checkpoint.settings.bits)
+        path = local
     target = resolve_device(device)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise SourceError(f"{path}: transformers cannot read its config: {error}") from error
     record = getattr(config, "quantization_config", None)
-    if record is None:
+    if not isinstance(record, dict):
         raise CheckpointError(f"{path}: has no quantization_config, so it is not a matgptq checkpoint")
+    parse_settings(record, f"{path}/config.json")
     if bits is not None:
         record["bits"] = bits
     stored = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,18 @@ class NestedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.set_bits(bits)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NestedLinear:
+        """Follow ``model.to(...)`` to another device, but keep the scales in the dtype that the format stores.
+
+        Every dtype that a model is cast to on the way (bfloat16, float32) holds them exactly.
+        """
+        super()._apply(fn, recurse)
+        for own in self.scale_bits:
+            scales = getattr(self, scales_name(own))
+            if scales.dtype != torch.float16:
+                self.register_buffer(scales_name(own), scales.to(torch.float16))
+        return self
+
     @property
     def bits(self) -> int:
         """The width in use."""
@@ -98,7 +110,7 @@ def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:
     layers = nested_layers(model)
     if not layers:
         raise AllocationError("the model has no nested layers; load it with matgptq.load")
-    widths = dict.fromkeys(layers, bits) if isinstance(bits, int) else dict(bits)
+    widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(layers, bits)
     unknown = sorted(set(widths) - set(layers))
     if unknown:
         raise AllocationError(f"the model has no nested layer {unknown[0]}")

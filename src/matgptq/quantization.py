@@ -16,6 +16,7 @@ from matgptq.calibration import SELF, load_windows
 from matgptq.checkpoint import DEFAULT_SHARD_BYTES, REPORT_NAME, CheckpointWriter, check_destination
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import SourceError
+from matgptq.families import find_family
 from matgptq.format import Settings
 from matgptq.plan import CalibrationRequest, Plan, make_plan, scale_bits
 from matgptq.progress import Progress, Silent
@@ -23,7 +24,8 @@ from matgptq.recipe import Recipe, make_recipe
 from matgptq.report import LayerReport, Report
 from matgptq.slicing import WIDTHS, check_bits
 from matgptq.solver import relative_errors, solve
-from matgptq.source import ModelSource, is_derived, name_in_model, open_source, read_tensor
+from matgptq.source import ModelSource, open_source, read_tensor
+from matgptq.tensor_names import is_derived, match_names
 
 
 def quantize(
@@ -127,6 +129,8 @@ def prepare(
 ) -> tuple[ModelSource, Any, Plan]:
     """Load the model and check everything that can be refused without calibration; ``--dry-run`` ends here."""
     source = open_source(model, trust_remote_code=trust_remote_code)
+    if source.config:
+        find_family(str(source.config.get("model_type")))  # before gigabytes of an unknown architecture are read
     network = source.load_model(resolve_dtype(dtype, device, source.stored_dtype), device)
     return source, network, make_plan(network, recipe, request, ignore)
 
@@ -240,7 +244,7 @@ def _quantize_layers(
 
 
 def _kept_tensors(source: ModelSource, network: Any, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that is not quantized, exactly as stored, under the name that the model knows it by.
+    """Every tensor that is not quantized, exactly as stored, under its stored name with the base model's prefix.
 
     The check that all of the model's state is accounted for runs at the call, before any work; the tensors are read
     when the iterator is.
@@ -254,19 +258,26 @@ def _kept_tensors(source: ModelSource, network: Any, plan: Plan) -> Iterator[tup
         tied = set(network.all_tied_weights_keys) if hasattr(network, "all_tied_weights_keys") else set()
         names = [name for name in state if name not in quantized and name not in tied]
         return ((name, state[name]) for name in names)
-    stored: dict[str, str] = {}
+    prefix = f"{network.base_model_prefix}."
+    matched = match_names(network, source.tensors)
+    kept: list[tuple[str, str]] = []
+    found: set[str] = set()
     for name in source.tensors:
-        known = name_in_model(name, state, network.base_model_prefix)
+        known = matched.get(name)
         if known is None and is_derived(name):
             continue
-        if known is None or known in stored:
+        if known is None or known in found:
             raise SourceError(f"{source.name}: tensor {name} has no place in {type(network).__name__}")
-        stored[known] = name
-    lost = sorted(quantized - set(stored))
+        found.add(known)
+        if known not in quantized:
+            # Layers are named by their module, and the files of a model must agree on the prefix. Other renamings
+            # are transformers' own: the stored name is the one that other programs look for.
+            only_prefix = name.removeprefix(prefix) == known.removeprefix(prefix)
+            kept.append((known if only_prefix else name, name))
+    lost = sorted(quantized - found)
     if lost:
-        raise SourceError(f"{source.name}: {lost[0]} is stored under another name, which is not supported")
-    kept = [(known, name) for known, name in stored.items() if known not in quantized]
-    return ((known, read_tensor(name, source.tensors[name])) for known, name in kept)
+        raise SourceError(f"{source.name}: {lost[0]} is stored in pieces or another layout, which is not supported")
+    return ((name, read_tensor(stored, source.tensors[stored])) for name, stored in kept)
 
 
 def _settings(

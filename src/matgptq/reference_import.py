@@ -32,7 +32,8 @@ from matgptq.nested_weight import NestedWeight
 from matgptq.progress import Progress, Silent
 from matgptq.recipe import PER_CHANNEL
 from matgptq.slicing import PARENT_BITS, WIDTHS, ZERO_POINT, check_bits, slice_levels
-from matgptq.source import ModelSource, is_derived, name_in_model, open_source, read_headers, read_json, read_tensor
+from matgptq.source import ModelSource, open_source, read_headers, read_json, read_tensor
+from matgptq.tensor_names import is_derived, match_names
 
 REFERENCE_METHOD = "matgptq_quant"
 DATA_NAME = "data.pt"
@@ -252,9 +253,10 @@ def _open_packed(directory: Path, model: ModelSource | None, trust_remote_code: 
     stored_layers = [name.removesuffix(".qweight") for name in base.tensors if name.endswith(".qweight")]
     linears = _linears(network)
     stored: dict[str, str] = {}
+    matched = match_names(network, [f"{layer}.weight" for layer in stored_layers])
     for layer in stored_layers:
-        weight = name_in_model(f"{layer}.weight", {f"{name}.weight" for name in linears}, network.base_model_prefix)
-        if weight is None:
+        weight = matched.get(f"{layer}.weight")
+        if weight is None or weight.removesuffix(".weight") not in linears:
             raise SourceError(
                 f"layer {layer}: has codes in {directory}, but {type(network).__name__} has no such Linear"
             )
@@ -532,10 +534,11 @@ def _place(source: ModelSource, network: Any, layers: Iterable[str], own: Iterab
     quantized = {f"{layer}.weight" for layer in layers}
     codes = set(own)
     kept: dict[str, str] = {}
+    matched = match_names(network, source.tensors)
     for name, info in source.tensors.items():
         if name in codes:
             continue
-        known = name_in_model(name, state, network.base_model_prefix)
+        known = matched.get(name)
         if known is None and is_derived(name):
             continue
         if known is None or known in kept:
@@ -554,7 +557,7 @@ def _full_weights(model: ModelSource | None, network: Any, layers: Mapping[str, 
     """Names of the full-precision weights of the quantized layers, checked for shape."""
     if model is None:
         return {}
-    stored = {name_in_model(name, network.state_dict(), network.base_model_prefix): name for name in model.tensors}
+    stored = {known: name for name, known in match_names(network, model.tensors).items()}
     weights = {}
     for layer, shape in layers.items():
         name = stored.get(f"{layer}.weight")

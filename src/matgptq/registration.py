@@ -24,6 +24,9 @@ class _Loader(importlib.abc.Loader):
         return self._wrapped.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:  # from here on the module looks as if nobody had waited for it
+            module.__spec__.loader = self._wrapped
+        module.__loader__ = self._wrapped
         self._wrapped.exec_module(module)
         from matgptq.transformers_integration import register
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,23 +87,6 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             return {name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise SourceError(f"{file}: truncated or not a safetensors file ({error})") from error
-
-
-def name_in_model(stored: str, known: Container[str], prefix: str) -> str | None:
-    """What a model calls a stored tensor; files come with and without the base model's prefix. None: it has no place.
-
-    Args:
-        stored: name in the files.
-        known: names of the model's state.
-        prefix: ``base_model_prefix`` of the model.
-    """
-    candidates = (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}."))
-    return next((name for name in candidates if name in known), None)
-
-
-def is_derived(name: str) -> bool:
-    """Whether a stored tensor is a buffer that old checkpoints carry and models compute by themselves."""
-    return name.endswith((".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"))
 
 
 def read_tensor(name: str, info: TensorInfo) -> Tensor:

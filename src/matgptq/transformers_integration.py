@@ -7,6 +7,7 @@ transformers itself is imported (see ``matgptq.registration``).
 from __future__ import annotations
 
 import importlib
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from matgptq.errors import CheckpointError, SourceError
-from matgptq.format import CODES, QUANT_METHOD, Settings, check_layer, parse_settings, scales_name
+from matgptq.format import QUANT_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
 from matgptq.nested_linear import NestedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
 from matgptq.source import TensorInfo, read_header
+from matgptq.tensor_names import match_names
 
 
 class MatGPTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -34,7 +36,8 @@ class MatGPTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, bits: int | None = None, **record: Any) -> None:
         self.quant_method = QUANT_METHOD
         if bits is not None:
-            self.bits = check_bits(bits)
+            # In a record that was read from a checkpoint it is checked with the rest, in an error that names the file.
+            self.bits = bits if record else check_bits(bits)
         record.pop("quant_method", None)
         for key, value in record.items():
             setattr(self, key, value)
@@ -69,8 +72,19 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
         except SourceError as error:
             raise CheckpointError(str(error)) from error
         replace_linears(model, settings, headers)
+        state = model.state_dict()
+        self._renamed = {
+            name: state[name].dtype for stored, name in match_names(model, headers).items() if stored != name
+        }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # Older supported transformers leave a tensor of a quantized model in its stored dtype if its name changed on
+        # the way (GPT-NeoX' head, everything in a base model) and then fail in the forward pass.
+        if not (model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict):
+            for name, dtype in self._renamed.items():
+                tensor = model.get_parameter_or_buffer(name)
+                if tensor.dtype != dtype and not tensor.is_meta:
+                    tensor.data = tensor.data.to(dtype)
         for name, layer in nested_layers(model).items():
             for bits in layer.scale_bits:
                 scales = getattr(layer, scales_name(bits))
@@ -114,11 +128,13 @@ def replace_linears(model: Any, settings: Settings, headers: Mapping[str, Tensor
     replaced = set()
     for name, linear in linears.items():
         # A base model loaded from a causal one's checkpoint has names without the prefix.
-        stored = name if not headers or f"{name}.{CODES}" in headers else prefix + name
-        if name in settings.ignore or prefix + name in settings.ignore:
+        stored = prefix + name if name not in stored_layers and prefix + name in stored_layers else name
+        found = stored_layers.get(stored, {})
+        ignored = name in settings.ignore or prefix + name in settings.ignore
+        if headers and (not ignored or any(map(is_own, found))):
+            check_layer(settings, stored, found, (linear.out_features, linear.in_features))
+        if ignored:
             continue
-        if headers:
-            check_layer(settings, stored, stored_layers.get(stored, {}), (linear.out_features, linear.in_features))
         model.set_submodule(
             name,
             NestedLinear(
@@ -133,11 +149,35 @@ def replace_linears(model: Any, settings: Settings, headers: Mapping[str, Tensor
             ),
         )
         replaced.add(stored)
-    left_over = sorted(layer for layer, found in stored_layers.items() if CODES in found and layer not in replaced)
-    if left_over:
-        raise CheckpointError(
-            f"layer {left_over[0]}: the checkpoint has codes for it, the architecture has no such layer"
-        )
+    if headers:
+        left_over = sorted(layer for layer, found in stored_layers.items() if any(map(is_own, found)))
+        left_over = [layer for layer in left_over if layer not in replaced]
+        if left_over:
+            raise CheckpointError(
+                f"layer {left_over[0]}: the checkpoint has codes or scales for it, the architecture has no such layer"
+            )
+        _check_kept(model, headers)
+    unknown = sorted(set(settings.layer_group_sizes) - replaced)
+    if unknown:
+        raise CheckpointError(f"config.json gives layer {unknown[0]} a group size, the model has no such layer")
+
+
+def _check_kept(model: Any, headers: Mapping[str, TensorInfo]) -> None:
+    """Refuse a checkpoint that lacks a tensor of the model, or holds one of another shape."""
+    state = model.state_dict()
+    matched = match_names(model, headers)
+    for stored, name in matched.items():
+        info, wanted = headers[stored], tuple(state[name].shape)
+        if info.shape != wanted:
+            raise CheckpointError(f"{info.file}: tensor {stored} is {list(info.shape)}, must be {list(wanted)}")
+    present = set(matched.values())
+    for tied, origin in model.all_tied_weights_keys.items():  # one of the two is enough
+        if present & {tied, origin}:
+            present |= {tied, origin}
+    optional = model._keys_to_ignore_on_load_missing or ()
+    lost = [name for name in state if name not in present and not any(re.search(p, name) for p in optional)]
+    if lost:
+        raise CheckpointError(f"the checkpoint has no tensor {lost[0]} ({len(lost)} of the model's are missing)")
 
 
 def register() -> None:

@@ -26,7 +26,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_out = Console()
+# Into a file or a pipe, tables come as wide as they are instead of cut to a terminal's 80 columns.
+_out = Console(width=None if sys.stdout.isatty() else 160)
 _err = Console(stderr=True)
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the table as JSON.")]

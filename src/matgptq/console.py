@@ -20,6 +20,7 @@ from rich.table import Table
 
 from matgptq.checkpoint import Checkpoint
 from matgptq.evaluation import Evaluation
+from matgptq.nested_weight import scale_source
 from matgptq.plan import Plan
 from matgptq.report import LayerReport, Report
 from matgptq.slicing import WIDTHS
@@ -106,7 +107,8 @@ def error_table(layers: Sequence[LayerReport], *, every_layer: bool = False) -> 
     """Relative output errors: one row per kind of layer (geometric mean over the blocks), or one per layer."""
     table = Table(title="relative output error by width" + ("" if every_layer else ", mean over the blocks"))
     for column in ("layer", "group", *(f"{bits} bits" for bits in WIDTHS), "seconds", "fallbacks"):
-        table.add_column(column, justify="left" if column in ("layer", "fallbacks") else "right")
+        words = column in ("layer", "fallbacks")
+        table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=not words)
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
         parts = [part for part in layer.name.split(".") if not part.isdigit()]
@@ -151,8 +153,6 @@ def size_table(checkpoint: Checkpoint) -> Table:
     table = Table(title="widths")
     for column in ("bits", "bits per weight", "size as served", "target", "scales"):
         table.add_column(column, justify="right")
-    from matgptq.nested_weight import scale_source
-
     sources = scale_source(checkpoint.settings.scale_bits)
     for bits in WIDTHS:
         table.add_row(

@@ -1,0 +1,184 @@
+"""The command line as users meet it: good input, bad input, machine-readable output."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from matgptq.checkpoint import open_checkpoint
+from matgptq.cli import app
+from matgptq.errors import MatGPTQError
+
+RUNNER = CliRunner()
+TEXT = "\n".join(f"document {n}: " + "the quick brown fox jumps over the lazy dog " * 8 for n in range(40))
+
+
+def run(*arguments: object) -> Result:
+    return RUNNER.invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output or result.exception
+    return result.output
+
+
+def refuse(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code != 0
+    assert isinstance(result.exception, MatGPTQError | SystemExit), result.exception
+    return str(result.exception)
+
+
+@pytest.fixture
+def source(make_checkpoint) -> Path:
+    return make_checkpoint("llama")[0]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def test_the_whole_road(source: Path, text: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    shown = succeed(
+        "quantize", source, "-o", out, "--group-size", 64, "--dataset", text, "--nsamples", 4, "--seqlen", 32,
+        "--bits", "2,4,8", "--bit-weights", "2=4,4=16,8=256", "--json", report, "--layers",
+    )  # fmt: skip
+    assert "model.layers.1.mlp.down_proj" in shown
+    assert "saved to" in shown
+    layers = json.loads(report.read_text())["layers"]
+    assert {layer["name"] for layer in layers} == set(open_checkpoint(out).layers)
+    assert json.loads((out / "report.json").read_text())["layers"] == layers
+    assert open_checkpoint(out).settings.recipe["bit_weights"] == [4.0, 16.0, 256.0]
+
+    table, plot = tmp_path / "table.json", tmp_path / "plot.png"
+    succeed("eval", out, "--bits", "2,4,8", "--text", text, "--windows", 2, "--seqlen", 32, "--json", table,
+            "--plot", plot)  # fmt: skip
+    records = json.loads(table.read_text())
+    assert [set(record) for record in records] == [{"bits", "bits_per_weight", "bytes", "perplexity", "kl", "top1"}] * 3
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    assert "made from" in succeed("info", out, "--json", tmp_path / "info.json")
+    assert json.loads((tmp_path / "info.json").read_text())["quantization_config"]["target_bits"] == [2, 4, 8]
+
+    shown = succeed("generate", out, "--bits", 4, "--prompt", "the quick", "--max-new-tokens", 5)
+    assert "the quick" in shown
+
+
+def test_self_calibration_and_evaluation(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MATGPTQ_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    succeed("quantize", source, "-o", out, "--group-size", 32, "--nsamples", 2, "--seqlen", 16)
+    assert open_checkpoint(out).settings.calibration["dataset"] == "self"
+    succeed("eval", out, "--bits", "8", "--windows", 1, "--seqlen", 16)
+
+
+def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+    shown = succeed("quantize", source, "-o", tmp_path / "out", "--group-size", 64, "--dry-run")
+    assert "layers to quantize" in shown
+    assert "lm_head" in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["paper", "rtn"])
+def test_other_methods(method: str, source: Path, text: Path, tmp_path: Path) -> None:
+    succeed("quantize", source, "-o", tmp_path / "out", "--method", method, "--group-size", 32, "--dataset", text,
+            "--nsamples", 2, "--seqlen", 32)  # fmt: skip
+    assert open_checkpoint(tmp_path / "out").settings.recipe["method"] == method
+
+
+def test_one_width(source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed("quantize", source, "-o", out, "--method", "gptq", "--bits", 4, "--group-size", 32, "--dataset", text,
+            "--nsamples", 2, "--seqlen", 32)  # fmt: skip
+    assert open_checkpoint(out).settings.bits == 4
+    assert "one width" in refuse("quantize", source, "-o", tmp_path / "x", "--method", "gptq", "--bits", "3,4")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--bits", "2,3"), "8"),
+        (("--bits", "1,8"), "2 to 8"),
+        (("--bits", "two"), "--bits"),
+        (("--bit-weights", "1,2"), "bit weights"),
+        (("--bit-weights", "a"), "--bit-weights"),
+        (("--method", "magic"), "method"),
+        (("--group-size", "24"), "multiple of no group size"),
+        (("--group-size", "0"), "group_size"),
+        (("--dataset", "missing.txt"), "missing.txt"),
+        (("--seqlen", "100000"), "context"),
+        (("--device", "abacus"), "device"),
+        (("--dtype", "int3"), "dtype"),
+        (("--damp", "-1"), "damping"),
+        (("--ignore", "*"), "--ignore"),
+    ],
+)
+def test_bad_options_leave_nothing(
+    options: tuple[str, ...], reason: str, source: Path, text: Path, tmp_path: Path
+) -> None:
+    arguments = ["quantize", source, "-o", tmp_path / "deep" / "out", "--dataset", text, *options]
+    assert reason in refuse(*arguments)
+    assert not list(tmp_path.glob("deep/*"))
+
+
+def test_too_little_text(source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("hello\n")
+    assert "tokens" in refuse("quantize", source, "-o", tmp_path / "out", "--group-size", 32, "--dataset", file)
+    file.write_text("")
+    assert "short.txt" in refuse("quantize", source, "-o", tmp_path / "out", "--group-size", 32, "--dataset", file)
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_output_is_kept(source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    before = (checkpoint / "config.json").read_bytes()
+    assert "--force" in refuse("quantize", source, "-o", checkpoint)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    assert "not a matgptq checkpoint" in refuse("quantize", source, "-o", precious, "--force")
+    assert (precious / "thesis.txt").exists()
+    assert (checkpoint / "config.json").read_bytes() == before
+
+
+def test_quantized_input_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    assert "already quantized" in refuse("quantize", checkpoint, "-o", tmp_path / "out")
+
+
+def test_unknown_architecture_is_named(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
+    assert "gpt2" in refuse("quantize", tmp_path / "gpt2", "-o", tmp_path / "out")
+
+
+def test_allocation_files(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "allocation.txt"
+    file.write_text("model.layers.0.mlp.down_proj: 6\n")
+    succeed("eval", checkpoint, "--allocation", file, "--text", text, "--windows", 1, "--seqlen", 32)
+    file.write_text("model.layers.9.mlp.down_proj: 6\n")
+    assert "model.layers.9" in refuse("eval", checkpoint, "--allocation", file, "--text", text)
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "info", "import-reference"])
+def test_help_has_examples(command: str) -> None:
+    assert f"matgptq {command}" in succeed(command, "--help")
+
+
+def test_errors_are_one_line_and_status_one(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "matgptq.cli", "info", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr

@@ -395,7 +395,7 @@ def test_registering_twice_is_harmless():
 
     before = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
     register()
-    assert auto.LOADING_ATTRIBUTES_CONFIG_TYPES == before
+    assert before == auto.LOADING_ATTRIBUTES_CONFIG_TYPES
 
 
 def test_the_checkpoint_does_not_depend_on_where_it_lies(out, expected, tmp_path, monkeypatch):

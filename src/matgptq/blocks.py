@@ -121,7 +121,8 @@ def capture_inputs(model: Any, blocks: Sequence[Block], windows: Tensor) -> Bloc
 def run_block(block: Block, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Output of one block for one window."""
     output = block.module(hidden, **arguments)
-    return output[0] if isinstance(output, tuple) else output
+    hidden_after: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden_after
 
 
 @contextmanager

@@ -64,8 +64,8 @@ class NestedWeight:
 
     def split_rows(self, sizes: list[int]) -> list[NestedWeight]:
         """Cut a stack of layers that were solved as one matrix apart again, by numbers of output rows."""
-        scales = {bits: s.split(sizes) for bits, s in self.scales.items()}
+        scales = {bits: torch.split(s, sizes) for bits, s in self.scales.items()}
         return [
             NestedWeight(codes, {bits: parts[i] for bits, parts in scales.items()})
-            for i, codes in enumerate(self.codes.split(sizes))
+            for i, codes in enumerate(torch.split(self.codes, sizes))
         ]

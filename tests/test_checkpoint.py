@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
@@ -297,15 +298,24 @@ DAMAGE = {
     "no-parent-scales": (lambda p: edit_config(p, scale_bits=[2, 3, 4]), "config.json: .*parent's own scales"),
     "odd-scale-source": (lambda p: edit_config(p, scale_source={"2": 8}), "config.json: .*scale_source must be"),
     "group-size-zero": (lambda p: edit_config(p, group_size=0), "config.json: .*group_size must be"),
-    "wrong-group-size": (lambda p: edit_config(p, group_size=32), r"layer model\.layers\.0.*: scales_2 is F16 .*group size 32"),
-    "indivisible": (lambda p: edit_config(p, group_size=48), r"layer model\.layers\.0.*: group size 48 does not divide its 64"),
+    "wrong-group-size": (
+        lambda p: edit_config(p, group_size=32),
+        r"layer model\.layers\.0.*: scales_2 is F16 .*group size 32",
+    ),
+    "indivisible": (
+        lambda p: edit_config(p, group_size=48),
+        r"layer model\.layers\.0.*: group size 48 does not divide its 64",
+    ),
     "unknown-exception": (
         lambda p: edit_config(p, layer_group_sizes={DOWN: 32, DOWN.replace("1", "0"): 32, "model.nowhere": 32}),
         "model.nowhere",
     ),
     "ignored-layer-with-codes": (lambda p: edit_config(p, ignore=["lm_head", Q]), f"layer {Q}: .*not quantized"),
     "missing-scales": (lambda p: edit_tensors(p, [f"{Q}.scales_3"]), f"no {Q}.scales_3"),
-    "stray-scales": (lambda p: edit_config(p, scale_bits=[2, 3, 8], scale_source=None), r"layer model\.layers\.0.*: scales_4 is in"),
+    "stray-scales": (
+        lambda p: edit_config(p, scale_bits=[2, 3, 8], scale_source=None),
+        r"layer model\.layers\.0.*: scales_4 is in",
+    ),
     "missing-codes": (lambda p: edit_tensors(p, [f"{Q}.codes"]), f"no {Q}.codes"),
     "missing-guard": (lambda p: edit_tensors(p, [f"{Q}.weight"]), f"no {Q}.weight"),
     "full-guard": (change(f"{Q}.weight", lambda t: torch.zeros(64, 64)), f"layer {Q}: .*weight must be empty"),
@@ -342,13 +352,18 @@ ARCHITECTURE_DAMAGE = {
         f"layer {Q}: codes is U8 .60, 64., must be U8 .64, 64.",
     ),
     "layer-lost": (
-        lambda p: edit_tensors(p, [f"{Q}.{leaf}" for leaf in ("codes", "weight", *(f"scales_{r}" for r in (2, 3, 4, 8)))]),
+        lambda p: edit_tensors(
+            p, [f"{Q}.{leaf}" for leaf in ("codes", "weight", *(f"scales_{r}" for r in (2, 3, 4, 8)))]
+        ),
         f"no {Q}.codes",
     ),
     "missing-norm": (lambda p: edit_tensors(p, ["model.norm.weight"]), "no tensor model.norm.weight"),
     "missing-head": (lambda p: edit_tensors(p, ["lm_head.weight"]), "no tensor lm_head.weight"),
     "missing-embedding": (lambda p: edit_tensors(p, ["model.embed_tokens.weight"]), "no tensor model.embed_tokens"),
-    "norm-of-another-shape": (change("model.norm.weight", lambda t: t[:-1]), r"model.norm.weight is \[63\], must be \[64\]"),
+    "norm-of-another-shape": (
+        change("model.norm.weight", lambda t: t[:-1]),
+        r"model.norm.weight is \[63\], must be \[64\]",
+    ),
 }
 
 
@@ -479,7 +494,7 @@ def test_codes_without_any_layer_are_refused(make_checkpoint, checkpoint):
     shutil.copyfile(make_checkpoint("llama")[0] / "model.safetensors", checkpoint / "model.safetensors")
     with pytest.raises(CheckpointError, match="no tensor in it holds codes"):
         open_checkpoint(checkpoint)
-    with pytest.raises(CheckpointError, match=f"no .*proj.codes"):
+    with pytest.raises(CheckpointError, match=r"no .*proj\.codes"):
         AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
@@ -526,10 +541,8 @@ def test_settings_survive_the_file(settings, bits):
 @given(any_settings, st.sampled_from(sorted(Settings(8, (8,), (8,), 64).to_dict())), json_values)
 def test_a_broken_record_is_a_checkpoint_error_or_valid(settings, key, value):
     record = {**settings.to_dict(), key: value}
-    try:
-        parse_settings(record, "here")
-    except CheckpointError as error:
-        assert str(error).startswith("here: ")
+    with contextlib.suppress(CheckpointError):
+        assert parse_settings(record, "here").to_dict().keys() == record.keys()
 
 
 def test_scale_source_is_the_next_larger_width():
@@ -554,7 +567,8 @@ def test_sizes_as_served(make_checkpoint):
         assert opened.served_bytes(bits) == (weights * bits + scales * 16) // 8 + whole - weights * 2
     mixed = {layer: 2 + index % 7 for index, layer in enumerate(opened.layers)}
     by_hand = sum(
-        info.out_features * info.in_features * mixed[layer] + 16 * info.out_features * info.in_features // info.group_size
+        info.out_features * info.in_features * mixed[layer]
+        + 16 * info.out_features * info.in_features // info.group_size
         for layer, info in opened.layers.items()
     )
     assert opened.served_bits(mixed) == by_hand

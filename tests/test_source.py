@@ -178,7 +178,7 @@ def test_headers_tell_what_the_tensors_are(tmp_path):
         assert torch.equal(read_tensor(name, headers[name]), tensor)
     assert headers["empty"].bytes == 0
     assert headers["scalar"].bytes == 4
-    with pytest.raises(SourceError, match="nothing.json: cannot be read as JSON"):
+    with pytest.raises(SourceError, match=r"nothing\.json: cannot be read as JSON"):
         read_json(tmp_path / "nothing.json")
 
 
@@ -229,7 +229,9 @@ def test_hub_errors_are_source_errors(tmp_path, monkeypatch):
             raise error
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        with pytest.raises(SourceError, match=f"a/b: no such directory or file, and the hub did not give it: .*{error}"):
+        with pytest.raises(
+            SourceError, match=f"a/b: no such directory or file, and the hub did not give it: .*{error}"
+        ):
             open_source("a/b")
 
 
@@ -334,7 +336,9 @@ def test_a_directory_with_one_gguf_file_is_that_file(tmp_path):
 
 def test_gguf_with_nan_is_named(tmp_path):
     write_gguf(tmp_path / "model.gguf", "llama", spoil="model.layers.1.mlp.gate_proj.weight")
-    refused(tmp_path / "model.gguf", tmp_path / "out", SourceError, r"model\.layers\.1\.mlp\.gate_proj\.weight holds NaN")
+    refused(
+        tmp_path / "model.gguf", tmp_path / "out", SourceError, r"model\.layers\.1\.mlp\.gate_proj\.weight holds NaN"
+    )
 
 
 @pytest.mark.parametrize("share", [0.2, 0.95])

@@ -47,9 +47,8 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from matgptq.transformers_integration import register
+    import matgptq.transformers_integration  # noqa: F401 - registers the format
 
-    register()
     if bits is not None:
         check_bits(bits)
     if isinstance(allocation, str | Path):

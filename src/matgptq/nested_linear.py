@@ -59,7 +59,7 @@ class NestedLinear(nn.Module):
 
         Every dtype that a model is cast to on the way (bfloat16, float32) holds them exactly.
         """
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for own in self.scale_bits:
             scales = getattr(self, scales_name(own))
             if scales.dtype != torch.float16:

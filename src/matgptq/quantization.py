@@ -101,6 +101,7 @@ def quantize(
         progress.note(note)
     clock.lap("load")
     with CheckpointWriter(Path(out), force=force, shard_bytes=shard_bytes) as writer:
+        _copy_side_files(writer, source, network)  # before the long part: what cannot be read is better known now
         windows, calibration = _calibration_windows(source, network, recipe, plan, dataset, progress)
         clock.lap("calibration text")
         report = Report(str(out), recipe.to_dict(), calibration)
@@ -302,20 +303,25 @@ def _settings(
     )
 
 
+def _copy_side_files(writer: CheckpointWriter, source: ModelSource, network: Any) -> None:
+    """Tokenizer, chat template, generation config and whatever else lies beside the weights."""
+    if source.gguf_file:
+        source.load_tokenizer().save_pretrained(writer.staging)
+        if network.generation_config is not None:
+            network.generation_config.save_pretrained(writer.staging)
+    for file in source.side_files():
+        writer.copy_file(file)
+
+
 def _write_config(writer: CheckpointWriter, source: ModelSource, network: Any, settings: Settings) -> None:
-    """``config.json`` and all side files of the model."""
+    """``config.json``: the model's own, and ours in it."""
     if source.gguf_file:
         config = copy.deepcopy(network.config)
         config.dtype = network.dtype
         record = config.to_dict()
         record["architectures"] = [type(network).__name__]
         record.pop("_name_or_path", None)
-        source.load_tokenizer().save_pretrained(writer.staging)
-        if network.generation_config is not None:
-            network.generation_config.save_pretrained(writer.staging)
     else:
         record = dict(source.config)
-        for file in source.side_files():
-            writer.copy_file(file)
     record["quantization_config"] = settings.to_dict()
     writer.write_json("config.json", record)

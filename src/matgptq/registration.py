@@ -6,6 +6,7 @@ happens at once; otherwise a finder waits for ``transformers.quantizers.auto`` a
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -14,6 +15,11 @@ from collections.abc import Sequence
 from types import ModuleType
 
 _WATCHED = "transformers.quantizers.auto"
+
+
+def _register() -> None:
+    # If that module is what imports transformers, it is only half there now, and registers at its own end.
+    importlib.import_module("matgptq.transformers_integration")
 
 
 class _Loader(importlib.abc.Loader):
@@ -28,9 +34,7 @@ class _Loader(importlib.abc.Loader):
             module.__spec__.loader = self._wrapped
         module.__loader__ = self._wrapped
         self._wrapped.exec_module(module)
-        from matgptq.transformers_integration import register
-
-        register()
+        _register()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -49,8 +53,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 def register_when_imported() -> None:
     """Register now if transformers is loaded, or else as soon as it is."""
     if _WATCHED in sys.modules:
-        from matgptq.transformers_integration import register
-
-        register()
+        _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

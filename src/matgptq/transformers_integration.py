@@ -1,7 +1,7 @@
 """Teach transformers' ``from_pretrained`` to load matgptq checkpoints.
 
-``register()`` adds our quantizer to transformers' tables. ``import matgptq`` arranges for it to be called as soon as
-transformers itself is imported (see ``matgptq.registration``).
+Importing this module adds our quantizer to transformers' tables. ``import matgptq`` arranges for that to happen as
+soon as transformers itself is imported (see ``matgptq.registration``).
 """
 
 from __future__ import annotations
@@ -191,3 +191,6 @@ def register() -> None:
     known = quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES
     if MatGPTQConfig not in known:
         quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*known, MatGPTQConfig)
+
+
+register()  # importing this module is enough, whoever does it and however early

@@ -37,7 +37,7 @@ class SweepGrid:
 
 
 def _round(target: Tensor, group: int, grid: SweepGrid) -> tuple[Tensor, Tensor]:
-    """Codes (uint8 ``[rows]``) for targets ``[C, rows]`` of one column, and the weights they stand for ``[C, rows]``."""
+    """Codes (uint8 ``[rows]``) for targets ``[C, rows]`` of one column, and their weights ``[C, rows]``."""
     scales = grid.scales[group]
     position = target / scales
     if isinstance(grid.table, SharedTable):

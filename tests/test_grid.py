@@ -70,6 +70,7 @@ def test_storable_scales_of_other_types(dtype):
         (1536, 128, 128),
         (96, 128, 32),
         (96, 48, 48),
+        (128, 48, 32),
         (160, 48, 32),
         (512, 256, 256),
         (384, 256, 128),
@@ -91,7 +92,7 @@ def test_group_size_that_fits_nothing_is_refused_by_name(in_features, requested)
 
 def test_group_size_never_falls_back_to_a_larger_one():
     with pytest.raises(UnsupportedModelError):
-        resolve_group_size("layer", 72, 16)
+        resolve_group_size("layer", 64, 24)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -214,11 +215,21 @@ def test_refit_is_least_squares_over_all_groups_of_a_row():
         torch.testing.assert_close(refitted[row].double(), expected, rtol=6e-3, atol=0)
 
 
-def test_refit_leaves_groups_without_weights_and_wild_multipliers_alone():
+@pytest.mark.parametrize(("multiplier", "taken"), [(-1, 1), (0.2, 1), (0.3125, 0.3125), (3, 3), (5, 1)])
+def test_refit_does_not_take_a_wild_multiplier(multiplier, taken):
+    levels = torch.linspace(-60, 60, 16).view(1, 16)
+    scales = torch.tensor([[0.5, -0.25]])
+    current = levels * scales.repeat_interleave(8, 1)
+    refitted = refit_scales(multiplier * current, levels, scales, torch.eye(16), 8)
+    torch.testing.assert_close(refitted, taken * scales, rtol=1e-2, atol=0)
+
+
+def test_refit_leaves_empty_groups_alone():
     weight, hessian = random_problem(3, 16)
     levels = torch.zeros(3, 16)
     scales = torch.full((3, 2), 0.5)
     assert torch.equal(refit_scales(weight, levels, scales, hessian, 8), scales)
-    levels[:, 0] = 100.0
-    wild = refit_scales(50.0 * levels, levels, scales, torch.eye(16), 8)
-    assert torch.equal(wild, scales)
+    levels[:, :8] = 100 * weight[:, :8]
+    refitted = refit_scales(weight, levels, scales / 64, torch.eye(16), 8)
+    torch.testing.assert_close(refitted[:, 0], torch.full((3,), 0.01), rtol=1e-2, atol=0)
+    assert torch.equal(refitted[:, 1], scales[:, 1] / 64)

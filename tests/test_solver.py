@@ -283,6 +283,23 @@ def test_every_ingredient_pays(worse, better):
     assert totals[1] < totals[0]
 
 
+def test_passes_with_the_refit_in_the_loop_end_where_no_single_code_can_be_better():
+    weight, hessian = random_problem(400, 8)
+    options = {"bits": [2, 3, 8], "bit_weights": [1, 1, 1], "refit_in_loop": True, "scale_candidates": 1}
+    recipe = make_recipe(coordinate_passes=40, **options)
+    nested = solve(weight, hessian, recipe, 8).weight
+    again = solve(weight, hessian, make_recipe(coordinate_passes=41, **options), 8).weight
+    settled = (nested.codes == again.codes).all(1)
+    assert settled.double().mean() > 0.8
+    reached = joint_error(weight, nested, hessian, recipe)
+    for column in range(8):
+        for code in range(256):
+            codes = nested.codes.clone()
+            codes[:, column] = code
+            other = joint_error(weight, NestedWeight(codes, nested.scales), hessian, recipe)
+            assert (other >= reached * (1 - 1e-5))[settled].all()
+
+
 def test_bit_weights_trade_one_width_against_another():
     weight, hessian = random_problem(48, 64)
     for_low, for_high = (

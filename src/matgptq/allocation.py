@@ -24,17 +24,20 @@ def read_allocation(file: str | Path) -> dict[str, int]:
         raise AllocationError(f"{file}: cannot be read: {error}") from error
     if text.lstrip().startswith("{"):
         try:
-            record = json.loads(text)
+            # Objects become lists of pairs, so that a layer named twice is seen.
+            record = json.loads(text, object_pairs_hook=list)
         except ValueError as error:
             raise AllocationError(f"{file}: not valid JSON: {error}") from error
-        pairs: list[tuple[str, Any]] = list(record.get("layers", record).items())
+        pairs: list[tuple[str, Any]] = next((value for key, value in record if key == "layers"), record)
+        if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+            raise AllocationError(f'{file}: "layers" must map layers to widths')
     else:
         pairs = []
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             layer, separator, bits = line.rpartition(":")
-            if not separator or not bits.strip().isdigit():
+            if not separator or not bits.strip().isdecimal():
                 raise AllocationError(f"{file}, line {number}: expected 'layer: bits', found {line.strip()!r}")
             pairs.append((layer.strip(), int(bits)))
     if not pairs:

@@ -119,7 +119,9 @@ def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor
     """Best group scales of one width for fixed codes: least squares in the Hessian's norm, per output row.
 
     With ``w_r = sum_g m_g v_g`` (``v_g``: the current weights of group g) the error ``(w - w_r) H (w - w_r)^T`` is
-    least where ``A m = b``, ``A_gh = v_g^T H_gh v_h``, ``b_g = v_g^T (H w)_g``; a small ridge pulls m toward 1.
+    least where ``A (m - 1) = b``, ``A_gh = v_g^T H_gh v_h``, ``b_g = v_g^T (H (w - sum_h v_h))_g``; a small ridge pulls
+    m toward 1. Written for the change ``m - 1``, because at high widths the error is far below the rounding of
+    ``w H w^T`` in float32.
 
     Args:
         weight: ``[rows, in]`` full-precision target.
@@ -141,17 +143,14 @@ def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor
         columns = slice(g * group_size, (g + 1) * group_size)
         coupled = current[:, columns] @ hessian[columns]  # [rows, in]
         system[:, g] = (coupled * current).view(rows, groups, group_size).sum(-1)
-    target = ((weight @ hessian) * current).view(rows, groups, group_size).sum(-1)  # [rows, groups]
+    slope = (((weight - current) @ hessian) * current).view(rows, groups, group_size).sum(-1)  # [rows, groups]
     ridge = _RIDGE * system.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     regular = system + torch.diag_embed(ridge.unsqueeze(-1).expand(rows, groups))
-    multipliers, info = torch.linalg.solve_ex(regular, target + ridge.unsqueeze(-1))
+    change, info = torch.linalg.solve_ex(regular, slope)
+    multipliers = 1 + change
     low, high = _REFIT_RANGE
     usable = torch.isfinite(multipliers) & (multipliers >= low) & (multipliers <= high) & (info == 0).unsqueeze(-1)
     refitted = storable_scales(torch.where(usable, scales * multipliers, scales))
-    taken = refitted / scales  # the multipliers that rounding to storage precision left
-
-    def objective(m: Tensor) -> Tensor:
-        return (m * (system @ m.unsqueeze(-1)).squeeze(-1)).sum(-1) - 2 * (m * target).sum(-1)
-
-    better = objective(taken) < objective(torch.ones_like(taken))
-    return torch.where(better.unsqueeze(-1), refitted, scales)
+    taken = (refitted - scales) / scales  # the change that rounding to storage precision left
+    growth = (taken * (system @ taken.unsqueeze(-1)).squeeze(-1)).sum(-1) - 2 * (taken * slope).sum(-1)
+    return torch.where((growth < 0).unsqueeze(-1), refitted, scales)

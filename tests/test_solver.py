@@ -425,3 +425,16 @@ def test_relative_errors_are_those_of_the_outputs():
         difference = weight.double() - slice_weights(codes, nested.scales_for(bits), bits)
         expected = (difference @ inputs.T).square().sum() / (weight.double() @ inputs.T).square().sum()
         assert error == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_other_widths_may_be_refitted_too() -> None:
+    weight, hessian = random_problem(6, 64, seed=11)
+    plain = solve(weight, hessian, make_recipe(group_size=32), 32).weight
+    refitted = solve(weight, hessian, make_recipe(group_size=32, refit_bits=(5, 6)), 32).weight
+    assert sorted(refitted.scales) == [2, 3, 4, 5, 6, 8]
+    assert torch.equal(plain.codes, refitted.codes)
+    before = relative_errors(weight, plain, hessian, (5, 6, 7))
+    after = relative_errors(weight, refitted, hessian, (5, 6, 7))
+    assert after[5] < before[5]
+    assert after[6] < before[6]
+    assert after[7] == before[7]

@@ -15,10 +15,8 @@ from matgptq.calibration import SELF
 from matgptq.errors import ConfigurationError
 from matgptq.families import find_family
 from matgptq.grid import resolve_group_size
-from matgptq.nested_weight import scale_source
 from matgptq.recipe import PER_CHANNEL, Recipe
 from matgptq.size import SCALE_BITS
-from matgptq.slicing import PARENT_BITS
 
 DEFAULT_NSAMPLES = 128
 DEFAULT_SEQLEN = 2048
@@ -70,18 +68,11 @@ class Plan:
 
     def stored_bytes(self, recipe: Recipe) -> int:
         """Bytes that codes and scales will take in the checkpoint."""
-        sets = len(scale_bits(recipe))
+        sets = len(recipe.scale_bits)
         return sum(
             layer.out_features * (layer.in_features + sets * layer.in_features // layer.group_size * SCALE_BITS // 8)
             for layer in self.layers.values()
         )
-
-
-def scale_bits(recipe: Recipe) -> tuple[int, ...]:
-    """Widths that get scales of their own: the targets if they are refitted, otherwise only the parent."""
-    widths = recipe.target_bits if recipe.refit and len(recipe.target_bits) > 1 else (PARENT_BITS,)
-    scale_source(widths)
-    return widths
 
 
 def make_plan(network: Any, recipe: Recipe, request: CalibrationRequest, ignore: tuple[str, ...]) -> Plan:

@@ -18,7 +18,7 @@ from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import SourceError
 from matgptq.families import find_family
 from matgptq.format import Settings
-from matgptq.plan import CalibrationRequest, Plan, make_plan, scale_bits
+from matgptq.plan import CalibrationRequest, Plan, make_plan
 from matgptq.progress import Progress, Silent
 from matgptq.recipe import Recipe, make_recipe
 from matgptq.report import LayerReport, Report
@@ -293,7 +293,7 @@ def _settings(
     return Settings(
         bits=default_bits,
         target_bits=recipe.target_bits,
-        scale_bits=scale_bits(recipe),
+        scale_bits=recipe.scale_bits,
         group_size=plan.group_size,
         layer_group_sizes=exceptions,
         ignore=plan.kept,

@@ -48,6 +48,8 @@ class Recipe:
             order, so inference needs no permutation); ``natural`` from left to right.
         coordinate_passes: passes of exact coordinate descent over all columns after the first sweep.
         refit: solve for the best group scales of each target width once the codes are fixed.
+        refit_bits: widths beside the targets that get refitted scales of their own, too. Each costs one 16-bit scale
+            per group in the file and nothing when another width is served.
         refit_in_loop: refit before and after each coordinate pass, instead of once at the end.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         seed: of the calibration windows.
@@ -65,6 +67,7 @@ class Recipe:
     column_order: ColumnOrder = "hessian"
     coordinate_passes: int = 1
     refit: bool = True
+    refit_bits: tuple[int, ...] = ()
     refit_in_loop: bool = False
     damping: float = 0.01
     seed: int = 0
@@ -91,12 +94,23 @@ class Recipe:
             not (self.coordinate_passes and self.compensation == "mean" and len(self.target_bits) > 1),
             "coordinate passes need one copy of the weight per width: use compensation='per-width'",
         )
+        _require(
+            not self.refit_bits or (self.refit and self.refit_bits == check_widths(self.refit_bits)),
+            "refit_bits must ascend without repeats, and needs refit",
+        )
         _require(math.isfinite(self.damping) and self.damping >= 0, f"damping must be >= 0, not {self.damping}")
 
     @property
     def needs_calibration(self) -> bool:
         """Whether any ingredient reads the Hessian. Round-to-nearest does not."""
         return self.compensation != "none" or self.scale_candidates > 1 or self.refit or self.coordinate_passes > 0
+
+    @property
+    def scale_bits(self) -> tuple[int, ...]:
+        """Widths that get scales of their own: those that are refitted, or else the parent alone."""
+        if self.refit and len(self.target_bits) > 1:
+            return check_widths((*self.target_bits, *self.refit_bits))
+        return (PARENT_BITS,)
 
     @property
     def propagated_bits(self) -> int:
@@ -108,6 +122,7 @@ class Recipe:
         record = dataclasses.asdict(self)
         record["target_bits"] = list(self.target_bits)
         record["bit_weights"] = list(self.bit_weights)
+        record["refit_bits"] = list(self.refit_bits)
         return record
 
 
@@ -187,6 +202,7 @@ def make_recipe(
             "a model of one width alone is method gptq"
         )
     values: dict[str, Any] = {**_METHOD_DEFAULTS[method], **options}
+    values["refit_bits"] = tuple(values.get("refit_bits", ()))
     return Recipe(
         method=method,  # type: ignore[arg-type]
         target_bits=target_bits,

@@ -11,7 +11,7 @@ from torch import Tensor
 from matgptq.errors import ConfigurationError
 from matgptq.grid import initial_scales, refit_scales, search_scales
 from matgptq.hessian import factorize, prepare_hessian
-from matgptq.nested_weight import NestedWeight
+from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.recipe import Recipe
 from matgptq.rounding import CellTable, SharedTable, cell_table, round_shared, shared_table
 from matgptq.slicing import PARENT_BITS, level_table
@@ -147,16 +147,21 @@ class _Problem:
             codes = self._restore(compensate(weight.T[self.order], self.upper, self._grid(scales)))
         for _ in range(recipe.coordinate_passes):
             if recipe.refit and recipe.refit_in_loop:
-                scales = self._refit(weight, codes, scales)
+                scales = self._refit(weight, codes, scales, recipe.target_bits)
             codes = self._descend(weight, codes, scales)
         if not recipe.refit:
             return NestedWeight(codes, {PARENT_BITS: start_scales})
         if recipe.compensation == "mean":
             scales = start_scales.repeat(len(recipe.target_bits), 1, 1)
-        scales = self._refit(weight, codes, scales)
+        scales = self._refit(weight, codes, scales, recipe.target_bits)
         if len(recipe.target_bits) == 1:
             return NestedWeight(codes, {PARENT_BITS: scales[0]})
-        return NestedWeight(codes, dict(zip(recipe.target_bits, scales, strict=True)))
+        own = dict(zip(recipe.target_bits, scales, strict=True))
+        source = scale_source(own)
+        for bits in recipe.refit_bits:
+            if bits not in own:
+                own[bits] = self._refit(weight, codes, own[source[bits]].unsqueeze(0), (bits,))[0]
+        return NestedWeight(codes, own)
 
     def _grid(self, scales: Tensor) -> SweepGrid:
         recipe = self.recipe
@@ -178,13 +183,13 @@ class _Problem:
         restored[self.order] = codes
         return restored.T.contiguous()
 
-    def _levels(self, codes: Tensor, copies: int) -> Tensor:
-        """Centred levels ``[copies, rows, in]`` of the target widths."""
-        tables = torch.stack([level_table(bits) for bits in self.recipe.target_bits]).to(codes.device)
-        return code_levels(codes, tables[:copies])
+    def _levels(self, codes: Tensor, widths: tuple[int, ...]) -> Tensor:
+        """Centred levels ``[widths, rows, in]``."""
+        return code_levels(codes, torch.stack([level_table(bits) for bits in widths]).to(codes.device))
 
-    def _refit(self, weight: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        levels = self._levels(codes, len(scales))
+    def _refit(self, weight: Tensor, codes: Tensor, scales: Tensor, widths: tuple[int, ...]) -> Tensor:
+        """Refitted scales of some widths, ``[widths, rows, groups]`` as the present ones."""
+        levels = self._levels(codes, widths)
         return torch.stack(
             [
                 refit_scales(weight, width_levels, width_scales, self.hessian, self.group_size)
@@ -193,7 +198,7 @@ class _Problem:
         )
 
     def _descend(self, weight: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        levels = self._levels(codes, len(scales))
+        levels = self._levels(codes, self.recipe.target_bits)
         current = levels * scales.repeat_interleave(self.group_size, 2)  # [copies, rows, in]
         gradient = (weight - current) @ self.hessian
         codes = descend(self._by_column(current), self._by_column(gradient), self.ordered_hessian, self._grid(scales))

@@ -127,6 +127,7 @@ def test_force_does_not_delete_what_is_not_ours(make_checkpoint, tmp_path):
 
 
 def test_a_destination_that_appears_during_the_run_is_not_replaced(make_checkpoint, tmp_path, monkeypatch):
+    source, _ = make_checkpoint("llama")  # before the patch, which is not meant for the fixture
     real = checkpoint_module.save_file
 
     def save(*arguments, **options):
@@ -135,7 +136,7 @@ def test_a_destination_that_appears_during_the_run_is_not_replaced(make_checkpoi
 
     monkeypatch.setattr(checkpoint_module, "save_file", save)
     with pytest.raises(CheckpointError, match="exists already"):
-        quantize(make_checkpoint("llama")[0], tmp_path / "out", method="rtn")
+        quantize(source, tmp_path / "out", method="rtn")
     assert [file.name for file in tmp_path.rglob("*")] == ["out"]
 
 
@@ -186,6 +187,7 @@ def test_a_failing_write_leaves_nothing_behind(error, call, force, make_checkpoi
 def test_ctrl_c_in_the_solver_leaves_nothing_behind(make_checkpoint, tmp_path, monkeypatch):
     import matgptq.quantization as quantization
 
+    source, _ = make_checkpoint("llama")
     real = quantization.solve
     calls = []
 
@@ -198,7 +200,7 @@ def test_ctrl_c_in_the_solver_leaves_nothing_behind(make_checkpoint, tmp_path, m
 
     monkeypatch.setattr(quantization, "solve", solve)
     with pytest.raises(KeyboardInterrupt):
-        quantize(make_checkpoint("llama")[0], tmp_path / "out")
+        quantize(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

@@ -272,10 +272,10 @@ def write_gguf(file: Path, name: str, spoil: str | None = None):
     tokens = [f"<t{i}>" for i in range(VOCAB)]
     for token, i in make_tokenizer().get_vocab().items():
         tokens[i] = token
-    tokens[260] = "he"  # a tokenizer without any merge cannot be read back
+    tokens[260:262] = ["he", "el"]  # a tokenizer with fewer than two merges cannot be read back
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["h e", "e l"])
     writer.add_token_types([1] * len(tokens))
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)

@@ -327,7 +327,7 @@ def test_a_directory_with_one_gguf_file_is_that_file(tmp_path):
     write_gguf(tmp_path / "model.gguf", "llama")
     opened = open_source(tmp_path)
     assert opened.gguf_file == "model.gguf"
-    assert opened.side_files() == []
+    assert opened.side_files() == {}
     shutil.copyfile(tmp_path / "model.gguf", tmp_path / "other.gguf")
     with pytest.raises(SourceError, match=r"several .gguf files, name one of them: model.gguf, other.gguf"):
         open_source(tmp_path)
@@ -364,3 +364,14 @@ def test_what_is_not_gguf_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_gguf)
     with pytest.raises(SourceError, match=r'needs the gguf package: pip install "matgptq\[gguf\]"'):
         open_source(tmp_path / "model.gguf")
+
+
+def test_chat_templates_beyond_the_first_go_along(tmp_path, make_checkpoint):
+    source = shutil.copytree(make_checkpoint("llama")[0], tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    (source / "original").mkdir()
+    (source / "original" / "params.json").write_text("{}")
+    matgptq.quantize(source, tmp_path / "out", method="rtn", group_size=32)
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "out" / "original").exists()

@@ -111,10 +111,11 @@ class CheckpointWriter:
         with _disk_errors(self.destination):
             (self.staging / name).write_text(text, encoding="utf-8")
 
-    def copy_file(self, file: Path) -> None:
-        """Copy a side file under its own name."""
+    def copy_file(self, name: str, file: Path) -> None:
+        """Copy a side file to a place relative to the checkpoint."""
         with _disk_errors(self.destination):
-            shutil.copyfile(file, self.staging / file.name)
+            (self.staging / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, self.staging / name)
 
     def commit(self) -> None:
         """Write what is pending, name the shards, and put the directory in its place."""

@@ -309,8 +309,8 @@ def _copy_side_files(writer: CheckpointWriter, source: ModelSource, network: Any
         source.load_tokenizer().save_pretrained(writer.staging)
         if network.generation_config is not None:
             network.generation_config.save_pretrained(writer.staging)
-    for file in source.side_files():
-        writer.copy_file(file)
+    for name, file in source.side_files().items():
+        writer.copy_file(name, file)
 
 
 def _write_config(writer: CheckpointWriter, source: ModelSource, network: Any, settings: Settings) -> None:

@@ -754,7 +754,6 @@ def _settings(reference: _Reference, layers: list[ImportedLayer], bits: int) -> 
 
 def _copy_side_files(writer: CheckpointWriter, reference: _Reference) -> None:
     """Side files of the packed model; those that packing lost come from the full-precision one."""
-    files = {file.name: file for file in reference.model.side_files()} if reference.model is not None else {}
-    files.update({file.name: file for file in reference.base.side_files()})
-    for file in files.values():
-        writer.copy_file(file)
+    lost = reference.model.side_files() if reference.model is not None else {}
+    for name, file in {**lost, **reference.base.side_files()}.items():
+        writer.copy_file(name, file)

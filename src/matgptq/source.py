@@ -17,6 +17,7 @@ from matgptq.errors import SourceError, UnsupportedModelError
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken"]
+_CHAT_TEMPLATES = "additional_chat_templates"  # where transformers keeps templates beyond the first
 # Weights in any format; every other file of the directory goes along with the checkpoint.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt"}
 
@@ -161,19 +162,23 @@ class ModelSource:
         """The tokenizer that comes with the model; raises ``SourceError`` when there is none."""
         return load_tokenizer(self.directory, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code)
 
-    def side_files(self) -> list[Path]:
-        """Everything beside the weights that belongs to the model: tokenizer, chat template, generation config."""
+    def side_files(self) -> dict[str, Path]:
+        """Everything beside the weights that belongs to the model: tokenizer, chat templates, generation config.
+
+        Returns ``{place relative to the directory: file}``; hidden files and foreign directories are left out.
+        """
         if self.gguf_file:
-            return []
-        return sorted(
-            file
-            for file in self.directory.iterdir()
+            return {}
+        beside = [file for file in self.directory.iterdir() if file.name not in ("config.json", INDEX_NAME)]
+        files = [*beside, *(self.directory / _CHAT_TEMPLATES).glob("*.jinja")]
+        return {
+            str(file.relative_to(self.directory)): file
+            for file in sorted(files)
             if file.is_file()
-            and file.name not in ("config.json", INDEX_NAME)
             and not file.name.endswith(".index.json")
             and not file.name.startswith(".")
             and file.suffix not in _WEIGHT_SUFFIXES
-        )
+        }
 
 
 def load_tokenizer(directory: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -81,6 +81,9 @@ using QuantizeKernel = void (*)(const float* x, int rows, int64_t columns, int64
 // One row of levels times group scale to float32 or bfloat16.
 using ScaleRowKernel = void (*)(const int8_t* levels, int count, float scale, void* out, bool bfloat16);
 
+// Sum of the 64-bit words of a multiple of 256 bytes.
+using ReadKernel = uint64_t (*)(const uint8_t* memory, int64_t bytes);
+
 struct SweepPlan;
 using SweepKernel = void (*)(const SweepPlan&, int64_t tile_begin, int64_t tile_end);
 
@@ -92,6 +95,7 @@ struct Kernels {
     LevelsKernel levels[kWidths][2];
     QuantizeKernel quantize;
     ScaleRowKernel scale_row;
+    ReadKernel read;
     SweepKernel sweep;
     int sweep_lanes;  // rows per vector of the sweep
 };

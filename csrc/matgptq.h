@@ -118,6 +118,10 @@ MATGPTQ_API int matgptq_matmul(const void *x, int x_dtype, int64_t x_stride, int
 MATGPTQ_API int matgptq_dequantize(const matgptq_weight *weight, int bits, int64_t row_begin, int64_t row_end,
                                    void *out, int dtype, int64_t out_stride, int num_threads);
 
+/* Reads `bytes` bytes and returns the sum of their 64-bit words: the fastest read of memory that these kernels could
+ * hope for, to state their speed as a share of it. */
+MATGPTQ_API uint64_t matgptq_read(const void *memory, int64_t bytes, int num_threads);
+
 /* ---- the solver's column sweep -----------------------------------------------------------------------------------
  * For every row on its own, and columns j = 0 .. in_features-1 in order, with copies r = 0 .. num_widths-1 (one shared
  * copy in the mean mode):

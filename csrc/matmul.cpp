@@ -1,4 +1,5 @@
 // Drives the kernels: prepares activations once per call, hands tiles to threads, writes results.
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -270,4 +271,19 @@ extern "C" int matgptq_dequantize(const matgptq_weight* weight, int bits, int64_
         }
     });
     return MATGPTQ_OK;
+}
+
+extern "C" uint64_t matgptq_read(const void* memory, int64_t bytes, int num_threads) {
+    if (!memory || bytes <= 0) return 0;
+    const uint8_t* from = static_cast<const uint8_t*>(memory);
+    std::atomic<uint64_t> sum{0};
+    parallel_for(bytes / 256, 1024, num_threads, [&](int64_t begin, int64_t end) {
+        sum += kernels().read(from + begin * 256, (end - begin) * 256);
+    });
+    for (int64_t i = bytes / 256 * 256; i + 8 <= bytes; i += 8) {
+        uint64_t word;
+        std::memcpy(&word, from + i, 8);
+        sum += word;
+    }
+    return sum;
 }

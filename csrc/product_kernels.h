@@ -328,6 +328,18 @@ void scale_row(const int8_t* levels, int count, float scale, void* out, bool bfl
     }
 }
 
+uint64_t read_words(const uint8_t* memory, int64_t bytes) {
+    uint64_t sum[32] = {};
+    for (int64_t i = 0; i < bytes; i += 256) {
+        for (int line = 0; line < 4; ++line) __builtin_prefetch(memory + i + 2048 + 64 * line, 0, 3);
+        uint64_t words[32];
+        std::memcpy(words, memory + i, 256);
+        for (int k = 0; k < 32; ++k) sum[k] += words[k];
+    }
+    for (int k = 1; k < 32; ++k) sum[0] += sum[k];
+    return sum[0];
+}
+
 // ---- table --------------------------------------------------------------------------------------------------------
 template <class S, int Bits, bool Resident>
 void fill_width(Kernels& table) {
@@ -367,6 +379,7 @@ void fill_products(Kernels& table) {
     }
     table.quantize = quantize_panel;
     table.scale_row = scale_row;
+    table.read = read_words;
 }
 
 }  // namespace

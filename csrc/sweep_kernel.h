@@ -22,7 +22,7 @@ namespace matgptq {
 constexpr int kSweepBlock = 48;
 constexpr int kSweepStep = 6;    // divides kSweepBlock
 constexpr int kSweepDepth = 96;  // residual columns per pass: what is reused stays in the first-level cache
-constexpr int kMaxCells = 128;
+constexpr int kMaxCells = 256;
 
 // Codes between two neighbouring boundaries of a set of widths share one cell; each added width splits some cells.
 struct SweepCell {

@@ -346,6 +346,18 @@ void test_shared_input(const std::vector<std::string>& sets) {
     std::printf("shared input, arena, threads\n");
 }
 
+void test_read(const std::vector<std::string>& sets) {
+    std::vector<uint64_t> words(70000);
+    uint64_t sum = 0;
+    for (auto& word : words) sum += word = random_bits();
+    for (const std::string& set : sets) {
+        matgptq_set_isa(set.c_str());
+        where = set;
+        check(matgptq_read(words.data(), 70000 * 8, 2) == sum, "sum of words");
+    }
+    std::printf("read\n");
+}
+
 void test_refusals() {
     where = "refusals";
     const Case data(8, 64, 64, true);
@@ -472,6 +484,7 @@ int main() {
     test_activations(sets);
     test_shared_input(sets);
     test_sweep(sets);
+    test_read(sets);
     test_refusals();
     if (failures) std::printf("%d checks failed\n", failures);
     return failures ? 1 : 0;

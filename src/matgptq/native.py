@@ -86,6 +86,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "weight_bytes_read": (_int64, (_pointer, _int)),
     "matmul": (_int, (_pointer, _int, _int64, _int64, _int64, _pointer, _int, _int, _int, _int)),
     "dequantize": (_int, (_pointer, _int, _int64, _int64, _pointer, _int, _int64, _int)),
+    "read": (ctypes.c_uint64, (_pointer, _int64, _int)),
     "sweep": (_int, (_pointer,)),
 }
 
@@ -483,6 +484,13 @@ def dequantize_rows(
         )
     )
     return out
+
+
+def read(memory: Tensor, num_threads: int | None = None) -> None:
+    """Read a contiguous CPU tensor once and do nothing with it: what kernels' speed is measured against."""
+    if memory.device.type != "cpu" or not memory.is_contiguous():
+        raise ConfigurationError("memory must be a contiguous CPU tensor")
+    _require().matgptq_read(memory.data_ptr(), memory.nbytes, _threads(num_threads))
 
 
 def sweep(

@@ -21,8 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from matgptq import native
 from torch import Tensor
+
+from matgptq import native
 
 SHAPES = [(4096, 4096), (11008, 4096), (14336, 4096)]
 GROUP_SIZE = 64
@@ -93,8 +94,8 @@ def bench_products(shape: tuple[int, int], widths: list[int], repeats: int) -> l
                 flush = buffer.numel() // 2
                 actions: list[tuple[str, Callable[[], object]]] = [
                     (f"{form} read", lambda b=cursor, n=nbytes: native.read(buffer[b : b + n])),
-                    (f"{form} int8", lambda w=weight: native.matmul(x, w, bits, activations="int8")),
-                    (f"{form} exact", lambda w=weight: native.matmul(x, w, bits)),
+                    (f"{form} int8", lambda w=weight, r=bits: native.matmul(x, w, r, activations="int8")),
+                    (f"{form} exact", lambda w=weight, r=bits: native.matmul(x, w, r)),
                 ]
                 if form == "packed":
                     actions.append(("torch bfloat16", lambda: torch.nn.functional.linear(x_bfloat16, dense)))
@@ -122,9 +123,7 @@ def bench_products(shape: tuple[int, int], widths: list[int], repeats: int) -> l
                     "exact_us": round(exact_time * 1e6, 1),
                     "int8_bandwidth_share": round(read_time / int8_time, 3),
                     "exact_bandwidth_share": round(read_time / exact_time, 3),
-                    "int8_share_by_slice_bytes": round(
-                        read_time / int8_time * sliced.bytes_read(bits) / nbytes, 3
-                    ),
+                    "int8_share_by_slice_bytes": round(read_time / int8_time * sliced.bytes_read(bits) / nbytes, 3),
                     "target_share": TARGETS[bits],
                     "torch_bfloat16_us": round(median["torch bfloat16"] * 1e6, 1),
                     "int8_speedup_over_torch_bfloat16": round(median["torch bfloat16"] / int8_time, 2),

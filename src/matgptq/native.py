@@ -401,7 +401,7 @@ def matmul_many(
     added = [None] * len(weights) if biases is None else list(biases)
     if len(widths) != len(weights) or len(added) != len(weights):
         raise ConfigurationError(f"{len(weights)} weights need as many bits and biases")
-    rows = x.reshape(-1, in_features) if x.numel() else x.new_empty((x.shape[:-1].numel(), in_features))
+    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), in_features)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     batch = rows.shape[0]
@@ -435,6 +435,8 @@ def matmul_many(
             _threads(num_threads),
         )
     )
+    if x.ndim == 2:
+        return results
     return [y.view(*x.shape[:-1], y.shape[1]) for y in results]
 
 

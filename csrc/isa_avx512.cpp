@@ -1,0 +1,178 @@
+// AVX-512 with BW, VL, VBMI, VNNI and GFNI (Ice Lake, Zen 4 and later): a tile's 16 rows in one register.
+#include "layout.h"
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__GFNI__)
+
+#include <immintrin.h>
+
+#include "product_kernels.h"
+#include "sweep_kernel.h"
+
+namespace matgptq {
+namespace {
+
+// The 8x8 bit matrix that makes gf2p8affine shift each byte right by `shift` and mask it: one step instead of two.
+constexpr long long shift_mask_matrix(int shift, int mask) {
+    unsigned long long matrix = 0;
+    for (int bit = 0; bit < 8; ++bit)
+        if ((mask >> bit & 1) && bit + shift < 8)
+            matrix |= static_cast<unsigned long long>(1u << (bit + shift)) << (8 * (7 - bit));
+    return static_cast<long long>(matrix);
+}
+
+struct Avx512 {
+    static constexpr int kLanes = 16;
+    static constexpr bool kNibbleTable = true;
+    static constexpr int kSweepVectors = 4;
+    using Bytes = __m512i;
+    using Ints = __m512i;
+    using Floats = __m512;
+    using Mask = __mmask16;
+    struct Levels {
+        Floats table;  // by nibble
+        Floats bias;   // 2^15 + zero point
+    };
+
+    static MATGPTQ_INLINE Bytes load(const uint8_t* p) { return _mm512_load_si512(p); }
+    static MATGPTQ_INLINE void store_bytes(uint8_t* p, Bytes v) { _mm512_store_si512(p, v); }
+    template <int M>
+    static MATGPTQ_INLINE Bytes splat() {
+        return _mm512_set1_epi8(static_cast<char>(M));
+    }
+    template <int M>
+    static MATGPTQ_INLINE Bytes mask(Bytes v) {
+        return _mm512_and_si512(v, splat<M>());
+    }
+    template <int K, int M>
+    static MATGPTQ_INLINE Bytes shift_mask(Bytes v) {
+        return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(shift_mask_matrix(K, M)), 0);
+    }
+    // Bits that 16-bit shifts carry across bytes fall outside the mask.
+    template <int K, int M>
+    static MATGPTQ_INLINE void interleave(Bytes high, Bytes low, Bytes& first, Bytes& second) {
+        first = _mm512_ternarylogic_epi64(splat<M>(), low, _mm512_slli_epi16(high, K), 0xCA);
+        second = _mm512_ternarylogic_epi64(splat<M>(), _mm512_srli_epi16(low, K), high, 0xCA);
+    }
+    template <int Max>
+    static MATGPTQ_INLINE Bytes round_half(Bytes v) {
+        return _mm512_min_epu8(_mm512_avg_epu8(v, _mm512_setzero_si512()), splat<Max>());
+    }
+    template <int Zero>
+    static MATGPTQ_INLINE Bytes center(Bytes v) {
+        return _mm512_sub_epi8(v, splat<Zero>());
+    }
+    static MATGPTQ_INLINE Ints zero() { return _mm512_setzero_si512(); }
+    static MATGPTQ_INLINE Ints dot_start(int32_t correction) { return _mm512_set1_epi32(correction); }
+    template <int Bits>
+    static MATGPTQ_INLINE Ints dot(Ints sum, Bytes u, const int8_t* x) {
+        int32_t four;
+        std::memcpy(&four, x, 4);
+        return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(four));
+    }
+    static MATGPTQ_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+    static MATGPTQ_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static MATGPTQ_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+    static MATGPTQ_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static MATGPTQ_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static MATGPTQ_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+    static MATGPTQ_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+    static MATGPTQ_INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+    static MATGPTQ_INLINE Floats ceil(Floats a) {
+        return _mm512_roundscale_ps(a, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    }
+    static MATGPTQ_INLINE Floats floor(Floats a) {
+        return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    }
+    static MATGPTQ_INLINE Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+    static MATGPTQ_INLINE Floats select(Mask m, Floats a, Floats b) { return _mm512_mask_blend_ps(m, b, a); }
+    static MATGPTQ_INLINE Floats broadcast(float v) { return _mm512_set1_ps(v); }
+    static MATGPTQ_INLINE Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+    static MATGPTQ_INLINE Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+    static MATGPTQ_INLINE Floats load_half(const uint16_t* p) {
+        return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static MATGPTQ_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+
+    template <int Bits, bool Rounding>
+    static MATGPTQ_INLINE Levels make_levels() {
+        constexpr int zero = 1 << (Bits - 1);
+        constexpr int top = (1 << Bits) - 1;
+        float table[16];
+        for (int i = 0; i < 16; ++i) {
+            const int u = Rounding ? (i + 1) >> 1 : i;
+            table[i] = static_cast<float>((u < top ? u : top) - zero);
+        }
+        return {_mm512_loadu_ps(table), _mm512_set1_ps(32768.0f + zero)};
+    }
+    // permutexvar looks at the low four bits of each lane only, so shifting is all the extraction there is.
+    template <class F>
+    static MATGPTQ_INLINE void for_each_nibble(Bytes v, const Levels& levels, F&& use) {
+        use(0, 0, _mm512_permutexvar_ps(v, levels.table));
+        use(0, 1, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), levels.table));
+        use(1, 0, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8), levels.table));
+        use(1, 1, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 12), levels.table));
+        use(2, 0, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 16), levels.table));
+        use(2, 1, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 20), levels.table));
+        use(3, 0, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 24), levels.table));
+        use(3, 1, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 28), levels.table));
+    }
+    // A byte written into the second byte of the float 2^15 adds its value exactly; no integer conversion is needed.
+    template <int Byte>
+    static MATGPTQ_INLINE Floats level(Bytes v, const Levels& levels) {
+        const __m512i from = _mm512_broadcast_i32x4(
+            _mm_set_epi8(0, 0, 12 + Byte, 0, 0, 0, 8 + Byte, 0, 0, 0, 4 + Byte, 0, 0, 0, Byte, 0));
+        const __m512i base = _mm512_castps_si512(_mm512_set1_ps(32768.0f));
+        const __m512i word = _mm512_mask_shuffle_epi8(base, 0x2222222222222222ull, v, from);
+        return _mm512_sub_ps(_mm512_castsi512_ps(word), levels.bias);
+    }
+    template <class F>
+    static MATGPTQ_INLINE void for_each_byte(Bytes v, const Levels& levels, F&& use) {
+        use(0, level<0>(v, levels));
+        use(1, level<1>(v, levels));
+        use(2, level<2>(v, levels));
+        use(3, level<3>(v, levels));
+    }
+    // 8 registers of 16 words to 16 rows of 8 words: 4x4 transposes inside 128-bit lanes, then each lane to its row.
+    static MATGPTQ_INLINE void transpose_words(const uint8_t (*words)[kTileRows * 4], int8_t* out) {
+        for (int half = 0; half < 2; ++half) {
+            const __m512i a = _mm512_load_si512(words[4 * half]), b = _mm512_load_si512(words[4 * half + 1]);
+            const __m512i c = _mm512_load_si512(words[4 * half + 2]), d = _mm512_load_si512(words[4 * half + 3]);
+            const __m512i ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
+            const __m512i cd0 = _mm512_unpacklo_epi32(c, d), cd1 = _mm512_unpackhi_epi32(c, d);
+            const __m512i row[4] = {_mm512_unpacklo_epi64(ab0, cd0), _mm512_unpackhi_epi64(ab0, cd0),
+                                    _mm512_unpacklo_epi64(ab1, cd1), _mm512_unpackhi_epi64(ab1, cd1)};
+            for (int i = 0; i < 4; ++i) {
+                int8_t* to = out + i * kChunkColumns + 16 * half;
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(row[i]));
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 4 * kChunkColumns), _mm512_extracti32x4_epi32(row[i], 1));
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * kChunkColumns), _mm512_extracti32x4_epi32(row[i], 2));
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 12 * kChunkColumns), _mm512_extracti32x4_epi32(row[i], 3));
+            }
+        }
+    }
+};
+
+Kernels make_table() {
+    Kernels table{};
+    table.name = "avx512";
+    fill_products<Avx512>(table);
+    fill_sweep<Avx512>(table);
+    return table;
+}
+
+}  // namespace
+
+const Kernels* avx512_kernels() {
+    static const Kernels table = make_table();
+    return &table;
+}
+
+}  // namespace matgptq
+
+#else
+
+namespace matgptq {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace matgptq
+
+#endif

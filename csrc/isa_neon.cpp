@@ -1,0 +1,136 @@
+// NEON (AArch64, with the dot-product extension where the compiler targets it): four rows per register, a tile in four
+// parts.
+#include "layout.h"
+
+#if defined(__aarch64__) && defined(__ARM_NEON)
+
+#include <arm_neon.h>
+
+#include "product_kernels.h"
+#include "sweep_kernel.h"
+
+namespace matgptq {
+namespace {
+
+struct Neon {
+    static constexpr int kLanes = 4;
+    static constexpr bool kNibbleTable = false;
+    static constexpr int kSweepVectors = 4;
+    using Bytes = uint8x16_t;
+    using Ints = int32x4_t;
+    using Floats = float32x4_t;
+    using Mask = uint32x4_t;
+    struct Levels {
+        Floats zero;
+    };
+
+    static MATGPTQ_INLINE Bytes load(const uint8_t* p) { return vld1q_u8(p); }
+    static MATGPTQ_INLINE void store_bytes(uint8_t* p, Bytes v) { vst1q_u8(p, v); }
+    template <int M>
+    static MATGPTQ_INLINE Bytes mask(Bytes v) {
+        return vandq_u8(v, vdupq_n_u8(M));
+    }
+    template <int K, int M>
+    static MATGPTQ_INLINE Bytes shift_mask(Bytes v) {
+        return mask<M>(vshrq_n_u8(v, K));
+    }
+    template <int K, int M>
+    static MATGPTQ_INLINE void interleave(Bytes high, Bytes low, Bytes& first, Bytes& second) {
+        const Bytes select = vdupq_n_u8(M);
+        first = vbslq_u8(select, low, vshlq_n_u8(high, K));
+        second = vbslq_u8(select, vshrq_n_u8(low, K), high);
+    }
+    template <int Max>
+    static MATGPTQ_INLINE Bytes round_half(Bytes v) {
+        return vminq_u8(vrhaddq_u8(v, vdupq_n_u8(0)), vdupq_n_u8(Max));
+    }
+    template <int Zero>
+    static MATGPTQ_INLINE Bytes center(Bytes v) {
+        return vsubq_u8(v, vdupq_n_u8(Zero));
+    }
+    static MATGPTQ_INLINE Ints zero() { return vdupq_n_s32(0); }
+    // Levels are centred in `dot`, so no correction is due.
+    static MATGPTQ_INLINE Ints dot_start(int32_t) { return vdupq_n_s32(0); }
+    template <int Bits>
+    static MATGPTQ_INLINE Ints dot(Ints sum, Bytes u, const int8_t* x) {
+        const int8x16_t level = vreinterpretq_s8_u8(center<(1 << (Bits - 1))>(u));
+        int32_t four;
+        std::memcpy(&four, x, 4);
+        const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(four));
+#if defined(__ARM_FEATURE_DOTPROD)
+        return vdotq_s32(sum, level, xs);
+#else
+        // Single products reach 128 * 127, which int16 holds; their pairs are summed in int32.
+        const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(level), vget_low_s8(xs)));
+        const int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8(level), vget_high_s8(xs)));
+        return vaddq_s32(sum, vpaddq_s32(low, high));
+#endif
+    }
+    static MATGPTQ_INLINE Ints add(Ints a, Ints b) { return vaddq_s32(a, b); }
+    static MATGPTQ_INLINE Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
+    static MATGPTQ_INLINE Floats subtract(Floats a, Floats b) { return vsubq_f32(a, b); }
+    static MATGPTQ_INLINE Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
+    static MATGPTQ_INLINE Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+    static MATGPTQ_INLINE Floats fnma(Floats a, Floats b, Floats c) { return vfmsq_f32(c, a, b); }
+    static MATGPTQ_INLINE Floats min(Floats a, Floats b) { return vminq_f32(a, b); }
+    static MATGPTQ_INLINE Floats max(Floats a, Floats b) { return vmaxq_f32(a, b); }
+    static MATGPTQ_INLINE Floats ceil(Floats a) { return vrndpq_f32(a); }
+    static MATGPTQ_INLINE Floats floor(Floats a) { return vrndmq_f32(a); }
+    static MATGPTQ_INLINE Mask less(Floats a, Floats b) { return vcltq_f32(a, b); }
+    static MATGPTQ_INLINE Floats select(Mask m, Floats a, Floats b) { return vbslq_f32(m, a, b); }
+    static MATGPTQ_INLINE Floats broadcast(float v) { return vdupq_n_f32(v); }
+    static MATGPTQ_INLINE Floats to_floats(Ints v) { return vcvtq_f32_s32(v); }
+    static MATGPTQ_INLINE Floats load_floats(const float* p) { return vld1q_f32(p); }
+    static MATGPTQ_INLINE Floats load_half(const uint16_t* p) {
+        return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+    }
+    static MATGPTQ_INLINE void store(float* p, Floats v) { vst1q_f32(p, v); }
+
+    template <int Bits, bool Rounding>
+    static MATGPTQ_INLINE Levels make_levels() {
+        return {vdupq_n_f32(static_cast<float>(1 << (Bits - 1)))};
+    }
+    template <int Byte>
+    static MATGPTQ_INLINE Floats level(Bytes v, const Levels& levels) {
+        uint32x4_t word = vreinterpretq_u32_u8(v);
+        if constexpr (Byte > 0) word = vshrq_n_u32(word, 8 * Byte);
+        if constexpr (Byte < 3) word = vandq_u32(word, vdupq_n_u32(255));
+        return vsubq_f32(vcvtq_f32_u32(word), levels.zero);
+    }
+    template <class F>
+    static MATGPTQ_INLINE void for_each_byte(Bytes v, const Levels& levels, F&& use) {
+        use(0, level<0>(v, levels));
+        use(1, level<1>(v, levels));
+        use(2, level<2>(v, levels));
+        use(3, level<3>(v, levels));
+    }
+    static MATGPTQ_INLINE void transpose_words(const uint8_t (*words)[kTileRows * 4], int8_t* out) {
+        for (int row = 0; row < kTileRows; ++row)
+            for (int k = 0; k < 8; ++k) std::memcpy(out + row * kChunkColumns + 4 * k, words[k] + 4 * row, 4);
+    }
+};
+
+Kernels make_table() {
+    Kernels table{};
+    table.name = "neon";
+    fill_products<Neon>(table);
+    fill_sweep<Neon>(table);
+    return table;
+}
+
+}  // namespace
+
+const Kernels* neon_kernels() {
+    static const Kernels table = make_table();
+    return &table;
+}
+
+}  // namespace matgptq
+
+#else
+
+namespace matgptq {
+const Kernels* neon_kernels() { return nullptr; }
+}  // namespace matgptq
+
+#endif

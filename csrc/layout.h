@@ -1,0 +1,110 @@
+// Inside view of a weight, shared by packing and kernels. The layout itself is specified in matgptq.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace matgptq {
+
+constexpr int kTileRows = 16;
+constexpr int kChunkColumns = 32;
+constexpr int kChunkBytes = kTileRows * kChunkColumns / 8;
+constexpr int kMinBits = 2;
+constexpr int kParentBits = 8;
+constexpr int kWidths = kParentBits - kMinBits + 1;
+// A batch is cut into panels of 1, 2, 4 or 8 rows; the last one is padded with zeros.
+constexpr int kPanelSizes = 4;
+constexpr int kMaxPanel = 8;
+
+// static: a copy compiled for one instruction set must not be linked into another.
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static inline uint8_t slice_code(uint8_t q, int bits) {
+    if (bits == kParentBits) return q;
+    const int u = (q + (1 << (7 - bits))) >> (8 - bits);
+    const int top = (1 << bits) - 1;
+    return static_cast<uint8_t>(u < top ? u : top);
+}
+
+static inline float half_to_float(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+    const uint32_t exponent = (half >> 10) & 31;
+    const uint32_t mantissa = half & 1023;
+    uint32_t word;
+    float value;
+    if (exponent == 0) {
+        value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+        std::memcpy(&word, &value, 4);
+        word |= sign;
+    } else if (exponent == 31) {
+        word = sign | 0x7F800000 | mantissa << 13;
+    } else {
+        word = sign | (exponent + 112) << 23 | mantissa << 13;
+    }
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+struct ScaleSet {
+    const void* data = nullptr;  // [tiles, groups, 16], float or float16
+    bool half = false;
+};
+
+// What kernels need to know of one weight at one width.
+struct WeightView {
+    const uint8_t* planes;  // most significant first
+    int64_t plane_stride;   // bytes
+    int64_t chunks;         // per tile
+    int64_t groups;
+    int64_t group_chunks;  // chunks per scale
+    int64_t block_chunks;  // chunks per activation block: 1, 2 or 4, divides group_chunks unless there is one group
+    ScaleSet scales;
+};
+
+// One panel of prepared activations. `rows` in {1, 2, 4, 8}.
+struct Panel {
+    int rows;
+    const float* values;        // [columns, rows], exact activations
+    const int8_t* codes;        // [columns/4, rows, 4], int8 activations
+    const float* block_scales;  // [blocks, rows]
+    const int32_t* block_sums;  // [blocks, rows], sums of the int8 codes
+};
+
+// Products of the tiles [tile_begin, tile_end) with a panel, into out [tiles, panel rows, 16].
+using ProductKernel = void (*)(const WeightView&, const Panel&, int64_t tile_begin, int64_t tile_end, float* out);
+// Levels u - 2^(r-1) of one tile's chunk into out [16, 32].
+using LevelsKernel = void (*)(const WeightView&, int64_t tile, int64_t chunk, int8_t* out);
+// x [rows, columns] (rows `stride` apart) to a panel's codes; columns is a multiple of 32, blocks of `block` columns.
+using QuantizeKernel = void (*)(const float* x, int rows, int64_t columns, int64_t block, int8_t* codes,
+                                float* block_scales, int32_t* block_sums);
+// One row of levels times group scale to float32 or bfloat16.
+using ScaleRowKernel = void (*)(const int8_t* levels, int count, float scale, void* out, bool bfloat16);
+
+// Sum of the 64-bit words of a multiple of 256 bytes.
+using ReadKernel = uint64_t (*)(const uint8_t* memory, int64_t bytes);
+
+struct SweepPlan;
+using SweepKernel = void (*)(const SweepPlan&, int64_t tile_begin, int64_t tile_end);
+
+struct Kernels {
+    const char* name;
+    // [bits - 2][resident ? 1 : 0][log2 of panel rows]
+    ProductKernel exact[kWidths][2][kPanelSizes];
+    ProductKernel int8[kWidths][2][kPanelSizes];
+    LevelsKernel levels[kWidths][2];
+    QuantizeKernel quantize;
+    ScaleRowKernel scale_row;
+    ReadKernel read;
+    SweepKernel sweep;
+    int sweep_lanes;  // rows per vector of the sweep
+};
+
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+
+const Kernels& kernels();
+
+}  // namespace matgptq

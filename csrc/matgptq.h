@@ -1,0 +1,158 @@
+/* matgptq: products with nested (Matryoshka) weights, and the solver's column sweep, on CPUs.
+ *
+ * This header is the specification. It knows nothing of Python or torch; all memory that crosses it belongs to the
+ * caller except the two opaque types. Every function may be called from several threads at once; functions that take
+ * `num_threads` use a pool of the library's own that sleeps when idle (0 or 1: the calling thread alone).
+ *
+ * A nested weight. Parent codes q are uint8 [out, in]. The slice of width r (2..8) is
+ *     u_r(q) = min((q + 2^(7-r)) >> (8-r), 2^r - 1)  for r < 8,     u_8(q) = q
+ * and stands for the weight  w_r = s_r * (u_r - 2^(r-1)) * 2^(8-r), with one float scale s_r per row and group of
+ * `group_size` neighbouring input columns. Scales may be negative, zero or fractional, and may differ per width.
+ *
+ * Functions that return int give MATGPTQ_OK or a negative MATGPTQ_E_*; matgptq_message() puts it in words.
+ */
+#ifndef MATGPTQ_H
+#define MATGPTQ_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define MATGPTQ_API __declspec(dllexport)
+#else
+#define MATGPTQ_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised by one whenever a signature or struct below changes. */
+#define MATGPTQ_ABI_VERSION 1
+
+enum matgptq_status {
+    MATGPTQ_OK = 0,
+    MATGPTQ_E_ARGUMENT = -1,   /* a null pointer, a negative size, an unknown enum value */
+    MATGPTQ_E_BITS = -2,       /* width outside 2..8, or one this weight does not hold */
+    MATGPTQ_E_GROUP = -3,      /* group_size is neither in_features nor a multiple of 32 that divides it */
+    MATGPTQ_E_SHAPE = -4,      /* in_features of a product differs from that of x, or rows out of range */
+    MATGPTQ_E_MEMORY = -5,     /* allocation failed */
+    MATGPTQ_E_ISA = -6         /* the named instruction set is not compiled in or not on this CPU */
+};
+
+enum matgptq_dtype { MATGPTQ_FLOAT32 = 0, MATGPTQ_BFLOAT16 = 1 };
+
+enum matgptq_activations {
+    MATGPTQ_EXACT = 0, /* x enters the products unrounded; float32 accumulation */
+    MATGPTQ_INT8 = 1   /* x is rounded to int8 inside the call, symmetric, one float scale per row and block of columns:
+                          the block is the group if it has 32, 64 or 128 columns, else the largest of 128, 64, 32
+                          that divides it (128 for one group per row; the last block may be shorter). Results are
+                          equal to the bit on every instruction set. A block whose largest magnitude is below 2^-100
+                          reads as zero. NaN gives NaN, and infinity gives infinity or NaN. */
+};
+
+MATGPTQ_API int matgptq_abi_version(void);
+MATGPTQ_API const char *matgptq_message(int status);
+
+/* The instruction set in use: "avx512", "avx2", "neon" or "scalar"; chosen at the first call, the best this CPU has.
+ * matgptq_set_isa forces one (for tests and measurements); no other call may be running meanwhile. */
+MATGPTQ_API const char *matgptq_isa(void);
+MATGPTQ_API int matgptq_set_isa(const char *name);
+
+/* ---- memory ------------------------------------------------------------------------------------------------------
+ * An arena hands out 64-byte aligned pieces of large blocks that are aligned to 2 MB and advised for huge pages
+ * (4 KB pages cost a factor of 1.6 and more on cold weights). Weights keep the memory alive: the arena may be freed
+ * first. Its blocks return to the system when the arena and all its weights are freed. */
+typedef struct matgptq_arena matgptq_arena;
+MATGPTQ_API matgptq_arena *matgptq_arena_create(int64_t block_bytes); /* 0: 64 MB blocks; NULL when out of memory */
+MATGPTQ_API void matgptq_arena_free(matgptq_arena *arena);
+MATGPTQ_API int64_t matgptq_arena_bytes(const matgptq_arena *arena); /* bytes handed out so far */
+
+/* ---- weights -----------------------------------------------------------------------------------------------------
+ * Two forms: the resident parent (8 bit planes; serves every width that it has scales for, a product of width r < 8
+ * reads r+1 planes) and the packed slice (the r planes of u_r, already rounded; serves r alone).
+ *
+ * Layout, for readers of the kernels: rows in tiles of 16, columns in chunks of 32; both padded. Plane p (0 = most
+ * significant) is one matrix-wide array; a tile's chunk is 64 bytes of it: 16 little-endian 32-bit words, one per
+ * row, in which column 4k+b (k 0..7, b 0..3) is bit k of byte b. Scales are [tiles, groups, 16], float16 where every
+ * scale of a width is a float16 exactly, else float32. */
+typedef struct matgptq_weight matgptq_weight;
+
+/* codes:      uint8 [out_features, in_features], rows `codes_stride` bytes apart. Parent codes in both forms.
+ * group_size: columns per scale: in_features, or a multiple of 32 that divides in_features.
+ * slice_bits: 0 for the resident parent, else the one width (2..8) to keep.
+ * num_widths, widths, scales: the widths served and, for each, float32 scales [out_features, in_features/group_size],
+ *             contiguous; equal pointers are stored once. For a packed slice exactly one width, equal to slice_bits.
+ * arena:      where to put it, or NULL for a block of its own.
+ * out:        receives the weight; everything is copied, the inputs may go. */
+MATGPTQ_API int matgptq_pack(const uint8_t *codes, int64_t codes_stride, int64_t out_features, int64_t in_features,
+                             int64_t group_size, int slice_bits, int num_widths, const int *widths,
+                             const float *const *scales, matgptq_arena *arena, int num_threads,
+                             matgptq_weight **out);
+MATGPTQ_API void matgptq_weight_free(matgptq_weight *weight);
+/* Bytes that stay in memory for the weight. */
+MATGPTQ_API int64_t matgptq_weight_bytes(const matgptq_weight *weight);
+/* Bytes (planes and scales) that one product of width `bits` reads, or a negative status. */
+MATGPTQ_API int64_t matgptq_weight_bytes_read(const matgptq_weight *weight, int bits);
+
+/* ---- products ----------------------------------------------------------------------------------------------------
+ * y = x * W_bits^T + bias for each product; all share x.
+ * x:    [batch, in_features] of x_dtype, rows x_stride elements apart, any alignment that the type itself allows
+ *       or none. batch may be 0.
+ * y:    [batch, out_features] of y_dtype, rows y_stride elements apart. Must not overlap x.
+ * bias: float32 [out_features] or NULL.
+ * Non-finite activations propagate. */
+typedef struct {
+    const matgptq_weight *weight;
+    int bits;
+    const float *bias;
+    void *y;
+    int64_t y_stride;
+} matgptq_product;
+
+MATGPTQ_API int matgptq_matmul(const void *x, int x_dtype, int64_t x_stride, int64_t batch, int64_t in_features,
+                               const matgptq_product *products, int num_products, int y_dtype, int activations,
+                               int num_threads);
+
+/* Rows row_begin..row_end-1 of W_bits into out [row_end-row_begin, in_features] of `dtype`, rows out_stride elements
+ * apart. The product s * level is formed in float32 and rounded once. */
+MATGPTQ_API int matgptq_dequantize(const matgptq_weight *weight, int bits, int64_t row_begin, int64_t row_end,
+                                   void *out, int dtype, int64_t out_stride, int num_threads);
+
+/* Reads `bytes` bytes and returns the sum of their 64-bit words: the fastest read of memory that these kernels could
+ * hope for, to state their speed as a share of it. */
+MATGPTQ_API uint64_t matgptq_read(const void *memory, int64_t bytes, int num_threads);
+
+/* ---- the solver's column sweep -----------------------------------------------------------------------------------
+ * For every row on its own, and columns j = 0 .. in_features-1 in order, with copies r = 0 .. num_widths-1 (one shared
+ * copy in the mean mode):
+ *     x_r = base_r[j] + trail_r[j]
+ *     q   = the code 0..255 that minimises  sum_r weights[r] * (x_r - s_r * (v_r(q) - 128))^2 ; the lowest of equals
+ *     w_r = s_r * (v_r(q) - 128)
+ *     c_r = x_r - w_r                     MATGPTQ_SWEEP_RESIDUAL (GPTQ)
+ *         = w_r - base_r[j]               MATGPTQ_SWEEP_CHANGE   (coordinate descent)
+ *         = x - mean over r of w_r        MATGPTQ_SWEEP_MEAN     (the published baseline)
+ *     trail_r[k] -= c_r * coupling[j][k]  for k > j
+ * where v_r(q) = u_r(q) * 2^(8-r). */
+enum matgptq_sweep_mode { MATGPTQ_SWEEP_RESIDUAL = 0, MATGPTQ_SWEEP_CHANGE = 1, MATGPTQ_SWEEP_MEAN = 2 };
+
+typedef struct {
+    int64_t rows, in_features, num_groups;
+    int num_widths;          /* 1..7 */
+    const int *widths;       /* [num_widths], ascending, 2..8 */
+    const float *weights;    /* [num_widths], not negative */
+    const float *base;       /* [copies, rows, in]; copies = num_widths, or 1 in the mean mode */
+    const float *trail;      /* [copies, rows, in] or NULL for zeros; not written */
+    const float *coupling;   /* [in, in] row-major; only elements k > j of row j are read */
+    const float *scales;     /* [num_widths, rows, num_groups], not zero */
+    const int32_t *group_of; /* [in], group of each column in processing order */
+    uint8_t *codes;          /* [rows, in], written */
+    int mode;
+    int num_threads;
+} matgptq_sweep_job;
+
+MATGPTQ_API int matgptq_sweep(const matgptq_sweep_job *job);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,289 @@
+// Drives the kernels: prepares activations once per call, hands tiles to threads, writes results.
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "matgptq.h"
+#include "threads.h"
+#include "weight.h"
+
+using namespace matgptq;
+
+namespace {
+
+// Tiles per kernel call: their planes stay in the second-level cache while further panels of a batch read them.
+constexpr int kTilesPerCall = 4;
+// Pieces below this cost more to hand over than to compute.
+constexpr int64_t kBytesPerPiece = 128 << 10;
+
+struct AlignedDelete {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], AlignedDelete>;
+
+template <class T>
+Buffer<T> allocate(int64_t count) {
+    return Buffer<T>(
+        static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(count ? count : 1), std::align_val_t(64))));
+}
+
+float read_float(const void* x, int dtype, int64_t index) {
+    if (dtype == MATGPTQ_FLOAT32) {
+        float value;
+        std::memcpy(&value, static_cast<const char*>(x) + index * 4, 4);
+        return value;
+    }
+    uint16_t half;
+    std::memcpy(&half, static_cast<const char*>(x) + index * 2, 2);
+    const uint32_t word = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+void write_float(void* y, int dtype, int64_t index, float value) {
+    if (dtype == MATGPTQ_FLOAT32) {
+        std::memcpy(static_cast<char*>(y) + index * 4, &value, 4);
+        return;
+    }
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    const uint32_t rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+    const uint16_t half = static_cast<uint16_t>((word & 0x7FFFFFFF) > 0x7F800000 ? (word >> 16) | 0x40 : rounded);
+    std::memcpy(static_cast<char*>(y) + index * 2, &half, 2);
+}
+
+struct PanelRange {
+    int64_t begin;
+    int live;  // rows of the batch in it
+    int rows;  // 1, 2, 4 or 8
+    int kernel;
+};
+
+std::vector<PanelRange> cut_batch(int64_t batch) {
+    std::vector<PanelRange> ranges;
+    for (int64_t begin = 0; begin < batch;) {
+        const int live = static_cast<int>(batch - begin < kMaxPanel ? batch - begin : kMaxPanel);
+        int kernel = 0;
+        while ((1 << kernel) < live) ++kernel;
+        ranges.push_back({begin, live, 1 << kernel, kernel});
+        begin += live;
+    }
+    return ranges;
+}
+
+// Activations of a call in the form kernels read, for one size of activation block.
+class Activations {
+  public:
+    Activations(const void* x, int dtype, int64_t stride, int64_t in_features, int64_t columns,
+                const std::vector<PanelRange>& ranges, bool int8, int64_t block, int num_threads)
+        : block_(block) {
+        const int64_t blocks = ceil_div(columns, block);
+        int64_t rows = 0;
+        for (const PanelRange& range : ranges) rows += range.rows;
+        if (int8) {
+            codes_ = allocate<int8_t>(rows * columns);
+            scales_ = allocate<float>(rows * blocks);
+            sums_ = allocate<int32_t>(rows * blocks);
+        } else {
+            values_ = allocate<float>(rows * columns);
+        }
+        std::vector<int64_t> first_row;
+        for (const PanelRange& range : ranges) {
+            const int64_t first = panels_.empty() ? 0 : first_row.back() + panels_.back().rows;
+            first_row.push_back(first);
+            Panel panel{range.rows, nullptr, nullptr, nullptr, nullptr};
+            if (int8) {
+                panel.codes = codes_.get() + first * columns;
+                panel.block_scales = scales_.get() + first * blocks;
+                panel.block_sums = sums_.get() + first * blocks;
+            } else {
+                panel.values = values_.get() + first * columns;
+            }
+            panels_.push_back(panel);
+        }
+        parallel_for(static_cast<int64_t>(ranges.size()), 2, num_threads, [&](int64_t begin, int64_t end) {
+            Buffer<float> flat;
+            if (int8) flat = allocate<float>(kMaxPanel * columns);
+            for (int64_t p = begin; p < end; ++p) {
+                const PanelRange& range = ranges[static_cast<size_t>(p)];
+                const int64_t first = first_row[static_cast<size_t>(p)];
+                // Kernels read exact activations as [columns, rows]; the quantizer reads rows.
+                float* to = int8 ? flat.get() : values_.get() + first * columns;
+                const int64_t row_step = int8 ? columns : 1, column_step = int8 ? 1 : range.rows;
+                for (int b = 0; b < range.rows; ++b) {
+                    const int64_t live = b < range.live ? in_features : 0;
+                    const char* from = static_cast<const char*>(x) +
+                                       (range.begin + b) * stride * (dtype == MATGPTQ_FLOAT32 ? 4 : 2);
+                    float* row = to + b * row_step;
+                    if (dtype == MATGPTQ_FLOAT32 && column_step == 1) {
+                        std::memcpy(row, from, static_cast<size_t>(live) * 4);
+                    } else {
+                        for (int64_t c = 0; c < live; ++c) row[c * column_step] = read_float(from, dtype, c);
+                    }
+                    for (int64_t c = live; c < columns; ++c) row[c * column_step] = 0.0f;
+                }
+                if (int8)
+                    kernels().quantize(flat.get(), range.rows, columns, block, codes_.get() + first * columns,
+                                       scales_.get() + first * blocks, sums_.get() + first * blocks);
+            }
+        });
+    }
+
+    int64_t block() const { return block_; }
+    const Panel& panel(size_t i) const { return panels_[i]; }
+
+  private:
+    int64_t block_;
+    Buffer<float> values_, scales_;
+    Buffer<int8_t> codes_;
+    Buffer<int32_t> sums_;
+    std::vector<Panel> panels_;
+};
+
+struct Step {
+    const matgptq_product* product;
+    WeightView view;
+    const Activations* activations;
+    int64_t first_tile;  // in the flat numbering over all products
+};
+
+void run_tiles(const Step& step, const std::vector<PanelRange>& ranges, bool int8, int y_dtype, int64_t begin,
+               int64_t end) {
+    const matgptq_product& product = *step.product;
+    const int64_t out_features = product.weight->out_features;
+    const int form = product.weight->slice_bits ? 0 : 1;
+    const auto& table = int8 ? kernels().int8[product.bits - kMinBits][form] : kernels().exact[product.bits - kMinBits][form];
+    alignas(64) float result[kTilesPerCall * kMaxPanel * kTileRows];
+    for (int64_t tile = begin; tile < end; tile += kTilesPerCall) {
+        const int64_t last = tile + kTilesPerCall < end ? tile + kTilesPerCall : end;
+        for (size_t p = 0; p < ranges.size(); ++p) {
+            const PanelRange& range = ranges[p];
+            table[range.kernel](step.view, step.activations->panel(p), tile, last, result);
+            for (int64_t t = tile; t < last; ++t) {
+                const int64_t first = t * kTileRows;
+                const int live = static_cast<int>(out_features - first < kTileRows ? out_features - first : kTileRows);
+                for (int b = 0; b < range.live; ++b) {
+                    const float* from = result + ((t - tile) * range.rows + b) * kTileRows;
+                    const int64_t at = (range.begin + b) * product.y_stride + first;
+                    for (int i = 0; i < live; ++i)
+                        write_float(product.y, y_dtype, at + i, product.bias ? from[i] + product.bias[first + i] : from[i]);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" int matgptq_matmul(const void* x, int x_dtype, int64_t x_stride, int64_t batch, int64_t in_features,
+                              const matgptq_product* products, int num_products, int y_dtype, int activations,
+                              int num_threads) {
+    if (batch < 0 || num_products < 0 || (num_products && !products)) return MATGPTQ_E_ARGUMENT;
+    if ((x_dtype != MATGPTQ_FLOAT32 && x_dtype != MATGPTQ_BFLOAT16) ||
+        (y_dtype != MATGPTQ_FLOAT32 && y_dtype != MATGPTQ_BFLOAT16) ||
+        (activations != MATGPTQ_EXACT && activations != MATGPTQ_INT8))
+        return MATGPTQ_E_ARGUMENT;
+    for (int i = 0; i < num_products; ++i) {
+        if (!products[i].weight) return MATGPTQ_E_ARGUMENT;
+        if (products[i].weight->in_features != in_features) return MATGPTQ_E_SHAPE;
+        if (!products[i].weight->serves(products[i].bits)) return MATGPTQ_E_BITS;
+        if (batch && !products[i].y) return MATGPTQ_E_ARGUMENT;
+    }
+    if (batch == 0 || num_products == 0) return MATGPTQ_OK;
+    if (!x) return MATGPTQ_E_ARGUMENT;
+    try {
+        const bool int8 = activations == MATGPTQ_INT8;
+        const std::vector<PanelRange> ranges = cut_batch(batch);
+        const int64_t columns = products[0].weight->chunks * kChunkColumns;
+        std::vector<std::unique_ptr<Activations>> prepared;
+        std::vector<Step> steps;
+        int64_t tiles = 0, bytes = 0;
+        for (int i = 0; i < num_products; ++i) {
+            const matgptq_weight& weight = *products[i].weight;
+            const WeightView view = weight.view(products[i].bits);
+            // Exact activations have no blocks, so all products share one copy.
+            const int64_t block = int8 ? view.block_chunks * kChunkColumns : columns;
+            const Activations* found = nullptr;
+            for (const auto& candidate : prepared)
+                if (candidate->block() == block) found = candidate.get();
+            if (!found) {
+                prepared.emplace_back(
+                    new Activations(x, x_dtype, x_stride, in_features, columns, ranges, int8, block, num_threads));
+                found = prepared.back().get();
+            }
+            steps.push_back({&products[i], view, found, tiles});
+            tiles += weight.tiles;
+            bytes += matgptq_weight_bytes_read(&weight, products[i].bits);
+        }
+        const int64_t work = bytes * static_cast<int64_t>(ranges.size());
+        const int64_t grain = 1 + kBytesPerPiece * tiles / (work + 1);
+        parallel_for(tiles, grain, num_threads, [&](int64_t begin, int64_t end) {
+            for (const Step& step : steps) {
+                const int64_t from = begin > step.first_tile ? begin - step.first_tile : 0;
+                const int64_t limit = step.product->weight->tiles;
+                const int64_t to = end - step.first_tile < limit ? end - step.first_tile : limit;
+                if (from < to) run_tiles(step, ranges, int8, y_dtype, from, to);
+            }
+        });
+        return MATGPTQ_OK;
+    } catch (const std::bad_alloc&) {
+        return MATGPTQ_E_MEMORY;
+    }
+}
+
+extern "C" int matgptq_dequantize(const matgptq_weight* weight, int bits, int64_t row_begin, int64_t row_end, void* out,
+                                  int dtype, int64_t out_stride, int num_threads) {
+    if (!weight || (dtype != MATGPTQ_FLOAT32 && dtype != MATGPTQ_BFLOAT16)) return MATGPTQ_E_ARGUMENT;
+    if (!weight->serves(bits)) return MATGPTQ_E_BITS;
+    if (row_begin < 0 || row_begin > row_end || row_end > weight->out_features) return MATGPTQ_E_SHAPE;
+    if (row_begin == row_end) return MATGPTQ_OK;
+    if (!out) return MATGPTQ_E_ARGUMENT;
+    const WeightView view = weight->view(bits);
+    const Kernels& table = kernels();
+    const LevelsKernel unpack = table.levels[bits - kMinBits][weight->slice_bits ? 0 : 1];
+    const float unit = static_cast<float>(1 << (kParentBits - bits));
+    const int64_t size = dtype == MATGPTQ_FLOAT32 ? 4 : 2;
+    const int64_t first_tile = row_begin / kTileRows;
+    parallel_for(ceil_div(row_end, kTileRows) - first_tile, 2, num_threads, [&](int64_t begin, int64_t end) {
+        alignas(64) int8_t levels[kTileRows * kChunkColumns];
+        for (int64_t tile = first_tile + begin; tile < first_tile + end; ++tile) {
+            const int64_t from = row_begin > tile * kTileRows ? row_begin - tile * kTileRows : 0;
+            const int64_t to = row_end - tile * kTileRows < kTileRows ? row_end - tile * kTileRows : kTileRows;
+            for (int64_t chunk = 0; chunk < view.chunks; ++chunk) {
+                unpack(view, tile, chunk, levels);
+                const int64_t column = chunk * kChunkColumns;
+                const int64_t left = weight->in_features - column;
+                const int count = static_cast<int>(left < kChunkColumns ? left : kChunkColumns);
+                const int64_t index = (tile * view.groups + chunk / view.group_chunks) * kTileRows;
+                for (int64_t i = from; i < to; ++i) {
+                    const float scale = view.scales.half
+                                            ? half_to_float(static_cast<const uint16_t*>(view.scales.data)[index + i])
+                                            : static_cast<const float*>(view.scales.data)[index + i];
+                    const int64_t at = (tile * kTileRows + i - row_begin) * out_stride + column;
+                    table.scale_row(levels + i * kChunkColumns, count, scale * unit, static_cast<char*>(out) + at * size,
+                                    dtype == MATGPTQ_BFLOAT16);
+                }
+            }
+        }
+    });
+    return MATGPTQ_OK;
+}
+
+extern "C" uint64_t matgptq_read(const void* memory, int64_t bytes, int num_threads) {
+    if (!memory || bytes <= 0) return 0;
+    const uint8_t* from = static_cast<const uint8_t*>(memory);
+    std::atomic<uint64_t> sum{0};
+    parallel_for(bytes / 256, 1024, num_threads, [&](int64_t begin, int64_t end) {
+        sum += kernels().read(from + begin * 256, (end - begin) * 256);
+    });
+    for (int64_t i = bytes / 256 * 256; i + 8 <= bytes; i += 8) {
+        uint64_t word;
+        std::memcpy(&word, from + i, 8);
+        sum += word;
+    }
+    return sum;
+}

@@ -1,0 +1,491 @@
+// Every kernel of every instruction set this machine has, against plain loops written from the formulas in matgptq.h.
+// Prints one line per group of checks; exit status 1 on any failure. Built with -DMATGPTQ_TESTS=ON, and under the
+// sanitizers with -DMATGPTQ_SANITIZE=ON.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "matgptq.h"
+
+namespace {
+
+int failures = 0;
+std::string where;
+
+void check(bool ok, const char* what) {
+    if (ok) return;
+    if (++failures <= 20) std::printf("FAILED: %s [%s]\n", what, where.c_str());
+}
+
+std::mt19937 random_bits(7);
+
+float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(random_bits); }
+int integer(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_bits); }
+
+int slice(int q, int bits) {
+    if (bits == 8) return q;
+    return std::min((q + (1 << (7 - bits))) >> (8 - bits), (1 << bits) - 1);
+}
+float level(int q, int bits) { return static_cast<float>((slice(q, bits) << (8 - bits)) - 128); }
+
+float bfloat16(float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    word = (word + 0x7FFF + ((word >> 16) & 1)) & 0xFFFF0000u;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> found;
+    for (const char* name : {"scalar", "avx2", "avx512", "neon"})
+        if (matgptq_set_isa(name) == MATGPTQ_OK) found.push_back(name);
+    return found;
+}
+
+struct Case {
+    int64_t out, in, group;
+    std::vector<uint8_t> codes;
+    std::vector<std::vector<float>> scales;  // per width 2..8
+
+    Case(int64_t out_, int64_t in_, int64_t group_, bool half_scales) : out(out_), in(in_), group(group_) {
+        codes.resize(static_cast<size_t>(out * in));
+        for (auto& q : codes) q = static_cast<uint8_t>(integer(0, 255));
+        // Saturated and rounding-edge codes must not depend on luck.
+        for (size_t i = 0; i < codes.size() && i < 256; ++i) codes[i] = static_cast<uint8_t>(i);
+        for (int bits = 2; bits <= 8; ++bits) {
+            std::vector<float> set(static_cast<size_t>(out * (in / group)));
+            for (auto& s : set) s = half_scales ? static_cast<float>(integer(-40, 40)) / 1024.0f : uniform(-0.04f, 0.04f);
+            set[0] = 0.0f;
+            scales.push_back(set);
+        }
+    }
+    float scale(int bits, int64_t row, int64_t column) const {
+        return scales[static_cast<size_t>(bits - 2)][static_cast<size_t>(row * (in / group) + column / group)];
+    }
+    float weight(int bits, int64_t row, int64_t column) const {
+        return scale(bits, row, column) * level(codes[static_cast<size_t>(row * in + column)], bits);
+    }
+    matgptq_weight* pack(int slice_bits, matgptq_arena* arena = nullptr) const {
+        int widths[7];
+        const float* sets[7];
+        int count = 0;
+        for (int bits = 2; bits <= 8; ++bits)
+            if (!slice_bits || bits == slice_bits) {
+                widths[count] = bits;
+                sets[count++] = scales[static_cast<size_t>(bits - 2)].data();
+            }
+        matgptq_weight* packed = nullptr;
+        check(matgptq_pack(codes.data(), in, out, in, group, slice_bits, count, widths, sets, arena, 2, &packed) ==
+                  MATGPTQ_OK,
+              "pack");
+        return packed;
+    }
+};
+
+std::vector<float> multiply(const matgptq_weight* weight, int bits, const std::vector<float>& x, int64_t batch,
+                            int64_t in, int64_t out, const float* bias, int activations, int threads) {
+    std::vector<float> y(static_cast<size_t>(batch * out), -77.0f);
+    const matgptq_product product{weight, bits, bias, y.data(), out};
+    check(matgptq_matmul(x.data(), MATGPTQ_FLOAT32, in, batch, in, &product, 1, MATGPTQ_FLOAT32, activations,
+                         threads) == MATGPTQ_OK,
+          "matmul status");
+    return y;
+}
+
+void test_products(const std::vector<std::string>& sets) {
+    struct Shape {
+        int64_t out, in, group;
+    };
+    for (const Shape& shape : {Shape{16, 32, 32}, Shape{33, 96, 32}, Shape{40, 192, 64}, Shape{17, 256, 128},
+                               Shape{1, 1, 1}, Shape{19, 45, 45}, Shape{50, 301, 301}, Shape{7, 576, 192}})
+        for (int form = 0; form < 2; ++form)
+            for (int bits = 2; bits <= 8; ++bits) {
+                const Case data(shape.out, shape.in, shape.group, bits % 2 == 0);
+                matgptq_weight* const weight = data.pack(form ? 0 : bits);
+                for (int64_t batch : {0, 1, 2, 3, 5, 8, 9, 17}) {
+                    std::vector<float> x(static_cast<size_t>(batch * shape.in)), bias(static_cast<size_t>(shape.out));
+                    for (auto& v : x) v = uniform(-2, 2);
+                    for (auto& v : bias) v = uniform(-1, 1);
+                    std::vector<float> int8_first;
+                    for (const std::string& set : sets) {
+                        matgptq_set_isa(set.c_str());
+                        where = set + " out " + std::to_string(shape.out) + " in " + std::to_string(shape.in) +
+                                " group " + std::to_string(shape.group) + " bits " + std::to_string(bits) + " batch " +
+                                std::to_string(batch) + (form ? " resident" : " packed");
+                        const auto exact = multiply(weight, bits, x, batch, shape.in, shape.out, bias.data(),
+                                                    MATGPTQ_EXACT, 2);
+                        const auto int8 =
+                            multiply(weight, bits, x, batch, shape.in, shape.out, nullptr, MATGPTQ_INT8, 1);
+                        bool close = true, rounded = true;
+                        for (int64_t b = 0; b < batch; ++b)
+                            for (int64_t o = 0; o < shape.out; ++o) {
+                                double sum = 0, magnitude = 0;
+                                for (int64_t i = 0; i < shape.in; ++i) {
+                                    const double term = static_cast<double>(x[static_cast<size_t>(b * shape.in + i)]) *
+                                                        data.weight(bits, o, i);
+                                    sum += term;
+                                    magnitude += std::abs(term);
+                                }
+                                const size_t at = static_cast<size_t>(b * shape.out + o);
+                                close &= std::abs(exact[at] - (sum + bias[static_cast<size_t>(o)])) <=
+                                         2e-6 * magnitude + 1e-6;
+                                // Each activation is off by at most half a step of 2/127.
+                                double bound = 0;
+                                for (int64_t i = 0; i < shape.in; ++i)
+                                    bound += std::abs(data.weight(bits, o, i)) * (2.0 / 127 * 0.501);
+                                rounded &= std::abs(int8[at] - sum) <= bound + 1e-5;
+                            }
+                        check(close, "exact product");
+                        check(rounded, "int8 product within its rounding");
+                        if (int8_first.empty()) int8_first = int8;
+                        check(int8.empty() || !std::memcmp(int8.data(), int8_first.data(), int8.size() * 4),
+                              "int8 product equal to the bit on every instruction set");
+                    }
+                }
+                matgptq_weight_free(weight);
+            }
+    std::printf("products: exact and int8, both forms, all widths\n");
+}
+
+void test_same_bits_in_both_forms(const std::vector<std::string>& sets) {
+    const Case data(48, 256, 64, true);
+    matgptq_weight* const parent = data.pack(0);
+    std::vector<float> x(4 * 256);
+    for (auto& v : x) v = uniform(-1, 1);
+    for (int bits = 2; bits <= 8; ++bits) {
+        matgptq_weight* const packed = data.pack(bits);
+        for (const std::string& set : sets) {
+            matgptq_set_isa(set.c_str());
+            where = set + " bits " + std::to_string(bits);
+            for (int activations : {MATGPTQ_INT8, MATGPTQ_EXACT}) {
+                const auto a = multiply(parent, bits, x, 4, 256, 48, nullptr, activations, 1);
+                const auto b = multiply(packed, bits, x, 4, 256, 48, nullptr, activations, 2);
+                // Sums of exact activations may be taken in another order; int8 sums are integers.
+                bool same = true;
+                for (size_t i = 0; i < a.size(); ++i)
+                    same &= activations == MATGPTQ_INT8 ? a[i] == b[i] : std::abs(a[i] - b[i]) < 1e-4f;
+                check(same, "resident parent and packed slice agree");
+            }
+        }
+        check(matgptq_weight_bytes_read(packed, bits) < matgptq_weight_bytes_read(parent, bits) || bits == 8,
+              "a packed slice reads less");
+        matgptq_weight_free(packed);
+    }
+    matgptq_weight_free(parent);
+    std::printf("products: resident parent and packed slice agree\n");
+}
+
+void test_dequantize(const std::vector<std::string>& sets) {
+    for (int64_t in : {64, 45, 320})
+        for (int form = 0; form < 2; ++form)
+            for (int bits = 2; bits <= 8; ++bits) {
+                const Case data(37, in, in == 320 ? 32 : in, bits % 2 == 1);
+                matgptq_weight* const weight = data.pack(form ? 0 : bits);
+                for (const std::string& set : sets) {
+                    matgptq_set_isa(set.c_str());
+                    where = set + " in " + std::to_string(in) + " bits " + std::to_string(bits);
+                    for (auto range : {std::pair<int64_t, int64_t>{0, 37}, {3, 4}, {15, 33}, {5, 5}}) {
+                        const int64_t rows = range.second - range.first, stride = in + 3;
+                        std::vector<float> full(static_cast<size_t>(rows * stride), 5.0f);
+                        std::vector<uint16_t> half(static_cast<size_t>(rows * stride), 7);
+                        check(!matgptq_dequantize(weight, bits, range.first, range.second, full.data(), MATGPTQ_FLOAT32,
+                                                  stride, 2),
+                              "dequantize status");
+                        check(!matgptq_dequantize(weight, bits, range.first, range.second, half.data(),
+                                                  MATGPTQ_BFLOAT16, stride, 1),
+                              "dequantize status");
+                        bool same = true, untouched = true;
+                        for (int64_t r = 0; r < rows; ++r)
+                            for (int64_t c = 0; c < stride; ++c) {
+                                const size_t at = static_cast<size_t>(r * stride + c);
+                                if (c >= in) {
+                                    untouched &= full[at] == 5.0f && half[at] == 7;
+                                    continue;
+                                }
+                                const float expected = data.weight(bits, range.first + r, c);
+                                const uint32_t word = static_cast<uint32_t>(half[at]) << 16;
+                                float narrow;
+                                std::memcpy(&narrow, &word, 4);
+                                same &= full[at] == expected && narrow == bfloat16(expected);
+                            }
+                        check(same, "dequantize equal to the bit");
+                        check(untouched, "dequantize stays in its rows");
+                    }
+                }
+                matgptq_weight_free(weight);
+            }
+    std::printf("dequantize: equal to the bit, float32 and bfloat16, ranges of rows\n");
+}
+
+void test_activations(const std::vector<std::string>& sets) {
+    const Case data(35, 128, 64, false);
+    matgptq_weight* const weight = data.pack(0);
+    const float inf = std::numeric_limits<float>::infinity();
+    for (const std::string& set : sets) {
+        matgptq_set_isa(set.c_str());
+        where = set;
+        for (int activations : {MATGPTQ_EXACT, MATGPTQ_INT8})
+            for (float bad : {std::nanf(""), inf, -inf}) {
+                std::vector<float> x(3 * 128, 0.5f);
+                x[128 + 70] = bad;
+                const auto y = multiply(weight, 4, x, 3, 128, 35, nullptr, activations, 1);
+                bool ok = true;
+                for (int64_t o = 0; o < 35; ++o) {
+                    const float w = data.weight(4, o, 70);
+                    const float got = y[static_cast<size_t>(35 + o)];
+                    ok &= std::isfinite(y[static_cast<size_t>(o)]) && std::isfinite(y[static_cast<size_t>(70 + o)]);
+                    if (std::isnan(bad) || w == 0.0f)
+                        ok &= std::isnan(got);
+                    else
+                        ok &= got == bad * w;
+                }
+                check(ok, "non-finite activations reach their row and no other");
+            }
+        // bfloat16 in and out, rows with gaps, and pointers of odd alignment.
+        std::vector<unsigned char> x_bytes(5 * 131 * 2 + 1), y_bytes(5 * 37 * 2 + 1), wide(5 * 131 * 4 + 1),
+            y_wide(5 * 37 * 4 + 1);
+        std::vector<float> x(5 * 128);
+        for (int b = 0; b < 5; ++b)
+            for (int i = 0; i < 128; ++i) {
+                const float v = bfloat16(uniform(-1, 1));
+                uint32_t word;
+                std::memcpy(&word, &v, 4);
+                const uint16_t half = static_cast<uint16_t>(word >> 16);
+                std::memcpy(&x_bytes[1 + static_cast<size_t>(b * 131 + i) * 2], &half, 2);
+                std::memcpy(&wide[1 + static_cast<size_t>(b * 131 + i) * 4], &v, 4);
+                x[static_cast<size_t>(b * 128 + i)] = v;
+            }
+        for (int activations : {MATGPTQ_EXACT, MATGPTQ_INT8}) {
+            const auto expected = multiply(weight, 3, x, 5, 128, 35, nullptr, activations, 1);
+            const matgptq_product narrow{weight, 3, nullptr, y_bytes.data() + 1, 37};
+            const matgptq_product full{weight, 3, nullptr, y_wide.data() + 1, 37};
+            check(!matgptq_matmul(x_bytes.data() + 1, MATGPTQ_BFLOAT16, 131, 5, 128, &narrow, 1, MATGPTQ_BFLOAT16,
+                                  activations, 1),
+                  "bfloat16 status");
+            check(!matgptq_matmul(wide.data() + 1, MATGPTQ_FLOAT32, 131, 5, 128, &full, 1, MATGPTQ_FLOAT32, activations,
+                                  1),
+                  "unaligned status");
+            bool same = true;
+            for (int b = 0; b < 5; ++b)
+                for (int o = 0; o < 35; ++o) {
+                    uint16_t half;
+                    std::memcpy(&half, &y_bytes[1 + static_cast<size_t>(b * 37 + o) * 2], 2);
+                    const uint32_t word = static_cast<uint32_t>(half) << 16;
+                    float value, unaligned;
+                    std::memcpy(&value, &word, 4);
+                    std::memcpy(&unaligned, &y_wide[1 + static_cast<size_t>(b * 37 + o) * 4], 4);
+                    const float e = expected[static_cast<size_t>(b * 35 + o)];
+                    same &= value == bfloat16(e) && unaligned == e;
+                }
+            check(same, "bfloat16 and unaligned memory give the same results");
+        }
+        // Magnitudes whose reciprocal overflows, and the largest there are.
+        for (float magnitude : {1e-45f, 1e-38f, 1e-30f, 1e30f}) {
+            std::vector<float> tiny(128, magnitude);
+            const auto y = multiply(weight, 8, tiny, 1, 128, 35, nullptr, MATGPTQ_INT8, 1);
+            bool finite = true;
+            for (float v : y) finite &= std::isfinite(v);
+            check(finite, "extreme magnitudes stay finite");
+        }
+    }
+    matgptq_weight_free(weight);
+    std::printf("activations: NaN, infinity, bfloat16, unaligned, extreme magnitudes\n");
+}
+
+void test_shared_input(const std::vector<std::string>& sets) {
+    matgptq_arena* const arena = matgptq_arena_create(0);
+    const Case a(33, 384, 64, true), b(16, 384, 128, false), c(100, 384, 384, true), d(20, 384, 32, true);
+    const Case* const cases[4] = {&a, &b, &c, &d};
+    const int bits[4] = {2, 8, 5, 3};
+    matgptq_weight* weights[4];
+    for (int i = 0; i < 4; ++i) weights[i] = cases[i]->pack(i % 2 ? bits[i] : 0, arena);
+    check(matgptq_arena_bytes(arena) > 0, "arena counts");
+    matgptq_arena_free(arena);  // the weights keep its memory
+    std::vector<float> x(3 * 384);
+    for (auto& v : x) v = uniform(-1, 1);
+    for (const std::string& set : sets) {
+        matgptq_set_isa(set.c_str());
+        where = set;
+        for (int activations : {MATGPTQ_EXACT, MATGPTQ_INT8})
+            for (int threads : {0, 1, 2, 5}) {
+                std::vector<float> y[4];
+                matgptq_product products[4];
+                for (int i = 0; i < 4; ++i) {
+                    y[i].resize(static_cast<size_t>(3 * cases[i]->out));
+                    products[i] = {weights[i], bits[i], nullptr, y[i].data(), cases[i]->out};
+                }
+                check(!matgptq_matmul(x.data(), MATGPTQ_FLOAT32, 384, 3, 384, products, 4, MATGPTQ_FLOAT32, activations,
+                                      threads),
+                      "shared input status");
+                for (int i = 0; i < 4; ++i)
+                    check(y[i] == multiply(weights[i], bits[i], x, 3, 384, cases[i]->out, nullptr, activations, 1),
+                          "products that share x equal products alone");
+            }
+    }
+    // Callers from several threads: one has the pool, the others work alone.
+    const auto expected = multiply(weights[2], 5, x, 3, 384, 100, nullptr, MATGPTQ_EXACT, 1);
+    std::vector<std::thread> callers;
+    bool same[4] = {};
+    for (int i = 0; i < 4; ++i)
+        callers.emplace_back([&, i] {
+            same[i] = true;
+            for (int repeat = 0; repeat < 50; ++repeat)
+                same[i] &= multiply(weights[2], 5, x, 3, 384, 100, nullptr, MATGPTQ_EXACT, 3) == expected;
+        });
+    for (auto& caller : callers) caller.join();
+    for (bool ok : same) check(ok, "concurrent callers");
+    for (auto* weight : weights) matgptq_weight_free(weight);
+    std::printf("shared input, arena, threads\n");
+}
+
+void test_read(const std::vector<std::string>& sets) {
+    std::vector<uint64_t> words(70000);
+    uint64_t sum = 0;
+    for (auto& word : words) sum += word = random_bits();
+    for (const std::string& set : sets) {
+        matgptq_set_isa(set.c_str());
+        where = set;
+        check(matgptq_read(words.data(), 70000 * 8, 2) == sum, "sum of words");
+    }
+    std::printf("read\n");
+}
+
+void test_refusals() {
+    where = "refusals";
+    const Case data(8, 64, 64, true);
+    matgptq_weight* weight = data.pack(4);
+    float x[64] = {}, y[8];
+    matgptq_product product{weight, 4, nullptr, y, 8};
+    check(matgptq_matmul(x, 0, 64, 1, 65, &product, 1, 0, 0, 1) == MATGPTQ_E_SHAPE, "in_features differ");
+    product.bits = 5;
+    check(matgptq_matmul(x, 0, 64, 1, 64, &product, 1, 0, 0, 1) == MATGPTQ_E_BITS, "width not held");
+    product.bits = 4;
+    check(matgptq_matmul(x, 7, 64, 1, 64, &product, 1, 0, 0, 1) == MATGPTQ_E_ARGUMENT, "unknown dtype");
+    check(matgptq_dequantize(weight, 4, 0, 9, y, 0, 64, 1) == MATGPTQ_E_SHAPE, "rows out of range");
+    matgptq_weight_free(weight);
+    const int bits = 4, nine = 9;
+    const float* scales = data.scales[0].data();
+    check(matgptq_pack(data.codes.data(), 64, 8, 64, 48, 4, 1, &bits, &scales, nullptr, 1, &weight) == MATGPTQ_E_GROUP,
+          "group size");
+    check(matgptq_pack(data.codes.data(), 64, 8, 64, 64, 9, 1, &nine, &scales, nullptr, 1, &weight) == MATGPTQ_E_BITS,
+          "width 9");
+    check(matgptq_set_isa("mmx") == MATGPTQ_E_ISA, "unknown instruction set");
+    for (int status = 0; status >= -6; --status) check(std::strlen(matgptq_message(status)) > 3, "message");
+    std::printf("refusals\n");
+}
+
+// The sweep in double precision with all 256 candidates, following the kernel's codes: rounding may tip a near tie, so
+// the kernel's choice has to be as cheap as the best one, not the same.
+void test_sweep(const std::vector<std::string>& sets) {
+    const std::vector<std::vector<int>> width_sets = {{8},       {2},          {4},          {2, 8},
+                                                      {3, 4, 8}, {2, 3, 4, 8}, {2, 3, 4},    {7, 8},
+                                                      {5, 6},    {2, 4, 6, 8}, {3, 5, 7, 8}, {2, 3, 4, 5, 6, 7, 8}};
+    for (const auto& widths : width_sets)
+        for (int mode = 0; mode < 3; ++mode)
+            for (int shape = 0; shape < 2; ++shape) {
+                const int64_t rows = shape ? 70 : 5, in = shape ? 131 : 47, groups = shape ? 4 : 1;
+                const int count = static_cast<int>(widths.size());
+                const int copies = mode == MATGPTQ_SWEEP_MEAN ? 1 : count;
+                std::vector<float> weights, base(static_cast<size_t>(copies * rows * in)), trail(base.size()),
+                    coupling(static_cast<size_t>(in * in)), scales(static_cast<size_t>(count * rows * groups));
+                for (int bits : widths) weights.push_back(static_cast<float>(1 << bits));
+                for (auto& v : base) v = uniform(-1.2f, 1.2f);
+                for (auto& v : trail) v = uniform(-0.1f, 0.1f);
+                for (auto& v : coupling) v = uniform(-0.2f, 0.2f);
+                for (auto& v : scales) v = (integer(0, 1) ? 1.0f : -1.0f) * uniform(0.006f, 0.012f);
+                std::vector<int32_t> group_of(static_cast<size_t>(in));
+                for (auto& g : group_of) g = integer(0, static_cast<int>(groups) - 1);
+                for (const std::string& set : sets) {
+                    matgptq_set_isa(set.c_str());
+                    where = set + " sweep mode " + std::to_string(mode) + " widths";
+                    for (int bits : widths) where += " " + std::to_string(bits);
+                    std::vector<uint8_t> codes(static_cast<size_t>(rows * in), 99);
+                    matgptq_sweep_job job{rows, in, groups, count, widths.data(), weights.data(), base.data(),
+                                          shape ? trail.data() : nullptr, coupling.data(), scales.data(),
+                                          group_of.data(), codes.data(), mode, 2};
+                    check(matgptq_sweep(&job) == MATGPTQ_OK, "sweep status");
+                    bool best = true;
+                    int different = 0;
+                    for (int64_t row = 0; row < rows; ++row) {
+                        std::vector<double> sums(static_cast<size_t>(copies * in));
+                        for (int r = 0; r < copies; ++r)
+                            for (int64_t k = 0; k < in; ++k)
+                                sums[static_cast<size_t>(r * in + k)] =
+                                    shape ? trail[static_cast<size_t>((r * rows + row) * in + k)] : 0.0f;
+                        for (int64_t j = 0; j < in; ++j) {
+                            double x[7], s[7];
+                            for (int r = 0; r < count; ++r) {
+                                const int copy = r < copies ? r : 0;
+                                x[r] = base[static_cast<size_t>((copy * rows + row) * in + j)] +
+                                       sums[static_cast<size_t>(copy * in + j)];
+                                s[r] = scales[static_cast<size_t>((r * rows + row) * groups +
+                                                                  group_of[static_cast<size_t>(j)])];
+                            }
+                            double least = 1e300;
+                            int least_code = 0;
+                            const int code = codes[static_cast<size_t>(row * in + j)];
+                            double chosen = 0;
+                            for (int q = 0; q < 256; ++q) {
+                                double cost = 0;
+                                for (int r = 0; r < count; ++r) {
+                                    const double e = x[r] - s[r] * level(q, widths[static_cast<size_t>(r)]);
+                                    cost += weights[static_cast<size_t>(r)] * e * e;
+                                }
+                                if (cost < least) {
+                                    least = cost;
+                                    least_code = q;
+                                }
+                                if (q == code) chosen = cost;
+                            }
+                            different += code != least_code;
+                            best &= chosen <= least * (1 + 1e-3) + 1e-6;
+                            double mean = 0;
+                            for (int r = 0; r < count; ++r)
+                                mean += s[r] * level(code, widths[static_cast<size_t>(r)]) / count;
+                            for (int r = 0; r < copies; ++r) {
+                                const double w = s[r] * level(code, widths[static_cast<size_t>(r)]);
+                                const double c = mode == MATGPTQ_SWEEP_MEAN ? x[0] - mean
+                                                 : mode == MATGPTQ_SWEEP_RESIDUAL
+                                                     ? x[r] - w
+                                                     : w - base[static_cast<size_t>((r * rows + row) * in + j)];
+                                for (int64_t k = j + 1; k < in; ++k)
+                                    sums[static_cast<size_t>(r * in + k)] -=
+                                        c * coupling[static_cast<size_t>(j * in + k)];
+                            }
+                        }
+                    }
+                    check(best, "sweep picks a cheapest code");
+                    check(different <= rows * in / 100 + 1, "sweep differs from the full scan only at near ties");
+                }
+            }
+    std::printf("sweep: twelve sets of widths, three modes\n");
+}
+
+}  // namespace
+
+int main() {
+    check(matgptq_abi_version() == MATGPTQ_ABI_VERSION, "abi version");
+    std::printf("default instruction set: %s\n", matgptq_isa());
+    const std::vector<std::string> sets = instruction_sets();
+    std::printf("compared:");
+    for (const std::string& set : sets) std::printf(" %s", set.c_str());
+    std::printf("\n");
+    test_products(sets);
+    test_same_bits_in_both_forms(sets);
+    test_dequantize(sets);
+    test_activations(sets);
+    test_shared_input(sets);
+    test_sweep(sets);
+    test_read(sets);
+    test_refusals();
+    if (failures) std::printf("%d checks failed\n", failures);
+    return failures ? 1 : 0;
+}

@@ -1,0 +1,123 @@
+#include "threads.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+namespace matgptq {
+namespace {
+
+struct Task {
+    const std::function<void(int64_t, int64_t)>* work;
+    int64_t count;
+    int64_t piece;
+    std::atomic<int64_t> next{0};
+
+    void run() {
+        for (;;) {
+            const int64_t begin = next.fetch_add(piece, std::memory_order_relaxed);
+            if (begin >= count) return;
+            (*work)(begin, begin + piece < count ? begin + piece : count);
+        }
+    }
+};
+
+class Pool {
+  public:
+    std::mutex busy;  // held by the caller whose task runs
+
+    void run(Task& task, int helpers) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            while (static_cast<int>(workers_.size()) < helpers) {
+                const int index = static_cast<int>(workers_.size());
+                workers_.emplace_back([this, index] { serve(index); });
+            }
+            task_ = &task;
+            wanted_ = helpers;
+            ++generation_;
+        }
+        wake_.notify_all();
+        task.run();
+        std::unique_lock<std::mutex> lock(mutex_);
+        // A worker that has not woken by now has nothing left to do.
+        task_ = nullptr;
+        done_.wait(lock, [this] { return active_ == 0; });
+    }
+
+  private:
+    void serve(int index) {
+        uint64_t seen = 0;
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [&] { return generation_ != seen; });
+            seen = generation_;
+            if (!task_ || index >= wanted_) continue;
+            Task* task = task_;
+            ++active_;
+            lock.unlock();
+            task->run();
+            lock.lock();
+            if (--active_ == 0) done_.notify_all();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> workers_;
+    Task* task_ = nullptr;
+    int wanted_ = 0;
+    int active_ = 0;
+    uint64_t generation_ = 0;
+};
+
+// Never destroyed: joining threads while a process exits, or in a child after fork, can only hang. A forked child has
+// none of its parent's threads and gets a pool of its own.
+Pool& pool() {
+    static std::mutex mutex;
+    static Pool* current = nullptr;
+#if !defined(_WIN32)
+    static pid_t owner = 0;
+    std::lock_guard<std::mutex> lock(mutex);
+    if (owner != getpid()) {
+        owner = getpid();
+        current = nullptr;
+    }
+#else
+    std::lock_guard<std::mutex> lock(mutex);
+#endif
+    if (!current) current = new Pool;
+    return *current;
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int64_t grain, int num_threads, const std::function<void(int64_t, int64_t)>& work) {
+    if (count <= 0) return;
+    const int64_t pieces = (count + grain - 1) / grain;
+    const int threads = static_cast<int>(num_threads < pieces ? num_threads : pieces);
+    if (threads <= 1) {
+        work(0, count);
+        return;
+    }
+    Task task;
+    task.work = &work;
+    task.count = count;
+    task.piece = (count + threads * 4 - 1) / (threads * 4);
+    if (task.piece < grain) task.piece = grain;
+    Pool& shared = pool();
+    std::unique_lock<std::mutex> lock(shared.busy, std::try_to_lock);
+    if (!lock.owns_lock()) {
+        work(0, count);
+        return;
+    }
+    shared.run(task, threads - 1);
+}
+
+}  // namespace matgptq

@@ -5,16 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 from brute_force import LEVELS, code_costs, excess, random_problem
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from matgptq.rounding import cell_table, shared_table
+from matgptq import native
+from matgptq.errors import ConfigurationError
 from matgptq.slicing import level_table
 from matgptq.sweep import SweepGrid, code_levels, compensate, descend
 
 GROUP_SIZE = 8
 TIE = 1e-3
-light = settings(deadline=None, max_examples=25, derandomize=True)
+light = settings(
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the engine stays the same for all examples
+)
+
+
+@pytest.fixture(params=["torch", "native"], autouse=True)
+def engine(request, monkeypatch):
+    if request.param == "native" and not native.available():
+        pytest.skip(native.reason())
+    monkeypatch.setenv("MATGPTQ_SOLVER", request.param)
+    return request.param
 
 
 class Sweep:
@@ -34,13 +48,7 @@ class Sweep:
         spread = 0.8 + 0.4 * torch.rand(columns // GROUP_SIZE + 1, copies, rows, generator=generator)
         sign = torch.randint(0, 2, (len(spread), 1, rows), generator=generator) * 2 - 1
         self.scales = 2.0**-11 * spread * sign
-        if copies == 1:
-            table = shared_table(widths, bit_weights)
-            weights = torch.ones_like(self.scales)
-        else:
-            table = cell_table(widths)
-            weights = self.lambdas.view(-1, 1).float() * self.scales.square() * 1e6
-        self.grid = SweepGrid(self.scales, weights, self.group_of, table)
+        self.grid = SweepGrid(self.scales, self.group_of, widths, bit_weights)
 
     def scales_at(self, column):
         """``[R, rows]``"""
@@ -195,3 +203,10 @@ def test_code_levels():
     levels = code_levels(codes, table)
     expected = torch.stack([LEVELS[bits][codes.long()] for bits in (2, 5, 8)])
     assert torch.equal(levels.double(), expected)
+
+
+def test_an_unknown_engine_is_refused(monkeypatch):
+    monkeypatch.setenv("MATGPTQ_SOLVER", "abacus")
+    sweep = Sweep((2, 8), (1.0, 4.0), 2, 8, 0)
+    with pytest.raises(ConfigurationError, match="abacus"):
+        compensate(sweep.weight, sweep.upper, sweep.grid)

@@ -13,7 +13,7 @@ from matgptq.grid import initial_scales, refit_scales, search_scales
 from matgptq.hessian import factorize, prepare_hessian
 from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.recipe import Recipe
-from matgptq.rounding import CellTable, SharedTable, cell_table, round_shared, shared_table
+from matgptq.rounding import SharedTable, round_shared, shared_table
 from matgptq.slicing import PARENT_BITS, level_table
 from matgptq.sweep import SweepGrid, code_levels, compensate, descend
 
@@ -164,18 +164,9 @@ class _Problem:
         return NestedWeight(codes, own)
 
     def _grid(self, scales: Tensor) -> SweepGrid:
-        recipe = self.recipe
-        one_copy = len(scales) == 1
         by_group = scales.permute(2, 0, 1).contiguous()  # [groups, copies, rows]
-        if one_copy:
-            table: CellTable | SharedTable = _shared(recipe, scales.device)
-            weights = torch.ones_like(by_group)
-        else:
-            table = cell_table(recipe.target_bits, scales.device)
-            lambdas = torch.tensor(recipe.bit_weights, device=scales.device).view(-1, 1)
-            weights = lambdas * (by_group / by_group[:, -1:]).square()
-        group_of = (self.order // self.group_size).tolist()
-        return SweepGrid(by_group, weights, group_of, table)
+        group_of: list[int] = (self.order // self.group_size).tolist()
+        return SweepGrid(by_group, group_of, self.recipe.target_bits, self.recipe.bit_weights)
 
     def _restore(self, codes: Tensor) -> Tensor:
         """Codes ``[in, rows]`` in processing order back to ``[rows, in]`` in the model's order."""

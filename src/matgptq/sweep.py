@@ -3,16 +3,24 @@
 Both halves of the solver are this loop. In GPTQ's compensation (arXiv 2210.17323) column j moves the *targets* of the
 later columns by ``-(x_j - w_j) U_jk / U_jj``; in coordinate descent a change of column j moves the *minimisers* of
 the later columns by ``-(w_j' - w_j) H_jk / H_kk``. Rows never meet, so they may be cut into pieces at will.
+
+Two engines give the same codes but for ties: PyTorch operations on whole columns, which run anywhere, and the native
+library, which keeps a few rows in cache and is used for tensors on the CPU when it is there. ``MATGPTQ_SOLVER=torch``
+or ``=native`` forces one.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from matgptq.rounding import CellTable, SharedTable, round_nested, round_shared
+from matgptq import native
+from matgptq.errors import ConfigurationError
+from matgptq.rounding import cell_table, round_nested, round_shared, shared_table
+from matgptq.slicing import PARENT_BITS, slice_codes
 
 # Columns whose mutual updates are made one by one; the columns behind them get one matrix product per stretch.
 _STRETCH = 32
@@ -24,27 +32,23 @@ class SweepGrid:
 
     Attributes:
         scales: float32 ``[G, C, rows]``, one scale per group, copy and row.
-        weights: float32 ``[G, C, rows]``, ``lambda_r s_r^2`` up to a common factor per row and group; read by nested
-            rounding only.
         group_of: ``[in]`` group of each column, in processing order.
-        table: ``CellTable`` for one copy per width, ``SharedTable`` for one copy that serves all widths.
+        target_bits: widths R, ascending.
+        bit_weights: lambda, one for each width.
+
+    There is one copy per width, or a single one that all widths share (the published method, which passes on the
+    plain mean of their residuals).
     """
 
     scales: Tensor
-    weights: Tensor
     group_of: list[int]
-    table: CellTable | SharedTable
+    target_bits: tuple[int, ...]
+    bit_weights: tuple[float, ...]
 
-
-def _round(target: Tensor, group: int, grid: SweepGrid) -> tuple[Tensor, Tensor]:
-    """uint8 codes ``[rows]`` for the targets ``[C, rows]`` of one column, and the weights they stand for."""
-    scales = grid.scales[group]
-    position = target / scales
-    if isinstance(grid.table, SharedTable):
-        codes, levels = round_shared(position[0], grid.table)
-        return codes, levels * scales
-    chosen = round_nested(position, grid.weights[group], grid.table)
-    return chosen.to(torch.uint8), grid.table.levels.index_select(1, chosen).mul_(scales)
+    @property
+    def copies(self) -> int:
+        """C."""
+        return int(self.scales.shape[1])
 
 
 def compensate(weight: Tensor, upper: Tensor, grid: SweepGrid) -> Tensor:
@@ -53,22 +57,25 @@ def compensate(weight: Tensor, upper: Tensor, grid: SweepGrid) -> Tensor:
     Args:
         weight: float32 ``[in, rows]``, transposed, columns of the layer in processing order.
         upper: float32 ``[in, in]``, upper factor U of the inverse Hessian in the same order.
-        grid: scales and tables.
+        grid: scales and widths.
 
     Returns:
         uint8 codes ``[in, rows]``.
     """
     coupling = upper / upper.diagonal().unsqueeze(-1)
+    if _runs_natively(weight):
+        base = weight.T.expand(grid.copies, -1, -1)
+        return _sweep_natively(base, None, coupling, grid, compensating=True)
     columns, rows = weight.shape
-    copies = grid.scales.shape[1]
-    moved = torch.zeros(columns, copies * rows, device=weight.device)  # what compensation added to the targets
+    rounder = _Rounder(grid)
+    moved = torch.zeros(columns, grid.copies * rows, device=weight.device)  # what compensation added to the targets
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    residuals = torch.empty(_STRETCH, copies * rows, device=weight.device)
+    residuals = torch.empty(_STRETCH, grid.copies * rows, device=weight.device)
     for first in range(0, columns, _STRETCH):
         last = min(first + _STRETCH, columns)
         for j in range(first, last):
-            target = moved[j].view(copies, rows) + weight[j]
-            codes[j], rounded = _round(target, grid.group_of[j], grid)
+            target = moved[j].view(grid.copies, rows) + weight[j]
+            codes[j], rounded = rounder.round(target, j)
             residual = target.sub_(rounded).view(-1)
             residuals[j - first] = residual
             moved[j + 1 : last].addr_(coupling[j, j + 1 : last], residual, alpha=-1)
@@ -81,22 +88,26 @@ def descend(current: Tensor, gradient: Tensor, hessian: Tensor, grid: SweepGrid)
 
     Args:
         current: float32 ``[in, C * rows]``, the weights ``w_r`` that the present codes stand for, processing order.
-        gradient: float32 ``[in, C * rows]``, ``((w - w_r) H)^T`` for them; overwritten.
+        gradient: float32 ``[in, C * rows]``, ``((w - w_r) H)^T`` for them; may be overwritten.
         hessian: float32 ``[in, in]`` in the same order, positive diagonal.
-        grid: scales and tables.
+        grid: scales and widths.
 
     Returns:
         uint8 codes ``[in, rows]``; with the exact Hessian the objective never grows.
     """
     diagonal = hessian.diagonal()
-    columns, copies, rows = len(current), grid.scales.shape[1], grid.scales.shape[2]
+    columns, copies, rows = len(current), grid.copies, grid.scales.shape[2]
+    if _runs_natively(current):
+        base, trail = (t.view(columns, copies, rows).permute(1, 2, 0) for t in (current, gradient))
+        return _sweep_natively(base, trail / diagonal, hessian / diagonal, grid, compensating=False)
+    rounder = _Rounder(grid)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=current.device)
     changes = torch.empty(_STRETCH, copies * rows, device=current.device)
     for first in range(0, columns, _STRETCH):
         last = min(first + _STRETCH, columns)
         for j in range(first, last):
             target = torch.add(current[j], gradient[j] / diagonal[j]).view(copies, rows)
-            codes[j], rounded = _round(target, grid.group_of[j], grid)
+            codes[j], rounded = rounder.round(target, j)
             change = rounded.view(-1) - current[j]
             changes[j - first] = change
             gradient[j + 1 : last].addr_(hessian[j, j + 1 : last], change, alpha=-1)
@@ -107,3 +118,59 @@ def descend(current: Tensor, gradient: Tensor, hessian: Tensor, grid: SweepGrid)
 def code_levels(codes: Tensor, table: Tensor) -> Tensor:
     """Centred levels of uint8 codes at every width of ``table`` (``[R, 256]``): float32 ``[R, *codes.shape]``."""
     return table.index_select(1, codes.reshape(-1).to(torch.int64)).view(len(table), *codes.shape)
+
+
+class _Rounder:
+    """Best codes of one column after the other, with PyTorch operations."""
+
+    def __init__(self, grid: SweepGrid) -> None:
+        self._scales, self._group_of = grid.scales, grid.group_of
+        device = grid.scales.device
+        self._shared = shared_table(grid.target_bits, grid.bit_weights, device) if grid.copies == 1 else None
+        if self._shared is None:
+            self._cells = cell_table(grid.target_bits, device)
+            lambdas = torch.tensor(grid.bit_weights, device=device).view(-1, 1)
+            # lambda_r s_r^2 up to a common factor: the objective is in units of the weight, positions are in steps.
+            self._weights = lambdas * (grid.scales / grid.scales[:, -1:]).square()
+
+    def round(self, target: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """uint8 codes ``[rows]`` for the targets ``[C, rows]``, and what to subtract for them ``[C, rows]``."""
+        group = self._group_of[column]
+        scales = self._scales[group]
+        position = target / scales
+        if self._shared is not None:
+            codes, levels = round_shared(position[0], self._shared)
+            return codes, levels * scales
+        chosen = round_nested(position, self._weights[group], self._cells)
+        return chosen.to(torch.uint8), self._cells.levels.index_select(1, chosen).mul_(scales)
+
+
+def _runs_natively(tensor: Tensor) -> bool:
+    wanted = os.environ.get("MATGPTQ_SOLVER", "auto")
+    if wanted not in ("auto", "torch", "native"):
+        raise ConfigurationError(f"MATGPTQ_SOLVER must be auto, torch or native, not {wanted!r}")
+    if wanted == "native" and not native.available():
+        raise ConfigurationError(f"MATGPTQ_SOLVER=native: {native.reason()}")
+    return wanted != "torch" and tensor.device.type == "cpu" and native.available()
+
+
+def _sweep_natively(
+    base: Tensor, trail: Tensor | None, coupling: Tensor, grid: SweepGrid, *, compensating: bool
+) -> Tensor:
+    """Both loops in the native library; ``base`` and ``trail`` are ``[C, rows, in]``."""
+    shared = grid.copies == 1 and len(grid.target_bits) > 1
+    codes = native.sweep(
+        base.contiguous(),
+        coupling.contiguous(),
+        grid.scales.permute(1, 2, 0).expand(len(grid.target_bits), -1, -1).contiguous(),
+        torch.tensor(grid.group_of, dtype=torch.int32),
+        grid.target_bits,
+        grid.bit_weights,
+        mode=("mean" if shared else "residual") if compensating else "change",
+        trail=None if trail is None else trail.contiguous(),
+    )
+    top = grid.target_bits[-1]
+    if top < PARENT_BITS:
+        # The library takes the lowest code of a level; the one that every larger width reads alike is u * 2^(8-r).
+        codes = slice_codes(codes, top) << (PARENT_BITS - top)
+    return codes.T

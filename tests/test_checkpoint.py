@@ -341,7 +341,7 @@ ARCHITECTURE_DAMAGE = {
             p,
             model__extra__codes=torch.zeros(4, 64, dtype=torch.uint8),
             model__extra__weight=torch.empty(0),
-            **{f"model__extra__scales_{r}": torch.ones(4, 1, dtype=torch.float16) for r in (2, 3, 4, 8)},
+            **{f"model__extra__scales_{r}": torch.ones(4, 1, dtype=torch.float16) for r in range(2, 9)},
         ),
         "layer model.extra: .*no such layer",
     ),
@@ -349,13 +349,13 @@ ARCHITECTURE_DAMAGE = {
         lambda p: edit_tensors(
             p,
             **{f"{Q}.codes": torch.zeros(60, 64, dtype=torch.uint8)},
-            **{f"{Q}.scales_{r}": torch.ones(60, 1, dtype=torch.float16) for r in (2, 3, 4, 8)},
+            **{f"{Q}.scales_{r}": torch.ones(60, 1, dtype=torch.float16) for r in range(2, 9)},
         ),
         f"layer {Q}: codes is U8 .60, 64., must be U8 .64, 64.",
     ),
     "layer-lost": (
         lambda p: edit_tensors(
-            p, [f"{Q}.{leaf}" for leaf in ("codes", "weight", *(f"scales_{r}" for r in (2, 3, 4, 8)))]
+            p, [f"{Q}.{leaf}" for leaf in ("codes", "weight", *(f"scales_{r}" for r in range(2, 9)))]
         ),
         f"no {Q}.codes",
     ),
@@ -585,7 +585,8 @@ def test_the_record_says_how_it_was_made(make_checkpoint):
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["source"] == str(source.resolve())
     assert config["bits"] == 8
-    assert config["target_bits"] == config["scale_bits"] == [2, 3, 4, 8]
+    assert config["target_bits"] == [2, 3, 4, 8]
+    assert config["scale_bits"] == [2, 3, 4, 5, 6, 7, 8]
     assert config["recipe"]["method"] == "matgptq"
     assert config["recipe"]["seed"] == 0
     assert config["calibration"]["dataset"] == "token ids"

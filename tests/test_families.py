@@ -25,7 +25,7 @@ from matgptq.nested_linear import NestedLinear, nested_layers
 from matgptq.slicing import WIDTHS
 from matgptq.source import read_headers, read_tensor
 
-FORMAT_LEAVES = ("codes", "scales_2", "scales_3", "scales_4", "scales_8")
+FORMAT_LEAVES = ("codes", *(f"scales_{bits}" for bits in range(2, 9)))
 QUANTIZED_LAYERS = {"phi3": 8, "gpt_neox": 8, "opt": 12}
 
 
@@ -197,7 +197,7 @@ def test_methods_and_group_sizes_round_trip(method, group_size, make_checkpoint,
     for key, layer in opened.layers.items():
         allowed = {-1: layer.in_features, 8: 8, 32: 32, 128: 64 if layer.in_features == 64 else 32}
         assert layer.group_size == allowed[group_size], key
-    assert opened.settings.scale_bits == ((2, 3, 4, 8) if method == "matgptq" else (8,))
+    assert opened.settings.scale_bits == ((2, 3, 4, 5, 6, 7, 8) if method == "matgptq" else (8,))
     original = load_source(source)
     for bits in (2, 5, 8):
         reference = copy.deepcopy(original)

@@ -48,8 +48,8 @@ class Recipe:
             order, so inference needs no permutation); ``natural`` from left to right.
         coordinate_passes: passes of exact coordinate descent over all columns after the first sweep.
         refit: solve for the best group scales of each target width once the codes are fixed.
-        refit_bits: widths beside the targets that get refitted scales of their own, too. Each costs one 16-bit scale
-            per group in the file and nothing when another width is served.
+        refit_bits: widths that get refitted scales of their own even if they are no targets. Each costs one 16-bit
+            scale per group in the file and nothing when another width is served.
         refit_in_loop: refit before and after each coordinate pass, instead of once at the end.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         seed: of the calibration windows.
@@ -133,7 +133,7 @@ def _require(condition: bool, message: str) -> None:
 
 # The defaults of each method; everything else is the Recipe's own default.
 _METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "matgptq": {},
+    "matgptq": {"refit_bits": WIDTHS},
     "paper": {
         "grid": "minmax",
         "signed_scales": False,
@@ -202,7 +202,7 @@ def make_recipe(
             "a model of one width alone is method gptq"
         )
     values: dict[str, Any] = {**_METHOD_DEFAULTS[method], **options}
-    values["refit_bits"] = tuple(values.get("refit_bits", ()))
+    values["refit_bits"] = tuple(values.get("refit_bits", ())) if values.get("refit", True) else ()
     return Recipe(
         method=method,  # type: ignore[arg-type]
         target_bits=target_bits,

@@ -110,6 +110,9 @@ struct Avx2 {
         use(2, level<2>(v, levels));
         use(3, level<3>(v, levels));
     }
+    static MATGPTQ_INLINE void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {
+        scale_levels(levels, kChunkColumns, scale, out, bfloat16);
+    }
     static MATGPTQ_INLINE void transpose_words(const uint8_t (*words)[kTileRows * 4], int8_t* out) {
         for (int part = 0; part < 2; ++part)
             for (int half = 0; half < 2; ++half) {

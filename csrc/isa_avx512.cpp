@@ -132,6 +132,26 @@ struct Avx512 {
         use(2, level<2>(v, levels));
         use(3, level<3>(v, levels));
     }
+    static MATGPTQ_INLINE void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {
+        const __m512 factor = _mm512_set1_ps(scale);
+        for (int half = 0; half < 2; ++half) {
+            const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(levels + 16 * half));
+            const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), factor);
+            if (!bfloat16) {
+                _mm512_storeu_ps(static_cast<char*>(out) + 64 * half, value);
+                continue;
+            }
+            // Round half to even; NaN keeps a mantissa bit.
+            const __m512i word = _mm512_castps_si512(value), high = _mm512_srli_epi32(word, 16);
+            const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+            __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7FFF)), odd);
+            rounded = _mm512_srli_epi32(rounded, 16);
+            const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+            rounded = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<char*>(out) + 32 * half),
+                                _mm512_cvtepi32_epi16(rounded));
+        }
+    }
     // 8 registers of 16 words to 16 rows of 8 words: 4x4 transposes inside 128-bit lanes, then each lane to its row.
     static MATGPTQ_INLINE void transpose_words(const uint8_t (*words)[kTileRows * 4], int8_t* out) {
         for (int half = 0; half < 2; ++half) {

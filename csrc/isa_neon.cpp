@@ -104,6 +104,9 @@ struct Neon {
         use(2, level<2>(v, levels));
         use(3, level<3>(v, levels));
     }
+    static MATGPTQ_INLINE void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {
+        scale_levels(levels, kChunkColumns, scale, out, bfloat16);
+    }
     static MATGPTQ_INLINE void transpose_words(const uint8_t (*words)[kTileRows * 4], int8_t* out) {
         for (int row = 0; row < kTileRows; ++row)
             for (int k = 0; k < 8; ++k) std::memcpy(out + row * kChunkColumns + 4 * k, words[k] + 4 * row, 4);

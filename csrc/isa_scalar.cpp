@@ -88,6 +88,9 @@ struct Scalar {
     static void for_each_byte(Bytes u, const Levels& levels, F&& use) {
         for (int i = 0; i < 4; ++i) use(i, static_cast<float>((u >> (8 * i)) & 255) - levels.zero);
     }
+    static void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {
+        scale_levels(levels, kChunkColumns, scale, out, bfloat16);
+    }
     static void transpose_words(const uint8_t (*words)[kTileRows * 4], int8_t* out) {
         for (int row = 0; row < kTileRows; ++row)
             for (int k = 0; k < 8; ++k) std::memcpy(out + row * kChunkColumns + 4 * k, words[k] + 4 * row, 4);

@@ -73,14 +73,20 @@ struct Panel {
 
 // Products of the tiles [tile_begin, tile_end) with a panel, into out [tiles, panel rows, 16].
 using ProductKernel = void (*)(const WeightView&, const Panel&, int64_t tile_begin, int64_t tile_end, float* out);
-// Levels u - 2^(r-1) of one tile's chunk into out [16, 32].
-using LevelsKernel = void (*)(const WeightView&, int64_t tile, int64_t chunk, int8_t* out);
+// Where a tile's chunk of weights goes: rows row_begin..row_end-1 of it, `count` of its 32 columns.
+struct ChunkTarget {
+    void* out;           // first of the rows
+    int64_t row_bytes;   // from row to row
+    int row_begin, row_end;
+    int count;
+    bool bfloat16;
+};
+// One tile's chunk times `scales` [16], in which the slice's own factor 2^(8-r) is included.
+using DequantizeKernel = void (*)(const WeightView&, int64_t tile, int64_t chunk, const float* scales,
+                                  const ChunkTarget&);
 // x [rows, columns] (rows `stride` apart) to a panel's codes; columns is a multiple of 32, blocks of `block` columns.
 using QuantizeKernel = void (*)(const float* x, int rows, int64_t columns, int64_t block, int8_t* codes,
                                 float* block_scales, int32_t* block_sums);
-// One row of levels times group scale to float32 or bfloat16.
-using ScaleRowKernel = void (*)(const int8_t* levels, int count, float scale, void* out, bool bfloat16);
-
 // Sum of the 64-bit words of a multiple of 256 bytes.
 using ReadKernel = uint64_t (*)(const uint8_t* memory, int64_t bytes);
 
@@ -92,9 +98,8 @@ struct Kernels {
     // [bits - 2][resident ? 1 : 0][log2 of panel rows]
     ProductKernel exact[kWidths][2][kPanelSizes];
     ProductKernel int8[kWidths][2][kPanelSizes];
-    LevelsKernel levels[kWidths][2];
+    DequantizeKernel dequantize[kWidths][2];
     QuantizeKernel quantize;
-    ScaleRowKernel scale_row;
     ReadKernel read;
     SweepKernel sweep;
     int sweep_lanes;  // rows per vector of the sweep

@@ -244,29 +244,30 @@ extern "C" int matgptq_dequantize(const matgptq_weight* weight, int bits, int64_
     if (!out) return MATGPTQ_E_ARGUMENT;
     const WeightView view = weight->view(bits);
     const Kernels& table = kernels();
-    const LevelsKernel unpack = table.levels[bits - kMinBits][weight->slice_bits ? 0 : 1];
+    const DequantizeKernel dequantize = table.dequantize[bits - kMinBits][weight->slice_bits ? 0 : 1];
     const float unit = static_cast<float>(1 << (kParentBits - bits));
     const int64_t size = dtype == MATGPTQ_FLOAT32 ? 4 : 2;
     const int64_t first_tile = row_begin / kTileRows;
     parallel_for(ceil_div(row_end, kTileRows) - first_tile, 2, num_threads, [&](int64_t begin, int64_t end) {
-        alignas(64) int8_t levels[kTileRows * kChunkColumns];
+        float scales[kTileRows];
         for (int64_t tile = first_tile + begin; tile < first_tile + end; ++tile) {
             const int64_t from = row_begin > tile * kTileRows ? row_begin - tile * kTileRows : 0;
             const int64_t to = row_end - tile * kTileRows < kTileRows ? row_end - tile * kTileRows : kTileRows;
+            char* const rows = static_cast<char*>(out) + (tile * kTileRows + from - row_begin) * out_stride * size;
             for (int64_t chunk = 0; chunk < view.chunks; ++chunk) {
-                unpack(view, tile, chunk, levels);
+                if (chunk % view.group_chunks == 0) {
+                    const int64_t index = (tile * view.groups + chunk / view.group_chunks) * kTileRows;
+                    for (int i = 0; i < kTileRows; ++i)
+                        scales[i] = unit * (view.scales.half
+                                                ? half_to_float(static_cast<const uint16_t*>(view.scales.data)[index + i])
+                                                : static_cast<const float*>(view.scales.data)[index + i]);
+                }
                 const int64_t column = chunk * kChunkColumns;
                 const int64_t left = weight->in_features - column;
-                const int count = static_cast<int>(left < kChunkColumns ? left : kChunkColumns);
-                const int64_t index = (tile * view.groups + chunk / view.group_chunks) * kTileRows;
-                for (int64_t i = from; i < to; ++i) {
-                    const float scale = view.scales.half
-                                            ? half_to_float(static_cast<const uint16_t*>(view.scales.data)[index + i])
-                                            : static_cast<const float*>(view.scales.data)[index + i];
-                    const int64_t at = (tile * kTileRows + i - row_begin) * out_stride + column;
-                    table.scale_row(levels + i * kChunkColumns, count, scale * unit, static_cast<char*>(out) + at * size,
-                                    dtype == MATGPTQ_BFLOAT16);
-                }
+                const ChunkTarget target{rows + column * size, out_stride * size, static_cast<int>(from),
+                                         static_cast<int>(to), static_cast<int>(left < kChunkColumns ? left : kChunkColumns),
+                                         dtype == MATGPTQ_BFLOAT16};
+                dequantize(view, tile, chunk, scales, target);
             }
         }
     });

@@ -237,20 +237,52 @@ void exact_product(const WeightView& weight, const Panel& panel, int64_t tile_be
     }
 }
 
-// ---- levels, row by row -------------------------------------------------------------------------------------------
+// ---- dequantization -----------------------------------------------------------------------------------------------
+MATGPTQ_INLINE void scale_levels(const int8_t* levels, int count, float scale, void* out, bool bfloat16) {
+    if (!bfloat16) {
+        float* to = static_cast<float*>(out);
+        for (int i = 0; i < count; ++i) {
+            const float value = static_cast<float>(levels[i]) * scale;
+            std::memcpy(to + i, &value, 4);  // `out` may be unaligned
+        }
+        return;
+    }
+    unsigned char* to = static_cast<unsigned char*>(out);
+    for (int i = 0; i < count; ++i) {
+        const float value = static_cast<float>(levels[i]) * scale;
+        uint32_t word;
+        std::memcpy(&word, &value, 4);
+        // Round half to even; NaN (an infinite scale times 0) keeps a mantissa bit.
+        const uint32_t rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+        const uint16_t half = static_cast<uint16_t>((word & 0x7FFFFFFF) > 0x7F800000 ? (word >> 16) | 0x40 : rounded);
+        std::memcpy(to + 2 * i, &half, 2);
+    }
+}
+
 template <class S, int Bits, bool Resident>
-void unpack_levels(const WeightView& weight, int64_t tile, int64_t chunk, int8_t* out) {
+void dequantize_chunk(const WeightView& weight, int64_t tile, int64_t chunk, const float* scales,
+                      const ChunkTarget& target) {
     constexpr int parts = kTileRows / S::kLanes;
     alignas(64) uint8_t words[8][kTileRows * 4];
+    alignas(64) int8_t levels[kTileRows * kChunkColumns];
     for (int part = 0; part < parts; ++part) {
         typename S::Bytes bytes[8];
         unpack<S, Bits, Resident>(weight, (tile * weight.chunks + chunk) * kChunkBytes + part * 4 * S::kLanes, bytes);
         for (int k = 0; k < 8; ++k)
             S::store_bytes(words[k] + part * 4 * S::kLanes, S::template center<(1 << (Bits - 1))>(bytes[k]));
     }
-    S::transpose_words(words, out);
+    S::transpose_words(words, levels);
+    char* out = static_cast<char*>(target.out);
+    for (int row = target.row_begin; row < target.row_end; ++row, out += target.row_bytes) {
+        const int8_t* from = levels + row * kChunkColumns;
+        if (target.count == kChunkColumns)
+            S::scale_chunk_row(from, scales[row], out, target.bfloat16);
+        else
+            scale_levels(from, target.count, scales[row], out, target.bfloat16);
+    }
 }
 
+// ---- activations to int8 ------------------------------------------------------------------------------------------
 void quantize_panel(const float* x, int rows, int64_t columns, int64_t block, int8_t* codes, float* block_scales,
                     int32_t* block_sums) {
     alignas(64) int8_t rounded[128];
@@ -307,27 +339,6 @@ void quantize_panel(const float* x, int rows, int64_t columns, int64_t block, in
     }
 }
 
-void scale_row(const int8_t* levels, int count, float scale, void* out, bool bfloat16) {
-    if (!bfloat16) {
-        float* to = static_cast<float*>(out);
-        for (int i = 0; i < count; ++i) {
-            const float value = static_cast<float>(levels[i]) * scale;
-            std::memcpy(to + i, &value, 4);  // `out` may be unaligned
-        }
-        return;
-    }
-    unsigned char* to = static_cast<unsigned char*>(out);
-    for (int i = 0; i < count; ++i) {
-        const float value = static_cast<float>(levels[i]) * scale;
-        uint32_t word;
-        std::memcpy(&word, &value, 4);
-        // Round half to even; NaN (an infinite scale times 0) keeps a mantissa bit.
-        const uint32_t rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-        const uint16_t half = static_cast<uint16_t>((word & 0x7FFFFFFF) > 0x7F800000 ? (word >> 16) | 0x40 : rounded);
-        std::memcpy(to + 2 * i, &half, 2);
-    }
-}
-
 uint64_t read_words(const uint8_t* memory, int64_t bytes) {
     uint64_t sum[32] = {};
     for (int64_t i = 0; i < bytes; i += 256) {
@@ -353,7 +364,7 @@ void fill_width(Kernels& table) {
     table.int8[w][form][1] = int8_product<S, Bits, Resident, 2>;
     table.int8[w][form][2] = int8_product<S, Bits, Resident, 4>;
     table.int8[w][form][3] = int8_product<S, Bits, Resident, 8>;
-    table.levels[w][form] = unpack_levels<S, Bits, Resident>;
+    table.dequantize[w][form] = dequantize_chunk<S, Bits, Resident>;
 }
 
 template <class S>
@@ -372,13 +383,12 @@ void fill_products(Kernels& table) {
     fill_width<S, 6, true>(table);
     fill_width<S, 7, true>(table);
     // The parent itself is read the same way in both forms.
-    table.levels[6][1] = table.levels[6][0];
+    table.dequantize[6][1] = table.dequantize[6][0];
     for (int i = 0; i < kPanelSizes; ++i) {
         table.exact[6][1][i] = table.exact[6][0][i];
         table.int8[6][1][i] = table.int8[6][0][i];
     }
     table.quantize = quantize_panel;
-    table.scale_row = scale_row;
     table.read = read_words;
 }
 

@@ -1,4 +1,4 @@
-/* matgptq: products with nested (Matryoshka) weights, and the solver's column sweep, on CPUs.
+/* matgptq: products with nested (Matryoshka) weights, and the solver's column sweep and scale search, on CPUs.
  *
  * This header is the specification. It knows nothing of Python or torch; all memory that crosses it belongs to the
  * caller except the two opaque types. Every function may be called from several threads at once; functions that take
@@ -27,7 +27,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a signature or struct below changes. */
-#define MATGPTQ_ABI_VERSION 1
+#define MATGPTQ_ABI_VERSION 2
 
 enum matgptq_status {
     MATGPTQ_OK = 0,
@@ -151,6 +151,26 @@ typedef struct {
 } matgptq_sweep_job;
 
 MATGPTQ_API int matgptq_sweep(const matgptq_sweep_job *job);
+
+/* ---- the solver's scale search -----------------------------------------------------------------------------------
+ * For every row and group, the candidate scale s (the first of equals) with the smallest
+ *     s^2 * sum_j importance[j] * error(weight[j] / s),   j over the group's columns,
+ * where error(p) = (p - mean_level[k])^2 + spread[k] on piece k: breakpoints[k-1] < p <= breakpoints[k]. */
+typedef struct {
+    int64_t rows, in_features, group_size;
+    int num_candidates;
+    int num_pieces;           /* 1..256 */
+    const float *weight;      /* [rows, in_features] */
+    const float *importance;  /* [in_features] */
+    const float *candidates;  /* [num_candidates, rows, groups], not zero */
+    const float *breakpoints; /* [num_pieces - 1], ascending */
+    const float *mean_level;  /* [num_pieces] */
+    const float *spread;      /* [num_pieces] */
+    int32_t *best;            /* [rows, groups], written: index of the best candidate */
+    int num_threads;
+} matgptq_search_job;
+
+MATGPTQ_API int matgptq_search_scales(const matgptq_search_job *job);
 
 #ifdef __cplusplus
 }

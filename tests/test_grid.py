@@ -8,6 +8,7 @@ from brute_force import WIDTHS, code_costs, output_error, random_problem, slice_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matgptq import native
 from matgptq.errors import UnsupportedModelError
 from matgptq.grid import (
     MAX_SCALE,
@@ -19,6 +20,7 @@ from matgptq.grid import (
     storable_scales,
 )
 from matgptq.recipe import make_recipe
+from matgptq.rounding import shared_table
 from matgptq.slicing import slice_levels
 from matgptq.solver import solve
 
@@ -233,3 +235,25 @@ def test_refit_leaves_empty_groups_alone():
     refitted = refit_scales(weight, levels, scales / 64, torch.eye(16), 8)
     torch.testing.assert_close(refitted[:, 0], torch.full((3,), 0.01), rtol=1e-2, atol=0)
     assert torch.equal(refitted[:, 1], scales[:, 1] / 64)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason() or "native library")
+@pytest.mark.parametrize("widths", [(2, 3, 4, 8), (2, 3, 4, 5, 6, 7, 8), (4,), (2, 8)])
+@pytest.mark.parametrize(("rows", "groups", "group_size"), [(1, 1, 9), (5, 3, 32), (17, 2, 64), (4, 1, 128)])
+def test_native_search_takes_candidates_as_good(widths, rows, groups, group_size, monkeypatch):
+    weight, hessian = random_problem(rows, groups * group_size, seed=rows)
+    method = "gptq" if len(widths) == 1 else "matgptq"
+    recipe = make_recipe(method, widths, scale_candidates=16, group_size=group_size)
+    found = {}
+    for engine in ("torch", "native"):
+        monkeypatch.setenv("MATGPTQ_SOLVER", engine)
+        found[engine] = search_scales(weight, hessian.diagonal(), group_size, recipe)
+    table = shared_table(recipe.target_bits, recipe.bit_weights)
+    importance = hessian.diagonal().view(groups, group_size)
+
+    def error(scales):
+        position = weight.view(rows, groups, group_size) / scales.unsqueeze(-1)
+        return (table.error(position).double() * importance).sum(-1) * scales.double().square()
+
+    torch.testing.assert_close(error(found["native"]), error(found["torch"]), rtol=1e-4, atol=0)
+    assert (found["native"] == found["torch"]).double().mean() > 0.9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from matgptq import native
 from matgptq.errors import UnsupportedModelError
 from matgptq.recipe import GROUP_SIZE_FALLBACKS, PER_CHANNEL, Recipe
 from matgptq.rounding import SharedTable, shared_table
@@ -93,6 +94,12 @@ def search_scales(weight: Tensor, hessian_diagonal: Tensor, group_size: int, rec
     table = shared_table(recipe.target_bits, recipe.bit_weights, weight.device)
     importance = hessian_diagonal.view(-1, group_size)  # [groups, group_size]
     shrinks = torch.linspace(1.0, recipe.scale_min_shrink, recipe.scale_candidates).tolist()
+    if native.solves(weight):
+        candidates = storable_scales(start * torch.tensor(shrinks).view(-1, 1, 1))
+        chosen = native.search_scales(
+            weight, hessian_diagonal, candidates, table.breakpoints, table.mean_level, table.spread
+        )
+        return candidates.gather(0, chosen.long().unsqueeze(0)).squeeze(0)
     best = start.clone()
     rows_per_piece = max(1, _SEARCH_ELEMENTS // weight.shape[1])
     for first in range(0, len(weight), rows_per_piece):

@@ -27,7 +27,7 @@ from matgptq.slicing import PARENT_BITS, check_bits, check_widths
 Activations = Literal["exact", "int8"]
 SweepMode = Literal["residual", "change", "mean"]
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"exact": 0, "int8": 1}
 _SWEEP_MODES = {"residual": 0, "change": 1, "mean": 2}
@@ -69,6 +69,24 @@ class _SweepJob(ctypes.Structure):
     )
 
 
+class _SearchJob(ctypes.Structure):
+    _fields_ = (
+        ("rows", _int64),
+        ("in_features", _int64),
+        ("group_size", _int64),
+        ("num_candidates", _int),
+        ("num_pieces", _int),
+        ("weight", _pointer),
+        ("importance", _pointer),
+        ("candidates", _pointer),
+        ("breakpoints", _pointer),
+        ("mean_level", _pointer),
+        ("spread", _pointer),
+        ("best", _pointer),
+        ("num_threads", _int),
+    )
+
+
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "abi_version": (_int, ()),
     "message": (ctypes.c_char_p, (_int,)),
@@ -88,6 +106,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "dequantize": (_int, (_pointer, _int, _int64, _int64, _pointer, _int, _int64, _int)),
     "read": (ctypes.c_uint64, (_pointer, _int64, _int)),
     "sweep": (_int, (_pointer,)),
+    "search_scales": (_int, (_pointer,)),
 }
 
 
@@ -127,6 +146,19 @@ def available() -> bool:
 def reason() -> str:
     """Why the native library is not available; empty when it is."""
     return _load()[1]
+
+
+def solves(tensor: Tensor) -> bool:
+    """Whether the solver's loops over this tensor run in the library: on the CPU, where there is one.
+
+    ``MATGPTQ_SOLVER=torch`` or ``=native`` forces one engine; both give the same codes but for ties.
+    """
+    wanted = os.environ.get("MATGPTQ_SOLVER", "auto")
+    if wanted not in ("auto", "torch", "native"):
+        raise ConfigurationError(f"MATGPTQ_SOLVER must be auto, torch or native, not {wanted!r}")
+    if wanted == "native" and not available():
+        raise ConfigurationError(f"MATGPTQ_SOLVER=native: {reason()}")
+    return wanted != "torch" and tensor.device.type == "cpu" and available()
 
 
 def _require() -> ctypes.CDLL:
@@ -572,3 +604,64 @@ def sweep(
     )
     _check(library.matgptq_sweep(ctypes.byref(job)))
     return codes
+
+
+def search_scales(
+    weight: Tensor,
+    importance: Tensor,
+    candidates: Tensor,
+    breakpoints: Tensor,
+    mean_level: Tensor,
+    spread: Tensor,
+    *,
+    num_threads: int | None = None,
+) -> Tensor:
+    """Index of the best candidate scale of every group.
+
+    A candidate s costs ``s^2 * sum_j importance[j] * error(weight[j] / s)`` over the columns of the group, with
+    ``error(p) = (p - mean_level[k])^2 + spread[k]`` on piece k, ``breakpoints[k-1] < p <= breakpoints[k]``. The first
+    of equals is taken.
+
+    Args:
+        weight: ``torch.float32`` ``[rows, in]``.
+        importance: ``torch.float32`` ``[in]``.
+        candidates: ``torch.float32`` ``[n, rows, groups]``, not zero.
+        breakpoints: ``torch.float32`` ``[K - 1]``, ascending.
+        mean_level, spread: ``torch.float32`` ``[K]``, K at most 256.
+        num_threads: default ``torch.get_num_threads()``.
+
+    Returns:
+        ``torch.int32`` ``[rows, groups]``.
+    """
+    library = _require()
+    if weight.ndim != 2 or candidates.ndim != 3:
+        raise ConfigurationError("weight must be [rows, in] and candidates [n, rows, groups]")
+    rows, in_features = weight.shape
+    count, _, groups = candidates.shape
+    if groups == 0 or in_features % groups:
+        raise ConfigurationError(f"{groups} groups do not divide {in_features} input features")
+    pieces = len(mean_level)
+    weight = _expect(weight, "weight", torch.float32, (rows, in_features))
+    importance = _expect(importance, "importance", torch.float32, (in_features,))
+    candidates = _expect(candidates, "candidates", torch.float32, (count, rows, groups))
+    breakpoints = _expect(breakpoints, "breakpoints", torch.float32, (pieces - 1,))
+    mean_level = _expect(mean_level, "mean_level", torch.float32, (pieces,))
+    spread = _expect(spread, "spread", torch.float32, (pieces,))
+    best = torch.empty((rows, groups), dtype=torch.int32)
+    job = _SearchJob(
+        rows=rows,
+        in_features=in_features,
+        group_size=in_features // groups,
+        num_candidates=count,
+        num_pieces=pieces,
+        weight=weight.data_ptr(),
+        importance=importance.data_ptr(),
+        candidates=candidates.data_ptr(),
+        breakpoints=breakpoints.data_ptr(),
+        mean_level=mean_level.data_ptr(),
+        spread=spread.data_ptr(),
+        best=best.data_ptr(),
+        num_threads=_threads(num_threads),
+    )
+    _check(library.matgptq_search_scales(ctypes.byref(job)))
+    return best

@@ -50,7 +50,7 @@ class Recipe:
         refit: solve for the best group scales of each target width once the codes are fixed.
         refit_bits: widths that get refitted scales of their own even if they are no targets. Each costs one 16-bit
             scale per group in the file and nothing when another width is served.
-        refit_in_loop: refit before and after each coordinate pass, instead of once at the end.
+        refit_in_loop: refit before each coordinate pass as well, not only at the end.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         seed: of the calibration windows.
     """
@@ -68,7 +68,7 @@ class Recipe:
     coordinate_passes: int = 1
     refit: bool = True
     refit_bits: tuple[int, ...] = ()
-    refit_in_loop: bool = False
+    refit_in_loop: bool = True
     damping: float = 0.01
     seed: int = 0
 

@@ -11,14 +11,12 @@ or ``=native`` forces one.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from matgptq import native
-from matgptq.errors import ConfigurationError
 from matgptq.rounding import cell_table, round_nested, round_shared, shared_table
 from matgptq.slicing import PARENT_BITS, slice_codes
 
@@ -63,7 +61,7 @@ def compensate(weight: Tensor, upper: Tensor, grid: SweepGrid) -> Tensor:
         uint8 codes ``[in, rows]``.
     """
     coupling = upper / upper.diagonal().unsqueeze(-1)
-    if _runs_natively(weight):
+    if native.solves(weight):
         base = weight.T.expand(grid.copies, -1, -1)
         return _sweep_natively(base, None, coupling, grid, compensating=True)
     columns, rows = weight.shape
@@ -97,7 +95,7 @@ def descend(current: Tensor, gradient: Tensor, hessian: Tensor, grid: SweepGrid)
     """
     diagonal = hessian.diagonal()
     columns, copies, rows = len(current), grid.copies, grid.scales.shape[2]
-    if _runs_natively(current):
+    if native.solves(current):
         base, trail = (t.view(columns, copies, rows).permute(1, 2, 0) for t in (current, gradient))
         return _sweep_natively(base, trail / diagonal, hessian / diagonal, grid, compensating=False)
     rounder = _Rounder(grid)
@@ -143,15 +141,6 @@ class _Rounder:
             return codes, levels * scales
         chosen = round_nested(position, self._weights[group], self._cells)
         return chosen.to(torch.uint8), self._cells.levels.index_select(1, chosen).mul_(scales)
-
-
-def _runs_natively(tensor: Tensor) -> bool:
-    wanted = os.environ.get("MATGPTQ_SOLVER", "auto")
-    if wanted not in ("auto", "torch", "native"):
-        raise ConfigurationError(f"MATGPTQ_SOLVER must be auto, torch or native, not {wanted!r}")
-    if wanted == "native" and not native.available():
-        raise ConfigurationError(f"MATGPTQ_SOLVER=native: {native.reason()}")
-    return wanted != "torch" and tensor.device.type == "cpu" and native.available()
 
 
 def _sweep_natively(

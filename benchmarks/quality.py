@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ class Row:
     widths: tuple[int, ...] = EVALUATED
     dataset: str | None = None  # the run's calibration text unless named here
     seed: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 NESTED = {"bits": [2, 3, 4, 8]}
@@ -42,6 +44,7 @@ ROWS = [
     *(Row(f"gptq {bits}", {"method": "gptq", "bits": [bits]}, (bits,)) for bits in (2, 3, 4)),
     Row("paper", {"method": "paper", **NESTED}),
     Row("matgptq", {"method": "matgptq", **NESTED}),
+    Row("matgptq, PyTorch solver", {"method": "matgptq", **NESTED}, environment={"MATGPTQ_SOLVER": "torch"}),
     Row("matgptq, self calibration", {"method": "matgptq", **NESTED}, dataset="self"),
     Row("matgptq, seed 1", {"method": "matgptq", **NESTED}, seed=1),
 ]
@@ -100,7 +103,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="calibration text")
     parser.add_argument("--text", required=True, help="evaluation text")
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--rows", help="comma-separated names; default all")
+    parser.add_argument("--rows", help="names separated by semicolons; default all")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
@@ -109,13 +112,18 @@ def main() -> None:
         measured = measure(row, arguments.model, arguments.calibration, arguments.text, arguments.windows)
         print(json.dumps(dataclasses.asdict(measured)))
         return
-    wanted = arguments.rows.split(",") if arguments.rows else [row.name for row in ROWS]
+    wanted = arguments.rows.split(";") if arguments.rows else [row.name for row in ROWS]
     rows = []
     print(f"{'row':28}" + "".join(f"{f'KL {bits}':>10}" for bits in EVALUATED) + f"{'minutes':>10}{'peak GB':>10}")
     for name in wanted:
         started = time.monotonic()
+        row = next(row for row in ROWS if row.name == name)
         done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--child", name], stdout=subprocess.PIPE, check=True, text=True
+            [sys.executable, __file__, *sys.argv[1:], "--child", name],
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+            env={**os.environ, **row.environment},
         )
         measured = json.loads(done.stdout.splitlines()[-1])
         measured["wall_seconds"] = round(time.monotonic() - started, 1)

@@ -25,7 +25,7 @@ def test_defaults_of_the_own_method():
         column_order="hessian",
         coordinate_passes=1,
         refit=True,
-        refit_in_loop=False,
+        refit_in_loop=True,
         damping=0.01,
         seed=0,
     )

@@ -267,7 +267,7 @@ def test_every_ingredient_has_an_effect(name):
         ({"scale_candidates": 1}, {}),
         ({"signed_scales": False}, {}),
         ({"refit": False}, {}),
-        ({"coordinate_passes": 2}, {"coordinate_passes": 2, "refit_in_loop": True}),
+        ({"coordinate_passes": 2, "refit_in_loop": False}, {"coordinate_passes": 2}),
     ],
     ids=["compensation", "coordinate pass", "scale search", "signed scales", "refit", "refit in the loop"],
 )

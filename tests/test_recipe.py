@@ -25,6 +25,7 @@ def test_defaults_of_the_own_method():
         column_order="hessian",
         coordinate_passes=1,
         refit=True,
+        refit_bits=(2, 3, 4, 5, 6, 7, 8),
         refit_in_loop=True,
         damping=0.01,
         seed=0,

@@ -29,6 +29,14 @@ FORMAT_LEAVES = ("codes", *(f"scales_{bits}" for bits in range(2, 9)))
 QUANTIZED_LAYERS = {"phi3": 8, "gpt_neox": 8, "opt": 12}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def exact_products():
+    """Logits are compared bit for bit: every product is made the one way that defines it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MATGPTQ_KERNEL", "reference")
+        yield
+
+
 def logits(model, ids=None):
     with torch.no_grad():
         return model(token_ids(2, 12, seed=9) if ids is None else ids).logits

@@ -28,6 +28,14 @@ Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def exact_products():
+    """Logits are compared bit for bit: every product is made the one way that defines it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MATGPTQ_KERNEL", "reference")
+        yield
+
+
 def logits(model):
     with torch.no_grad():
         return model(token_ids(2, 12, seed=9)).logits

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from matgptq import native
 from matgptq.allocation import complete_allocation, read_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
-from matgptq.errors import CheckpointError, SourceError
+from matgptq.errors import CheckpointError, ConfigurationError, SourceError
 from matgptq.format import parse_settings
-from matgptq.nested_linear import nested_layers
+from matgptq.kernels import FUSED_ROWS, Activations
+from matgptq.nested_linear import nested_layers, pack_layers
 from matgptq.slicing import check_bits
 
 
@@ -24,6 +26,8 @@ def load(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    resident: bool = True,
+    activations: Activations = "exact",
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a checkpoint as an ordinary transformers model whose width can be changed at any time.
@@ -35,6 +39,10 @@ def load(
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: of activations and of everything that is not quantized; ``auto`` is float32 on the CPU and the
             checkpoint's own on a GPU.
+        resident: keep all planes of the parent in memory, so that any width can be served. Otherwise only the slices
+            asked for stay, in the memory of their width, and widths are fixed. Needs the native kernels.
+        activations: ``exact``, or ``int8`` to round activations to 8 bits inside the products: faster on a CPU at
+            batch 1, at a cost in quality that ``matgptq eval --activations int8`` measures.
         trust_remote_code: allow code in the checkpoint to run. Off unless asked for.
 
     Returns:
@@ -42,6 +50,7 @@ def load(
         without reading the disk.
 
     Raises:
+        ConfigurationError: ``resident=False`` or int8 activations where the native kernels do not run.
         CheckpointError: damaged or foreign files.
         AllocationError: unknown layers or widths.
     """
@@ -79,4 +88,23 @@ def load(
         layers = nested_layers(model)
         default = next(iter(layers.values())).bits
         model.set_bits(complete_allocation(allocation, layers, default))
+    if _packs(target, model.dtype, resident, activations):
+        pack_layers(model, resident=resident, activations=activations)
     return model
+
+
+def _packs(device: torch.device, dtype: torch.dtype, resident: bool, activations: Activations) -> bool:
+    """Whether the native kernels serve this model; raises if something was asked for that only they can do."""
+    obstacle = None
+    if device.type != "cpu":
+        obstacle = f"the model is on {device}"
+    elif dtype not in FUSED_ROWS:
+        obstacle = f"the native kernels compute in float32 and bfloat16, not in {dtype}"
+    elif not native.available():
+        obstacle = native.reason()
+    if obstacle is None:
+        return True
+    if not resident or activations != "exact":
+        wish = "resident=False" if not resident else f"activations={activations!r}"
+        raise ConfigurationError(f"{wish} needs the native kernels: {obstacle}")
+    return False

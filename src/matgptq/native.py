@@ -260,6 +260,15 @@ class Weight:
         self.resident = resident
         weakref.finalize(self, _require().matgptq_weight_free, handle).atexit = False
 
+    @property
+    def key(self) -> int:
+        """A number that belongs to this weight as long as it lives."""
+        return self._handle
+
+    def __deepcopy__(self, memo: object) -> Weight:
+        """The same weight: it never changes, so copies of a model may share it."""
+        return self
+
     def __repr__(self) -> str:
         form = "resident parent" if self.resident else "packed slice"
         return (

@@ -7,17 +7,21 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from matgptq import kernels, native
 from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.format import CODES, scales_name
 from matgptq.nested_weight import NestedWeight, scale_source
-from matgptq.slicing import PARENT_BITS, check_bits
+from matgptq.slicing import PARENT_BITS, ZERO_POINT, check_bits
 
 
 class NestedLinear(nn.Module):
     """Linear layer over a ``NestedWeight``; the width can be changed at any time and costs nothing to change.
 
+    On the CPU the codes can be *packed* for the native kernels (``pack``): as a resident parent, which serves every
+    width, or as one slice, which takes only the memory of its width.
+
     Buffers:
-        codes: uint8 ``[out_features, in_features]``.
+        codes: uint8 ``[out_features, in_features]``; empty while the layer is packed.
         scales_8, ...: float16 ``[out_features, groups]``, one for each width with scales of its own.
         weight: empty. In a checkpoint it makes loaders that do not know the format fail on a size mismatch instead of
             starting with random weights; in memory it tells code that asks ``layer.weight`` for device and dtype.
@@ -52,6 +56,8 @@ class NestedLinear(nn.Module):
             self.register_buffer(scales_name(own), scales)
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.activations: kernels.Activations = "exact"
+        self._packed: native.Weight | None = None
         self.set_bits(bits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NestedLinear:
@@ -59,6 +65,8 @@ class NestedLinear(nn.Module):
 
         Every dtype that a model is cast to on the way (bfloat16, float32) holds them exactly.
         """
+        if self._packed is not None and fn(self.weight).device.type != "cpu":
+            self.unpack()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for own in self.scale_bits:
             scales = getattr(self, scales_name(own))
@@ -72,21 +80,81 @@ class NestedLinear(nn.Module):
         return self._bits
 
     def set_bits(self, bits: int) -> None:
-        """Multiply by the slice of ``bits`` bits from now on."""
-        self._bits = check_bits(bits)
+        """Multiply by the slice of ``bits`` bits from now on.
+
+        Raises:
+            AllocationError: the layer is packed as a slice of another width.
+        """
+        check_bits(bits)
+        if self._packed is not None and bits not in self._packed.widths:
+            raise AllocationError(
+                f"only the slice of {self._packed.widths[0]} bits is in memory; "
+                "load with resident=True to change widths"
+            )
+        self._bits = bits
+
+    @property
+    def packed(self) -> native.Weight | None:
+        """The packed form, if there is one."""
+        return self._packed
+
+    def pack(self, arena: native.Arena | None = None, *, resident: bool = True) -> None:
+        """Pack the codes for the native kernels and let go of them.
+
+        Args:
+            arena: memory to share with other layers.
+            resident: keep all planes, so that any width can be served; otherwise only the slice in use.
+
+        Raises:
+            ConfigurationError: the library is not available or does not take the layer's group size.
+        """
+        weight = self.nested_weight
+        if resident:
+            by_source = {own: weight.scales[own].float() for own in self.scale_bits}
+            scales = {bits: by_source[own] for bits, own in self._scale_source.items()}
+            packed = native.pack_parent(weight.codes, scales, arena=arena)
+        else:
+            packed = native.pack_slice(weight.codes, weight.scales_for(self._bits).float(), self._bits, arena=arena)
+        self._packed = kernels.remember(packed)
+        self.codes = torch.empty(0, dtype=torch.uint8)
+
+    def unpack(self) -> None:
+        """Return to plain codes."""
+        self.codes = self.nested_weight.codes
+        self._packed = None
 
     @property
     def nested_weight(self) -> NestedWeight:
-        """Codes and scales, sharing storage with the buffers."""
-        return NestedWeight(self.codes, {own: getattr(self, scales_name(own)) for own in self.scale_bits})
+        """Codes and scales; codes that are packed are recovered.
+
+        Raises:
+            ConfigurationError: the layer is packed as one slice, from which the parent cannot be recovered.
+        """
+        scales = {own: getattr(self, scales_name(own)) for own in self.scale_bits}
+        if self._packed is None:
+            return NestedWeight(self.codes, scales)
+        if not self._packed.resident:
+            raise ConfigurationError("only one slice is in memory; load with resident=True to get at the parent")
+        spread = scales[PARENT_BITS].float().repeat_interleave(self.group_size, 1)
+        # Exact: a weight of the parent is a product of 8 by 8 significant bits.
+        levels = native.dequantize_rows(self._packed, PARENT_BITS).div_(spread).round_()
+        return NestedWeight((levels + ZERO_POINT).to(torch.uint8), scales)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[out_features, in_features]`` weights at the width in use."""
+        if self._packed is not None:
+            return native.dequantize_rows(self._packed, self._bits).to(dtype)
         return self.nested_weight.dequantize(self._bits, dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs @ w_r^T + bias`` in the dtype of ``inputs``."""
-        return nn.functional.linear(inputs, self.dequantize(inputs.dtype), self.bias)
+        weight = self._packed if self._packed is not None else self.nested_weight
+        return kernels.matmul(inputs, weight, self._bits, self.bias, activations=self.activations)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._packed is not None:
+            destination[prefix + CODES] = self.nested_weight.codes
 
     def extra_repr(self) -> str:
         return (
@@ -98,6 +166,22 @@ class NestedLinear(nn.Module):
 def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:
     """All nested layers of a model by their full name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NestedLinear)}
+
+
+def pack_layers(model: nn.Module, *, resident: bool = True, activations: kernels.Activations = "exact") -> int:
+    """Pack all nested layers of a model on the CPU into one arena; returns how many.
+
+    Layers whose shape the library does not take stay as they are and run on the reference kernel.
+    """
+    arena = native.Arena()
+    count = 0
+    for layer in nested_layers(model).values():
+        if layer.group_size % 32 and layer.group_size != layer.in_features:
+            continue
+        layer.pack(arena, resident=resident)
+        layer.activations = activations
+        count += 1
+    return count
 
 
 def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:

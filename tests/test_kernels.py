@@ -1,0 +1,186 @@
+"""Every kernel against plain dequantize-then-multiply, through the one dispatch point; packed layers in models."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+
+import pytest
+import torch
+from tiny_models import token_ids
+
+import matgptq
+from matgptq import kernels, native
+from matgptq.errors import AllocationError, ConfigurationError
+from matgptq.nested_linear import NestedLinear, nested_layers
+from matgptq.nested_weight import NestedWeight
+from matgptq.slicing import WIDTHS
+
+needs_native = pytest.mark.skipif(not native.available(), reason=native.reason() or "native library")
+ROWS = (0, 1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64)
+
+
+def make_weight(out_features: int, in_features: int, groups: int, seed: int = 0) -> NestedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (out_features, in_features), dtype=torch.uint8, generator=generator)
+    scales = {}
+    for bits in WIDTHS:
+        scale = torch.randn(out_features, groups, generator=generator) * 2**-7
+        scale[torch.rand(scale.shape, generator=generator) < 0.1] = 0
+        scales[bits] = scale.bfloat16().half()
+    return NestedWeight(codes, scales)
+
+
+def pack(weight: NestedWeight, bits: int | None = None) -> native.Weight:
+    scales = {width: scale.float() for width, scale in weight.scales.items()}
+    return (
+        native.pack_parent(weight.codes, scales)
+        if bits is None
+        else native.pack_slice(weight.codes, scales[bits], bits)
+    )
+
+
+@pytest.mark.parametrize("kernel", [kernel.name for kernel in kernels.KERNELS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "groups"), [(37, 96, 3), (64, 128, 2), (16, 96, 1), (7, 45, 1)]
+)
+def test_against_dequantized(kernel, dtype, out_features, in_features, groups, monkeypatch):
+    if kernel != "reference" and not native.available():
+        pytest.skip(native.reason())
+    monkeypatch.setenv("MATGPTQ_KERNEL", kernel)
+    weight = make_weight(out_features, in_features, groups)
+    forms = [weight] if kernel == "reference" else [pack(weight)]
+    bias = torch.randn(out_features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for form, bits, rows in itertools.product(forms, WIDTHS, random.Random(0).sample(ROWS, 5)):
+        x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        expected = x.double() @ weight.dequantize(bits).double().T + bias.double()
+        result = kernels.matmul(x, form, bits, bias)
+        assert result.dtype == dtype
+        assert result.shape == (rows, out_features)
+        magnitude = x.double().abs() @ weight.dequantize(bits).double().abs().T + bias.double().abs()
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
+        assert ((result.double() - expected).abs() <= tolerance * magnitude + 1e-30).all()
+
+
+@needs_native
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_packed_slice_multiplies_like_the_parent(bits):
+    weight = make_weight(40, 128, 4)
+    x = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(0))
+    parent, only = pack(weight), pack(weight, bits)
+    torch.testing.assert_close(kernels.matmul(x, parent, bits), kernels.matmul(x, only, bits), rtol=1e-4, atol=1e-4)
+    assert only.nbytes < parent.nbytes or bits == 8
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 40])
+def test_bad_activations_propagate(rows):
+    weight = pack(make_weight(20, 64, 2))
+    x = torch.ones(rows, 64)
+    x[0, 3] = torch.nan
+    result = kernels.matmul(x, weight, 4)
+    assert result[0].isnan().all()
+    assert result[1:].isfinite().all()
+
+
+def test_the_choice_of_a_kernel(monkeypatch):
+    few = kernels.Product(packed=True, device="cpu", dtype=torch.float32, rows=1, activations="exact")
+    assert kernels.choose(few).name == "native-fused"
+    many = kernels.Product(packed=True, device="cpu", dtype=torch.float32, rows=500, activations="exact")
+    assert kernels.choose(many).name == "native-tiled"
+    plain = kernels.Product(packed=False, device="cpu", dtype=torch.float16, rows=1, activations="exact")
+    assert kernels.choose(plain).name == "reference"
+    with pytest.raises(ConfigurationError, match="exact activations only"):
+        kernels.choose(kernels.Product(False, "cpu", torch.float32, 1, "int8"))
+    monkeypatch.setenv("MATGPTQ_KERNEL", "native-fused")
+    assert kernels.choose(many).name == "native-fused"
+    with pytest.raises(ConfigurationError, match="not packed"):
+        kernels.choose(plain)
+    monkeypatch.setenv("MATGPTQ_KERNEL", "abacus")
+    with pytest.raises(ConfigurationError, match="native-fused, native-tiled, reference"):
+        kernels.choose(few)
+
+
+@needs_native
+def test_packing_and_unpacking_a_layer_lose_nothing():
+    layer = NestedLinear(96, 20, True, 32, (3, 8))
+    weight = make_weight(20, 96, 3)
+    layer.codes.copy_(weight.codes)
+    for bits in (3, 8):
+        scales = weight.scales[bits].clone()
+        scales[scales == 0] = 2**-9  # storable scales are never zero
+        getattr(layer, f"scales_{bits}").copy_(scales)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
+    expected = {bits: (layer.set_bits(bits), layer(x))[1] for bits in WIDTHS}
+    layer.pack()
+    assert layer.packed is not None
+    assert layer.codes.numel() == 0
+    for bits in WIDTHS:
+        layer.set_bits(bits)
+        torch.testing.assert_close(layer(x), expected[bits], rtol=1e-5, atol=1e-6)
+    after = layer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    layer.unpack()
+    assert torch.equal(layer.codes, weight.codes)
+
+
+@needs_native
+def test_a_model_uses_the_kernels_by_default(make_checkpoint, tmp_path):
+    _, out = make_checkpoint("llama")
+    ids = token_ids()[:2, :16]
+    model = matgptq.load(out, bits=4)
+    assert all(layer.packed is not None for layer in nested_layers(model).values())
+    expected = {}
+    plain = matgptq.load(out)
+    for layer in nested_layers(plain).values():
+        layer.unpack()
+    for bits in WIDTHS:
+        plain.set_bits(bits)
+        model.set_bits(bits)
+        expected[bits] = plain(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected[bits], rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path / "again")
+    again = matgptq.load(tmp_path / "again", bits=3)
+    torch.testing.assert_close(again(ids).logits, expected[3], rtol=1e-3, atol=1e-3)
+    twin = copy.deepcopy(model)
+    twin.set_bits(2)
+    assert {layer.bits for layer in nested_layers(model).values()} == {8}
+    torch.testing.assert_close(twin(ids).logits, expected[2], rtol=1e-3, atol=1e-3)
+
+
+@needs_native
+def test_one_slice_in_memory(make_checkpoint):
+    _, out = make_checkpoint("llama")
+    ids = token_ids()[:1, :16]
+    full, small = matgptq.load(out, bits=3), matgptq.load(out, bits=3, resident=False)
+    torch.testing.assert_close(full(ids).logits, small(ids).logits, rtol=1e-3, atol=1e-3)
+    held = [sum(layer.packed.nbytes for layer in nested_layers(model).values()) for model in (full, small)]
+    assert held[1] < 0.6 * held[0]
+    with pytest.raises(AllocationError, match="resident=True"):
+        small.set_bits(4)
+    with pytest.raises(ConfigurationError, match="resident=True"):
+        small.state_dict()
+
+
+@needs_native
+def test_int8_activations_are_close_and_a_choice(make_checkpoint):
+    _, out = make_checkpoint("llama")
+    ids = token_ids()[:1, :16]
+    exact, rounded = matgptq.load(out), matgptq.load(out, activations="int8")
+    difference = (exact(ids).logits - rounded(ids).logits).abs().max()
+    assert 0 < difference < 0.1 * exact(ids).logits.abs().max()
+
+
+def test_wishes_that_need_the_library_are_refused_without_it(make_checkpoint, monkeypatch):
+    _, out = make_checkpoint("llama")
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "reason", lambda: "built without a compiler")
+    assert all(layer.packed is None for layer in nested_layers(matgptq.load(out)).values())
+    with pytest.raises(ConfigurationError, match="without a compiler"):
+        matgptq.load(out, resident=False)
+    with pytest.raises(ConfigurationError, match="int8"):
+        matgptq.load(out, activations="int8")

@@ -182,3 +182,15 @@ def test_errors_are_one_line_and_status_one(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_kernels_are_shown() -> None:
+    shown = succeed("info", "--kernels")
+    assert "reference" in shown
+    assert "name a checkpoint" in refuse("info")
+
+
+def test_unknown_activations(checkpoint: Path) -> None:
+    result = run("generate", checkpoint, "--prompt", "the", "--activations", "int3")
+    assert result.exit_code == 2
+    assert "int8" in result.output

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -33,6 +33,9 @@ _err = Console(stderr=True)
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the table as JSON.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]
+ActivationsOption = Annotated[
+    Literal["exact", "int8"], typer.Option(help="int8: rounded inside the products; faster on a CPU, less exact.")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model to run.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="OUT", help="A checkpoint written by quantize.")]
 
@@ -213,6 +216,9 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
+    activations: Annotated[
+        str, typer.Option(help="exact, or int8 to measure what rounded activations cost.")
+    ] = "exact",
     json_file: JsonOption = None,
 ) -> None:
     """Measure perplexity, KL and top-1 agreement of each width against the full-precision model."""
@@ -231,6 +237,7 @@ def evaluate(
             reference=reference,
             device=device,
             dtype=dtype,
+            activations=activations,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -257,6 +264,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    activations: ActivationsOption = "exact",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -270,7 +278,13 @@ def generate(
     with _progress() as progress:
         progress.start("load the model", 1)
         model = matgptq.load(
-            checkpoint, bits, allocation, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            checkpoint,
+            bits,
+            allocation,
+            device=device,
+            dtype=dtype,
+            activations=activations,
+            trust_remote_code=trust_remote_code,
         )
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     if chat:
@@ -287,9 +301,26 @@ def generate(
     _out.print()
 
 
-@app.command(epilog=_examples("matgptq info out", "matgptq info out --json out.json"))
-def info(checkpoint: Checkpoint, json_file: JsonOption = None) -> None:
-    """Show what a checkpoint holds: widths, sizes, recipe. Reads headers only."""
+@app.command(epilog=_examples("matgptq info out", "matgptq info out --json out.json", "matgptq info --kernels"))
+def info(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="A checkpoint written by quantize.", show_default=False)
+    ] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Show which kernels run on this machine.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Show what a checkpoint holds (widths, sizes, recipe; reads headers only), or which kernels run here."""
+    if kernels:
+        from matgptq.console import kernel_table
+
+        _out.print(kernel_table())
+    elif checkpoint is None:
+        raise ConfigurationError("name a checkpoint, or ask for --kernels")
+    else:
+        _show_checkpoint(checkpoint, json_file)
+
+
+def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
     from matgptq.checkpoint import open_checkpoint
     from matgptq.console import recipe_lines, size_table
     from matgptq.slicing import WIDTHS

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from matgptq import kernels, native
 from matgptq.checkpoint import Checkpoint
 from matgptq.evaluation import Evaluation
 from matgptq.nested_weight import scale_source
@@ -192,3 +195,23 @@ def _perplexity(value: float) -> str:
 def recipe_lines(settings: Mapping[str, object]) -> str:
     """A recorded recipe on one line."""
     return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def kernel_table() -> Table:
+    """Which kernel computes a product on this machine, by form of the weight, activations and number of rows."""
+    library = f"native library for {native.isa()}" if native.available() else native.reason()
+    table = Table(title="kernels", caption=f"{library}; MATGPTQ_KERNEL forces one", caption_justify="left")
+    for column in ("weight", "device", "activations", "1 row", "16 rows", "512 rows"):
+        table.add_column(column)
+    forms = [(True, "cpu"), (False, "cpu")] + ([(False, "cuda")] if torch.cuda.is_available() else [])
+    for (packed, device), dtype, activations in itertools.product(
+        forms, (torch.float32, torch.bfloat16), ("exact", "int8")
+    ):
+        if activations == "int8" and not packed:
+            continue
+        products = [kernels.Product(packed, device, dtype, rows, activations) for rows in (1, 16, 512)]
+        name = str(dtype).removeprefix("torch.") + (", int8 inside" if activations == "int8" else "")
+        table.add_row(
+            "packed" if packed else "codes", device, name, *(kernels.choose(product).name for product in products)
+        )
+    return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -68,6 +68,8 @@ def load(
         if allocation is not None:
             complete_allocation(allocation, checkpoint.layers, checkpoint.settings.bits)
         path = local
+    if activations not in get_args(Activations):
+        raise ConfigurationError(f"activations must be exact or int8, not {activations!r}")
     target = resolve_device(device)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -216,9 +216,7 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
-    activations: Annotated[
-        str, typer.Option(help="exact, or int8 to measure what rounded activations cost.")
-    ] = "exact",
+    activations: ActivationsOption = "exact",
     json_file: JsonOption = None,
 ) -> None:
     """Measure perplexity, KL and top-1 agreement of each width against the full-precision model."""

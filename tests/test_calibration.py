@@ -26,9 +26,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from matgptq import calibration, text_sources
-from matgptq.calibration import Windows, evaluation_windows, generate_windows, load_windows, pack_windows
+from matgptq import calibration, self_text, text_sources
+from matgptq.calibration import Windows, evaluation_windows, load_windows, pack_windows
 from matgptq.errors import CalibrationError, ConfigurationError
+from matgptq.self_text import generate_windows
 from matgptq.text_sources import Document
 
 BOS, EOS = 0, 1
@@ -629,7 +630,7 @@ def test_self_text_is_cached(tmp_path, model, tokenizer, monkeypatch, caplog):
         raise AssertionError("generated again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(calibration, "_generate", must_not_run)
+        patched.setattr(self_text, "_generate", must_not_run)
         calls = []
         # The same weights, loaded from elsewhere.
         again = make_model()
@@ -645,7 +646,7 @@ def test_self_text_is_cached(tmp_path, model, tokenizer, monkeypatch, caplog):
     for damaged in (sound[:-40], b"", b"garbage" * 100, sound.replace(b'"key":"', b'"key":"0')):
         file.write_bytes(damaged)
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="matgptq.calibration"):
+        with caplog.at_level(logging.WARNING, logger="matgptq.self_text"):
             assert torch.equal(generate(model, tokenizer, tmp_path), tokens)
         assert "again" in caplog.text
         assert file.read_bytes() == sound
@@ -662,11 +663,11 @@ def test_cache_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("MATGPTQ_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert calibration._default_cache_dir() == tmp_path / ".cache" / "matgptq" / "self"
+    assert self_text._default_cache_dir() == tmp_path / ".cache" / "matgptq" / "self"
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert calibration._default_cache_dir() == Path("/x/matgptq/self")
+    assert self_text._default_cache_dir() == Path("/x/matgptq/self")
     monkeypatch.setenv("MATGPTQ_CACHE", "/m")
-    assert calibration._default_cache_dir() == Path("/m/self")
+    assert self_text._default_cache_dir() == Path("/m/self")
 
 
 def test_self_by_name(tmp_path, model, tokenizer):

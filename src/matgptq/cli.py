@@ -346,6 +346,55 @@ def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
 
 
 @app.command(
+    epilog=_examples(
+        "matgptq bench out",
+        "matgptq bench out --bits 2,4,8 --batch 1,8 --prompt 512 --activations int8 --json speed.json",
+    )
+)
+def bench(
+    checkpoint: Checkpoint,
+    bits: Annotated[str, typer.Option(help="Widths to time.")] = "2,3,4,8",
+    batch: Annotated[str, typer.Option(help="Numbers of sequences decoded together.")] = "1",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt that is timed.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Decoding steps per round.")] = 24,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Full model to time beside. (default: the one it was made from)")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. (default: PyTorch's choice)")] = None,
+    activations: ActivationsOption = "exact",
+    device: DeviceOption = "auto",
+    json_file: JsonOption = None,
+) -> None:
+    """Time decoding and prompt reading of each width beside the bfloat16 model (bits 16)."""
+    widths = _parse_widths(bits) or ()
+    try:
+        batches = tuple(int(part) for part in batch.split(","))
+    except ValueError:
+        raise ConfigurationError(f"--batch must be numbers separated by commas, not {batch!r}") from None
+    import torch
+
+    from matgptq.console import speed_table
+    from matgptq.speed import measure_speed
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _progress() as progress:
+        results = measure_speed(
+            checkpoint,
+            widths,
+            batches=batches,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            reference=reference,
+            activations=activations,
+            device=device,
+            progress=progress,
+        )
+    _out.print(speed_table(results))
+    _write_json(json_file, [result.to_dict() for result in results])
+
+
+@app.command(
     name="import-reference",
     epilog=_examples(
         "matgptq import-reference ./packed-model -o out",

@@ -27,6 +27,7 @@ from matgptq.nested_weight import scale_source
 from matgptq.plan import Plan
 from matgptq.report import LayerReport, Report
 from matgptq.slicing import WIDTHS
+from matgptq.speed import Speed
 
 MEGABYTE = 1_000_000
 
@@ -195,6 +196,38 @@ def _perplexity(value: float) -> str:
 def recipe_lines(settings: Mapping[str, object]) -> str:
     """A recorded recipe on one line."""
     return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def speed_table(results: Sequence[Speed]) -> Table:
+    """Tokens per second by width and batch, and what bounds them."""
+    caption = (
+        f"{torch.get_num_threads()} threads; bandwidth: share of a pure read; "
+        "overhead: share of a step outside the quantized layers' products"
+    )
+    table = Table(title="speed by width", caption=caption, caption_justify="left")
+    for column in (
+        "bits",
+        "batch",
+        "decode tok/s",
+        "prompt tok/s",
+        "read per token",
+        "bandwidth",
+        "overhead",
+        "memory",
+    ):
+        table.add_column(column, justify="right")
+    for result in results:
+        table.add_row(
+            str(result.bits),
+            str(result.batch),
+            f"{result.decode_tokens_per_second:.1f}",
+            f"{result.prompt_tokens_per_second:.0f}",
+            megabytes(result.bytes_per_token),
+            f"{result.bandwidth_share:.0%}",
+            "-" if result.overhead_share is None else f"{result.overhead_share:.0%}",
+            megabytes(result.resident_bytes),
+        )
+    return table
 
 
 def kernel_table() -> Table:

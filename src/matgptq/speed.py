@@ -1,0 +1,257 @@
+"""How fast each width decodes and reads prompts, beside the bfloat16 model, in one interleaved run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matgptq import native
+from matgptq.checkpoint import open_checkpoint
+from matgptq.devices import resolve_device
+from matgptq.errors import ConfigurationError, SourceError
+from matgptq.kernels import Activations
+from matgptq.loading import load
+from matgptq.nested_linear import NestedLinear, nested_layers
+from matgptq.progress import Progress, Silent
+from matgptq.slicing import check_widths
+from matgptq.source import open_source
+
+DEFAULT_WIDTHS = (2, 3, 4, 8)
+REFERENCE_BITS = 16
+ROUNDS = 3
+_BANDWIDTH_BYTES = 256 << 20  # far beyond any cache that one core can fill
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One width at one batch size.
+
+    Attributes:
+        bits: width; 16 is the full model in bfloat16.
+        batch: sequences decoded together.
+        decode_tokens_per_second: over all sequences, median of the rounds.
+        prompt_tokens_per_second: of one prompt, median of the rounds.
+        bytes_per_token: weights that one decoding step reads: codes, scales, output head, norms.
+        bandwidth_share: of the machine's read bandwidth, measured in the same run, that decoding achieves.
+        overhead_share: of a decoding step that is not spent in the products of the quantized layers: attention, norms,
+            head, and the interpreter. None for the full model.
+        resident_bytes: memory that weights take while they are served.
+    """
+
+    bits: int
+    batch: int
+    decode_tokens_per_second: float
+    prompt_tokens_per_second: float
+    bytes_per_token: int
+    bandwidth_share: float
+    overhead_share: float | None
+    resident_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def measure_speed(
+    path: str | Path,
+    bits: Iterable[int] = DEFAULT_WIDTHS,
+    *,
+    batches: Sequence[int] = (1,),
+    prompt: int = 512,
+    new_tokens: int = 24,
+    reference: str | Path | None = None,
+    activations: Activations = "exact",
+    device: str | torch.device = "auto",
+    progress: Progress | None = None,
+) -> list[Speed]:
+    """Time decoding and prompt reading of some widths and of the bfloat16 model.
+
+    Everything runs in bfloat16. The widths take turns in every round, so that a busy moment of the machine hits all of
+    them alike; medians are reported.
+
+    Args:
+        path: checkpoint directory.
+        bits: widths.
+        batches: numbers of sequences decoded together.
+        prompt: tokens of the prompt that is timed.
+        new_tokens: decoding steps per round.
+        reference: the full model; default the one that the checkpoint was made from, left out if it is gone.
+        activations: see ``matgptq.load``.
+        device: where to run.
+        progress: receives stages and notes.
+
+    Raises:
+        ConfigurationError: sizes below 1, or a prompt that does not fit the model's context.
+    """
+    progress = progress or Silent()
+    widths = check_widths(bits)
+    target = resolve_device(device)
+    if prompt < 1 or new_tokens < 1 or not batches or min(batches) < 1:
+        raise ConfigurationError("prompt, new_tokens and batches must be at least 1")
+    progress.start("load the models", 1)
+    model = load(path, device=target, dtype="bfloat16", activations=activations)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and prompt + new_tokens > longest:
+        raise ConfigurationError(f"{prompt} + {new_tokens} tokens do not fit the model's context of {longest}")
+    contestants: dict[int, Callable[[], Any]] = {width: _at_width(model, width) for width in widths}
+    full = _load_full(path, reference, target, progress)
+    if full is not None:
+        contestants[REFERENCE_BITS] = lambda: full
+    bandwidth = _read_bandwidth(target)
+
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    tokens = torch.randint(0, vocabulary, (max(batches), prompt), generator=torch.Generator().manual_seed(0)).to(target)
+    decode: dict[tuple[int, int], list[float]] = {}
+    products: dict[tuple[int, int], list[float]] = {}
+    read: dict[int, list[float]] = {}
+    progress.start("measure", ROUNDS * len(contestants) * (len(batches) + 1))
+    for _ in range(ROUNDS):
+        for width, contestant in contestants.items():
+            network = contestant()
+            read.setdefault(width, []).append(_prompt_seconds(network, tokens[:1]))
+            progress.advance()
+            for batch in batches:
+                # A short context: this is about weights, not about the cache of keys and values.
+                seconds = _step_seconds(network, tokens[:batch, :8], new_tokens)
+                decode.setdefault((width, batch), []).append(seconds)
+                if network is model:
+                    products.setdefault((width, batch), []).append(_product_seconds(model, batch))
+                progress.advance()
+    results = []
+    for (width, batch), steps in decode.items():
+        network = contestants[width]()
+        step = statistics.median(steps)
+        size = _bytes_per_token(network)
+        spent = statistics.median(products[width, batch]) if (width, batch) in products else None
+        results.append(
+            Speed(
+                bits=width,
+                batch=batch,
+                decode_tokens_per_second=batch / step,
+                prompt_tokens_per_second=prompt / statistics.median(read[width]),
+                bytes_per_token=size,
+                bandwidth_share=size / step / bandwidth,
+                overhead_share=None if spent is None else max(0.0, 1 - spent / step),
+                resident_bytes=_resident_bytes(network),
+            )
+        )
+    return sorted(results, key=lambda result: (result.batch, result.bits))
+
+
+def _at_width(model: Any, width: int) -> Callable[[], Any]:
+    def switch() -> Any:
+        model.set_bits(width)
+        return model
+
+    return switch
+
+
+def _load_full(path: str | Path, reference: str | Path | None, device: torch.device, progress: Progress) -> Any:
+    name = reference if reference is not None else open_checkpoint(path).settings.source
+    if name is None:
+        progress.note("no full model to compare with (--reference MODEL)")
+        return None
+    try:
+        return open_source(name).load_model(torch.bfloat16, device)
+    except SourceError as error:
+        if reference is not None:
+            raise
+        progress.note(f"the full model cannot be opened and is left out (--reference MODEL): {error}")
+        return None
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def _prompt_seconds(model: Any, tokens: Tensor) -> float:
+    _synchronize(tokens.device)
+    started = time.perf_counter()
+    model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+    _synchronize(tokens.device)
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def _step_seconds(model: Any, context: Tensor, steps: int) -> float:
+    """Median time of a decoding step."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    token = model(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    seconds = []
+    for _ in range(steps):
+        _synchronize(context.device)
+        started = time.perf_counter()
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        token = logits[:, -1:].argmax(-1)
+        _synchronize(context.device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+@torch.inference_mode()
+def _product_seconds(model: Any, batch: int) -> float:
+    """Time of one step's products alone, layer after layer as the model calls them."""
+    layers = list(nested_layers(model).values())
+    inputs = {
+        size: torch.randn(batch, 1, size, dtype=model.dtype, device=model.device)
+        for size in {layer.in_features for layer in layers}
+    }
+    seconds = []
+    for _ in range(ROUNDS):
+        _synchronize(model.device)
+        started = time.perf_counter()
+        for layer in layers:
+            layer(inputs[layer.in_features])
+        _synchronize(model.device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _bytes_per_token(model: Any) -> int:
+    """Bytes of weights that one step reads; of the embedding table only where the output head is tied to it."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    total = int(embedding.nbytes) if head is embedding else 0
+    for module in model.modules():
+        if isinstance(module, NestedLinear):
+            total += _layer_bytes(module)
+        total += sum(tensor.nbytes for tensor in module.parameters(recurse=False) if tensor is not embedding)
+    return total
+
+
+def _layer_bytes(layer: NestedLinear) -> int:
+    if layer.packed is not None:
+        return layer.packed.bytes_read(layer.bits)
+    return layer.codes.nbytes + layer.out_features * (layer.in_features // layer.group_size) * 2
+
+
+def _resident_bytes(model: Any) -> int:
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
+    packed = sum(layer.packed.nbytes for layer in nested_layers(model).values() if layer.packed is not None)
+    return sum(held.values()) + packed
+
+
+def _read_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a pure read reaches, with as many threads as PyTorch uses."""
+    memory = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
+    seconds = []
+    for _ in range(ROUNDS):
+        _synchronize(device)
+        started = time.perf_counter()
+        if device.type == "cpu" and native.available():
+            native.read(memory)
+        else:
+            memory.sum()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return memory.nbytes / statistics.median(seconds)

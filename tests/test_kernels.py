@@ -184,3 +184,31 @@ def test_wishes_that_need_the_library_are_refused_without_it(make_checkpoint, mo
         matgptq.load(out, resident=False)
     with pytest.raises(ConfigurationError, match="int8"):
         matgptq.load(out, activations="int8")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_model_compiles_into_one_graph(packed, make_checkpoint):
+    if packed and not native.available():
+        pytest.skip(native.reason())
+    _, out = make_checkpoint("qwen2")
+    model = matgptq.load(out, bits=3)
+    if not packed:
+        for layer in nested_layers(model).values():
+            if layer.packed is not None:
+                layer.unpack()
+    ids = token_ids()[:1, :12]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        model.set_bits(4)
+        expected = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+def test_the_operator_follows_the_rules_of_torch():
+    weight = kernels.remember(pack(make_weight(20, 64, 2)))
+    for bias in (None, torch.randn(20)):
+        arguments = (torch.randn(3, 2, 64), weight.key, 4, bias, "exact")
+        torch.library.opcheck(torch.ops.matgptq.packed_matmul.default, arguments)

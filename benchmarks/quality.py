@@ -92,7 +92,7 @@ def measure(row: Row, model: str, calibration: str, text: str, windows: int) -> 
         report.fallbacks,
         [result.to_dict() for result in evaluation.results],
         evaluation.reference_perplexity,
-        evaluation.protocol,
+        evaluation.protocol.replace(text, Path(text).name),  # no paths of this machine
         dict(report.recipe),
     )
 

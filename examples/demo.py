@@ -34,7 +34,7 @@ def find_model() -> Path:
 
 def main() -> None:
     started = time.monotonic()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -109,24 +110,34 @@ def plan_table(plan: Plan, stored_bytes: int) -> Table:
 
 def error_table(layers: Sequence[LayerReport], *, every_layer: bool = False) -> Table:
     """Relative output errors: one row per kind of layer (geometric mean over the blocks), or one per layer."""
-    table = Table(title="relative output error by width" + ("" if every_layer else ", mean over the blocks"))
-    for column in ("layer", "group", *(f"{bits} bits" for bits in WIDTHS), "seconds", "fallbacks"):
-        words = column in ("layer", "fallbacks")
-        table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    title = "relative output error by bits" + ("" if every_layer else ", mean over the blocks")
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits a terminal of 80 columns
+    table.add_column("layer", overflow="fold", min_width=16)
+    for column in ("group", *map(str, WIDTHS), "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    fallen_back = any(_fallbacks([layer]) for layer in layers)
+    if fallen_back:
+        table.add_column("fallbacks", overflow="fold")
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
         parts = [part for part in layer.name.split(".") if not part.isdigit()]
         kinds.setdefault(layer.name if every_layer else ".".join(parts[-2:]), []).append(layer)
     for kind, members in kinds.items():
         errors = [_geometric_mean([layer.errors[bits] for layer in members if layer.errors]) for bits in WIDTHS]
-        table.add_row(
+        cells = [
             kind,
             "/".join(map(str, sorted({layer.group_size for layer in members}))),
-            *("-" if error is None else f"{error:.2g}" for error in errors),
+            *("-" if error is None else _scientific(error) for error in errors),
             f"{sum(layer.seconds for layer in members):.1f}",
-            _fallbacks(members),
-        )
+        ]
+        table.add_row(*cells, *([_fallbacks(members)] if fallen_back else []))
     return table
+
+
+def _scientific(value: float) -> str:
+    """Two digits and a short exponent: 2.6e-3."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}e{int(exponent)}"
 
 
 def _geometric_mean(values: Sequence[float]) -> float | None:

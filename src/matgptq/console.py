@@ -112,7 +112,7 @@ def error_table(layers: Sequence[LayerReport], *, every_layer: bool = False) -> 
     """Relative output errors: one row per kind of layer (geometric mean over the blocks), or one per layer."""
     title = "relative output error by bits" + ("" if every_layer else ", mean over the blocks")
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits a terminal of 80 columns
-    table.add_column("layer", overflow="fold", min_width=16)
+    table.add_column("layer", overflow="fold", min_width=9)
     for column in ("group", *map(str, WIDTHS), "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
     fallen_back = any(_fallbacks([layer]) for layer in layers)
@@ -120,8 +120,7 @@ def error_table(layers: Sequence[LayerReport], *, every_layer: bool = False) -> 
         table.add_column("fallbacks", overflow="fold")
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
-        parts = [part for part in layer.name.split(".") if not part.isdigit()]
-        kinds.setdefault(layer.name if every_layer else ".".join(parts[-2:]), []).append(layer)
+        kinds.setdefault(layer.name if every_layer else layer.name.rpartition(".")[2], []).append(layer)
     for kind, members in kinds.items():
         errors = [_geometric_mean([layer.errors[bits] for layer in members if layer.errors]) for bits in WIDTHS]
         cells = [

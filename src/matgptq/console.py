@@ -113,7 +113,7 @@ def error_table(layers: Sequence[LayerReport], *, every_layer: bool = False) -> 
     title = "relative output error by bits" + ("" if every_layer else ", mean over the blocks")
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits a terminal of 80 columns
     table.add_column("layer", overflow="fold", min_width=9)
-    for column in ("group", *map(str, WIDTHS), "seconds"):
+    for column in ("group", *map(str, WIDTHS), "sec"):
         table.add_column(column, justify="right", no_wrap=True)
     fallen_back = any(_fallbacks([layer]) for layer in layers)
     if fallen_back:

@@ -38,6 +38,7 @@ def plot_widths(results: Sequence[Result], file: str | Path, title: str) -> None
     axes: Any = figure.add_subplot()
     axes.plot(bits, quality, "o-", color="tab:blue", label="KL" if compared else "perplexity")
     axes.set_yscale("log")
+    axes.margins(x=0.08)  # room for the labels
     axes.set_xlabel("bits per weight, scales included")
     axes.set_ylabel("KL to the full model, nats per token" if compared else "perplexity", color="tab:blue")
     axes.grid(True, which="both", alpha=0.25)

@@ -2,14 +2,16 @@
 
     python benchmarks/inner_loop.py -o benchmarks/results/inner_loop.json
 
-Both run in PyTorch on the same random layers, interleaved; the codes must be equal but for ties. The scan is written
-the straightforward way: one [256, rows] temporary per width and column.
+All run on the same random layers, interleaved; the codes must be equal but for ties. The table is used by the solver in
+PyTorch and by the one in the native library. The scan is PyTorch, written the straightforward way: one [256, rows]
+temporary per width and column.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from machine import describe_machine
 from torch import Tensor
 
+from matgptq import native
 from matgptq.hessian import factorize
 from matgptq.recipe import make_recipe
 from matgptq.slicing import level_table
@@ -25,6 +28,7 @@ from matgptq.solver import solve
 
 SHAPES = {"attention 576 x 576": (576, 576), "gate 1536 x 576": (1536, 576), "down 576 x 1536": (576, 1536)}
 GROUP_SIZE = 64
+ENGINES = ("torch", "native") if native.available() else ("torch",)
 
 
 def scan(weight: Tensor, upper: Tensor, scales: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -63,24 +67,28 @@ def main() -> None:
         weight = torch.randn(out_features, in_features, generator=generator) * 0.05
         factor = factorize(hessian, recipe.damping)
         assert factor is not None
-        fast, slow = [], []
+        seconds: dict[str, list[float]] = {engine: [] for engine in (*ENGINES, "scan")}
         for _ in range(arguments.repeats):
-            started = time.perf_counter()
-            solution = solve(weight, hessian, recipe, GROUP_SIZE).weight
-            fast.append(time.perf_counter() - started)
+            for engine in ENGINES:
+                os.environ["MATGPTQ_SOLVER"] = engine
+                started = time.perf_counter()
+                solution = solve(weight, hessian, recipe, GROUP_SIZE).weight
+                seconds[engine].append(time.perf_counter() - started)
             started = time.perf_counter()
             codes = scan(weight, factor.upper, solution.scales[8], recipe.target_bits)
-            slow.append(time.perf_counter() - started)
-        # A tie broken the other way changes everything behind it in that row, so rows are compared.
-        equal = (codes == solution.codes).all(1).double().mean()
-        row = {
-            "layer": name,
-            "table_seconds": statistics.median(fast),
-            "scan_seconds": statistics.median(slow),
-            "ratio": statistics.median(s / f for s, f in zip(slow, fast, strict=True)),
-            "rows_with_equal_codes": float(equal),
-            "equal_codes": float((codes == solution.codes).double().mean()),
-        }
+            seconds["scan"].append(time.perf_counter() - started)
+        row: dict[str, object] = {"layer": name}
+        for engine in ENGINES:
+            os.environ["MATGPTQ_SOLVER"] = engine
+            made = solve(weight, hessian, recipe, GROUP_SIZE).weight.codes
+            row[engine] = {
+                "seconds": statistics.median(seconds[engine]),
+                "scan_ratio": statistics.median(s / t for s, t in zip(seconds["scan"], seconds[engine], strict=True)),
+                # A tie broken the other way changes everything behind it in that row, so rows are counted, too.
+                "rows_with_equal_codes": float((codes == made).all(1).double().mean()),
+                "equal_codes": float((codes == made).double().mean()),
+            }
+        row["scan_seconds"] = statistics.median(seconds["scan"])
         rows.append(row)
         print(row)
     if arguments.output:

@@ -89,6 +89,11 @@ def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_checks_what_a_run_would(source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    assert "damping" in refuse("quantize", source, "-o", tmp_path / "out", "--damp", "-1", "--dry-run")
+    assert "--force" in refuse("quantize", source, "-o", checkpoint, "--dry-run")
+
+
 @pytest.mark.parametrize("method", ["paper", "rtn"])
 def test_other_methods(method: str, source: Path, text: Path, tmp_path: Path) -> None:
     succeed("quantize", source, "-o", tmp_path / "out", "--method", method, "--group-size", 32, "--dataset", text,

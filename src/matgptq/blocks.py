@@ -49,7 +49,8 @@ def find_blocks(model: nn.Module, family: Family) -> list[Block]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no {family.blocks}: not a causal language model?"
         ) from None
-    assert isinstance(modules, nn.ModuleList)
+    if not isinstance(modules, nn.ModuleList):
+        raise UnsupportedModelError(f"{family.blocks} of {type(model).__name__} is not a list of blocks")
     blocks = []
     for index, module in enumerate(modules):
         name = f"{family.blocks}.{index}"

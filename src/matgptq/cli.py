@@ -15,6 +15,7 @@ from matgptq.errors import ConfigurationError, MatGPTQError
 
 if TYPE_CHECKING:
     from matgptq.console import ProgressBars
+    from matgptq.recipe import Recipe
 
 # Everything heavy is imported inside the commands, so that --help and a typing error answer at once.
 
@@ -127,9 +128,11 @@ def quantize(
     widths, weights = _parse_widths(bits), _parse_bit_weights(bit_weights)
     ignored = tuple(filter(None, (part.strip() for part in ignore.split(","))))
     if dry_run:
+        from matgptq.recipe import make_recipe
+
+        recipe = make_recipe(method, widths, weights, group_size=group_size, damping=damp, seed=seed)
         _dry_run(
-            model, method, widths, weights, group_size, dataset, nsamples, seqlen, ignored, device, dtype,
-            trust_remote_code,
+            model, out, recipe, dataset, nsamples, seqlen, ignored, device, dtype, force, trust_remote_code
         )  # fmt: skip
         return
     import matgptq
@@ -164,16 +167,16 @@ def quantize(
 
 
 def _dry_run(
-    model: str, method: str, widths: Any, weights: Any, group_size: int, dataset: str, nsamples: int | None,
-    seqlen: int | None, ignored: tuple[str, ...], device: str, dtype: str, trust_remote_code: bool,
+    model: str, out: Path, recipe: Recipe, dataset: str, nsamples: int | None, seqlen: int | None,
+    ignored: tuple[str, ...], device: str, dtype: str, force: bool, trust_remote_code: bool,
 ) -> None:  # fmt: skip
+    from matgptq.checkpoint import check_destination
     from matgptq.console import plan_table
     from matgptq.devices import resolve_device
     from matgptq.plan import CalibrationRequest
     from matgptq.quantization import prepare
-    from matgptq.recipe import make_recipe
 
-    recipe = make_recipe(method, widths, weights, group_size=group_size)
+    check_destination(out, force=force)
     with _progress() as progress:
         progress.start("load the model", 1)
         _, _, plan = prepare(

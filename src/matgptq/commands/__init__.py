@@ -1,0 +1,1 @@
+"""The commands, one to a file; ``matgptq.cli`` gathers them. Heavy imports happen inside the functions."""

@@ -1,0 +1,70 @@
+"""The command ``generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from matgptq.commands.options import (
+    ActivationsOption,
+    Checkpoint,
+    DeviceOption,
+    DtypeOption,
+    TrustOption,
+    examples,
+    out_console,
+    progress_bars,
+)
+from matgptq.errors import ConfigurationError
+
+EPILOG = examples(
+    'matgptq generate out --bits 4 --prompt "The capital of France is"',
+    'matgptq generate out --bits 3 --chat --prompt "Name three rivers." --max-new-tokens 100',
+)
+
+
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    bits: Annotated[int | None, typer.Option(help="Width, 2 to 8. (default: the checkpoint's)")] = None,
+    allocation: Annotated[Path | None, typer.Option(metavar="FILE", help="A width per layer.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    activations: ActivationsOption = "exact",
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Continue a prompt with one width of a checkpoint."""
+    import matgptq
+    from matgptq.generation import generate_text
+    from matgptq.source import load_tokenizer
+
+    with progress_bars() as progress:
+        progress.start("load the model", 1)
+        model = matgptq.load(
+            checkpoint,
+            bits,
+            allocation,
+            device=device,
+            dtype=dtype,
+            activations=activations,
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    if chat:
+        if not tokenizer.chat_template:
+            raise ConfigurationError(f"{checkpoint}: has no chat template; leave --chat out")
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        out_console.print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
+    for piece in generate_text(
+        model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    ):
+        out_console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    out_console.print()

@@ -1,0 +1,58 @@
+"""The command ``info``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from matgptq.commands.options import JsonOption, examples, out_console, write_json
+from matgptq.errors import ConfigurationError
+
+EPILOG = examples("matgptq info out", "matgptq info out --json out.json", "matgptq info --kernels")
+
+
+def info(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="A checkpoint written by quantize.", show_default=False)
+    ] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Show which kernels run on this machine.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Show what a checkpoint holds (widths, sizes, recipe; reads headers only), or which kernels run here."""
+    if kernels:
+        from matgptq.console import kernel_table
+
+        out_console.print(kernel_table())
+    elif checkpoint is None:
+        raise ConfigurationError("name a checkpoint, or ask for --kernels")
+    else:
+        _show_checkpoint(checkpoint, json_file)
+
+
+def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
+    from matgptq.checkpoint import open_checkpoint
+    from matgptq.console import recipe_lines, size_table
+    from matgptq.slicing import WIDTHS
+
+    opened = open_checkpoint(checkpoint)
+    settings = opened.settings
+    out_console.print(size_table(opened))
+    sizes = sorted({layer.group_size for layer in opened.layers.values()})
+    facts = {
+        "model": opened.config.get("architectures", ["?"])[0],
+        "made from": settings.source or "unknown",
+        "layers": f"{len(opened.layers)} quantized, {opened.quantized_weights:,} weights; kept: "
+        + (", ".join(settings.ignore) or "none"),
+        "group sizes": ", ".join(map(str, sizes)),
+        "recipe": recipe_lines(settings.recipe),
+        "calibration": recipe_lines(settings.calibration) or "none",
+    }
+    for name, fact in facts.items():
+        out_console.print(f"[bold]{name}[/bold]: {fact}", highlight=False)
+    records = [
+        {"bits": bits, "bits_per_weight": opened.bits_per_weight(bits), "bytes": opened.served_bytes(bits)}
+        for bits in WIDTHS
+    ]
+    write_json(json_file, {"quantization_config": settings.to_dict(), "widths": records})

@@ -1,0 +1,76 @@
+"""What the commands share: options, their parsing, the two consoles, progress bars, JSON files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from matgptq.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from matgptq.console import ProgressBars
+
+# Into a file or a pipe, tables come as wide as they are instead of cut to a terminal's 80 columns.
+out_console = Console(width=None if sys.stdout.isatty() else 160)
+err_console = Console(stderr=True)
+
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the table as JSON.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]
+ActivationsOption = Annotated[
+    Literal["exact", "int8"], typer.Option(help="int8: rounded inside the products; faster on a CPU, less exact.")
+]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model to run.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="OUT", help="A checkpoint written by quantize.")]
+
+
+def examples(*lines: str) -> str:
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  [cyan]{line}[/cyan]" for line in lines)
+
+
+def parse_widths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigurationError(f"--bits must be widths separated by commas, like 2,3,4,8; not {text!r}") from None
+
+
+def parse_bit_weights(text: str | None) -> dict[int, float] | tuple[float, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    try:
+        if all("=" in part for part in parts):
+            return {int(bits): float(weight) for bits, weight in (part.split("=", 1) for part in parts)}
+        return tuple(float(part) for part in parts)
+    except ValueError:
+        raise ConfigurationError(
+            f"--bit-weights must be numbers in the order of --bits (4,8,16,256) or pairs (2=4,8=256); not {text!r}"
+        ) from None
+
+
+def progress_bars() -> ProgressBars:
+    from transformers.utils import logging
+
+    from matgptq.console import ProgressBars
+
+    # Our bars take the place of transformers' own, which would write over them.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return ProgressBars(err_console)
+
+
+def write_json(file: Path | None, value: Any) -> None:
+    if file is None:
+        return
+    try:
+        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"--json {file}: cannot be written: {error}") from error

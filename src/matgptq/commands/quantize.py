@@ -1,0 +1,128 @@
+"""The command ``quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from matgptq.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    TrustOption,
+    examples,
+    out_console,
+    parse_bit_weights,
+    parse_widths,
+    progress_bars,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from matgptq.recipe import Recipe
+
+EPILOG = examples(
+    "matgptq quantize HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2",
+    "matgptq quantize ./model -o out --bits 2,3,4,8 --group-size 64 --dataset c4 --nsamples 128",
+    "matgptq quantize ./model -o out4 --method gptq --bits 4",
+)
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory, .gguf file or hub id.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Checkpoint directory to create.")],
+    bits: Annotated[str | None, typer.Option(help="Target widths. (default: 2,3,4,8)")] = None,
+    bit_weights: Annotated[
+        str | None, typer.Option(help="Importance of each width: 4,8,16,256 or 2=4,8=256. (default: 2^width)")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Input columns per scale; -1 for a whole row.")] = 128,
+    method: Annotated[str, typer.Option(help="matgptq, paper, gptq (one width) or rtn.")] = "matgptq",
+    dataset: Annotated[
+        str, typer.Option(metavar="FILE|HUB-ID|self", help="Calibration text; self: the model writes its own.")
+    ] = "self",
+    nsamples: Annotated[int | None, typer.Option(help="Calibration windows. (default: 128; 16 on a CPU)")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per window. (default: 2048; 512 for self on a CPU)")
+    ] = None,
+    ignore: Annotated[
+        str, typer.Option(help="Layers to keep at full precision: names or * patterns, comma-separated.")
+    ] = "lm_head",
+    damp: Annotated[float, typer.Option(help="Damping, as a fraction of the mean Hessian diagonal.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that stands at OUT.")] = False,
+    every_layer: Annotated[bool, typer.Option("--layers", help="One table row per layer, not per kind.")] = False,
+    trust_remote_code: TrustOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Quantize MODEL once for all widths and write the checkpoint OUT."""
+    widths, weights = parse_widths(bits), parse_bit_weights(bit_weights)
+    ignored = tuple(filter(None, (part.strip() for part in ignore.split(","))))
+    if dry_run:
+        from matgptq.recipe import make_recipe
+
+        recipe = make_recipe(method, widths, weights, group_size=group_size, damping=damp, seed=seed)
+        _dry_run(
+            model, out, recipe, dataset, nsamples, seqlen, ignored, device, dtype, force, trust_remote_code
+        )  # fmt: skip
+        return
+    import matgptq
+    from matgptq.checkpoint import open_checkpoint
+    from matgptq.console import error_table, report_summary, size_table
+
+    with progress_bars() as progress:
+        report = matgptq.quantize(
+            model,
+            out,
+            method=method,
+            bits=widths,
+            bit_weights=weights,
+            group_size=group_size,
+            dataset=dataset,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            ignore=ignored,
+            damping=damp,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    out_console.print(error_table(report.layers, every_layer=every_layer))
+    out_console.print(size_table(open_checkpoint(out)))
+    out_console.print(report_summary(report), highlight=False)
+    out_console.print(f"saved to {out}", highlight=False)
+    write_json(json_file, report.to_dict())
+
+
+def _dry_run(
+    model: str, out: Path, recipe: Recipe, dataset: str, nsamples: int | None, seqlen: int | None,
+    ignored: tuple[str, ...], device: str, dtype: str, force: bool, trust_remote_code: bool,
+) -> None:  # fmt: skip
+    from matgptq.checkpoint import check_destination
+    from matgptq.console import plan_table
+    from matgptq.devices import resolve_device
+    from matgptq.plan import CalibrationRequest
+    from matgptq.quantization import prepare
+
+    check_destination(out, force=force)
+    with progress_bars() as progress:
+        progress.start("load the model", 1)
+        _, _, plan = prepare(
+            model,
+            recipe,
+            CalibrationRequest(dataset, nsamples, seqlen),
+            ignore=ignored,
+            device=resolve_device(device),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        for note in plan.notes:
+            progress.note(note)
+    out_console.print(plan_table(plan, plan.stored_bytes(recipe)))

@@ -14,7 +14,7 @@ from matgptq.errors import ConfigurationError
 from matgptq.grid import initial_scales, search_scales, storable_scales
 from matgptq.nested_weight import NestedWeight
 from matgptq.recipe import make_recipe
-from matgptq.solver import relative_errors, solve
+from matgptq.solver import output_errors, solve
 
 light = settings(deadline=None, max_examples=25, derandomize=True)
 METHODS = {"matgptq": None, "paper": None, "gptq": [3], "rtn": None}
@@ -182,7 +182,7 @@ def test_one_scale_for_37_columns(method):
     recipe = make_recipe(method, METHODS[method], group_size=-1)
     nested = solve(weight, hessian, recipe, 37).weight
     assert nested.scales[8].shape == (3, 1)
-    errors = relative_errors(weight, nested, hessian, (3,))
+    errors = output_errors(weight, nested, hessian).relative()
     assert errors[3] < 0.5
 
 
@@ -255,7 +255,8 @@ def test_every_ingredient_has_an_effect(name):
     ablated = solve(weight, hessian, recipe, 16).weight
     assert not torch.equal(ablated.dequantize(2), full.dequantize(2))
     assert set(ablated.scales) == (set(range(2, 9)) if recipe.refit else {8})
-    for bits, error in relative_errors(weight, ablated, hessian, (2, 4, 8)).items():
+    errors = output_errors(weight, ablated, hessian).relative()
+    for bits, error in ((bits, errors[bits]) for bits in (2, 4, 8)):
         assert error < {2: 0.2, 4: 0.03, 8: 0.005}[bits]
 
 
@@ -303,7 +304,7 @@ def test_passes_with_the_refit_in_the_loop_end_where_no_single_code_can_be_bette
 def test_bit_weights_trade_one_width_against_another():
     weight, hessian = random_problem(48, 64)
     for_low, for_high = (
-        relative_errors(weight, solve(weight, hessian, make_recipe(bit_weights=w), 16).weight, hessian, (2, 8))
+        output_errors(weight, solve(weight, hessian, make_recipe(bit_weights=w), 16).weight, hessian).relative()
         for w in ([1, 1, 1, 1], [1, 4, 16, 4096])
     )
     assert for_low[2] < for_high[2]
@@ -330,7 +331,7 @@ def test_a_singular_hessian_is_damped():
     solution = solve(weight, hessian, make_recipe(), 8)
     assert (solution.damping, solution.damping_steps, solution.dead_columns) == (0.01, 0, 0)
     assert not solution.rounded_to_nearest
-    assert relative_errors(weight, solution.weight, hessian, (8,))[8] < 1e-3
+    assert output_errors(weight, solution.weight, hessian).relative()[8] < 1e-3
 
 
 def test_an_indefinite_hessian_raises_the_damping():
@@ -398,7 +399,7 @@ def test_a_weight_of_zeros_stays_zero():
     nested = solve(torch.zeros(2, 16), hessian, make_recipe(), 8).weight
     for bits in WIDTHS:
         assert (nested.dequantize(bits) == 0).all()
-    assert relative_errors(torch.zeros(2, 16), nested, hessian, (2, 8)) == {2: 0.0, 8: 0.0}
+    assert set(output_errors(torch.zeros(2, 16), nested, hessian).relative().values()) == {0.0}
 
 
 def test_refuses_what_does_not_fit():
@@ -419,12 +420,28 @@ def test_relative_errors_are_those_of_the_outputs():
     weight, _ = random_problem(5, 24)
     codes = torch.randint(0, 256, (5, 24), dtype=torch.uint8, generator=generator)
     nested = NestedWeight(codes, {bits: 0.001 * torch.rand(5, 3, generator=generator) for bits in (2, 4, 8)})
-    errors = relative_errors(weight, nested, 2 / 200 * inputs.T @ inputs, (2, 3, 8))
-    assert list(errors) == [2, 3, 8]
+    errors = output_errors(weight, nested, 2 / 200 * inputs.T @ inputs).relative()
+    assert list(errors) == list(WIDTHS)
     for bits, error in errors.items():
         difference = weight.double() - slice_weights(codes, nested.scales_for(bits), bits)
         expected = (difference @ inputs.T).square().sum() / (weight.double() @ inputs.T).square().sum()
         assert error == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["matgptq", "gptq"])
+@pytest.mark.parametrize("dead", [0, 3])
+def test_a_solution_knows_its_errors(method, dead):
+    weight, hessian = random_problem(300, 64, seed=5)
+    hessian[:dead] = hessian[:, :dead] = 0
+    recipe = make_recipe(method, METHODS[method], group_size=32, refit=True, damping=0.1)
+    solution = solve(weight, hessian, recipe, 32)
+    expected = output_errors(weight, solution.weight, hessian)
+    assert solution.dead_columns == dead
+    torch.testing.assert_close(solution.errors.energy, expected.energy)
+    for bits in WIDTHS:
+        torch.testing.assert_close(solution.errors.errors[bits], expected.errors[bits], rtol=1e-4, atol=0)
+    parts = [solution.errors.relative(rows)[3] for rows in (slice(0, 100), slice(100, 300))]
+    assert min(parts) <= solution.errors.relative()[3] <= max(parts)
 
 
 def test_other_widths_may_be_refitted_too() -> None:
@@ -433,8 +450,8 @@ def test_other_widths_may_be_refitted_too() -> None:
     refitted = solve(weight, hessian, make_recipe(group_size=32, refit_bits=(5, 6)), 32).weight
     assert sorted(refitted.scales) == [2, 3, 4, 5, 6, 8]
     assert torch.equal(plain.codes, refitted.codes)
-    before = relative_errors(weight, plain, hessian, (5, 6, 7))
-    after = relative_errors(weight, refitted, hessian, (5, 6, 7))
+    before = output_errors(weight, plain, hessian).relative()
+    after = output_errors(weight, refitted, hessian).relative()
     assert after[5] < before[5]
     assert after[6] < before[6]
     assert after[7] == before[7]

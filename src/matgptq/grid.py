@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ MIN_SCALE = 2.0**-24  # the smallest positive float16
 _SEARCH_ELEMENTS = 1 << 22  # weights looked at in one piece, to bound temporaries
 _RIDGE = 1e-4
 _REFIT_RANGE = (0.25, 4.0)
+_REFIT_ROWS = 192  # rows at a time, so that what a group couples stays in cache
 
 
 def storable_scales(scales: Tensor) -> Tensor:
@@ -122,7 +125,14 @@ def _group_error(groups: Tensor, scales: Tensor, importance: Tensor, table: Shar
     return (error * importance).sum(-1) * scales.square()
 
 
-def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor, group_size: int) -> Tensor:
+class Refit(NamedTuple):
+    """Refitted scales ``[rows, groups]`` and the output errors ``(w - w_r) H (w - w_r)^T`` ``[rows]`` they leave."""
+
+    scales: Tensor
+    errors: Tensor
+
+
+def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor, group_size: int) -> Refit:
     """Best group scales of one width for fixed codes: least squares in the Hessian's norm, per output row.
 
     With ``w_r = sum_g m_g v_g`` (``v_g``: the current weights of group g) the error ``(w - w_r) H (w - w_r)^T`` is
@@ -134,23 +144,35 @@ def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor
         weight: ``[rows, in]`` full-precision target.
         levels: ``[rows, in]`` float32 centred levels ``v_r(q) - 128`` of this width.
         scales: ``[rows, groups]`` current scales of this width.
-        hessian: ``[in, in]``.
+        hessian: ``[in, in]``, symmetric.
         group_size: divides ``in``.
 
     Returns:
-        ``[rows, groups]`` storable scales. A multiplier that is not finite or leaves 1/4..4 is not taken: such a
-        group is nearly empty and the system says nothing about it. A row whose rounded solution would be worse than
+        Storable scales and the error of each row. A multiplier that is not finite or leaves 1/4..4 is not taken: such
+        a group is nearly empty and the system says nothing about it. A row whose rounded solution would be worse than
         what it replaces keeps its scales.
     """
-    rows, in_features = weight.shape
-    groups = in_features // group_size
-    current = (levels.view(rows, groups, group_size) * scales.unsqueeze(-1)).view(rows, in_features)
+    pieces = [
+        _refit_rows(weight[i : i + _REFIT_ROWS], levels[i : i + _REFIT_ROWS], scales[i : i + _REFIT_ROWS], hessian)
+        for i in range(0, len(weight), _REFIT_ROWS)
+    ]
+    return Refit(torch.cat([piece.scales for piece in pieces]), torch.cat([piece.errors for piece in pieces]))
+
+
+def _refit_rows(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor) -> Refit:
+    rows, groups = scales.shape
+    size = weight.shape[1] // groups
+    current = (levels.view(rows, groups, size) * scales.unsqueeze(-1)).view(rows, -1)
     system = torch.empty(rows, groups, groups, device=weight.device)
     for g in range(groups):
-        columns = slice(g * group_size, (g + 1) * group_size)
-        coupled = current[:, columns] @ hessian[columns]  # [rows, in]
-        system[:, g] = (coupled * current).view(rows, groups, group_size).sum(-1)
-    slope = (((weight - current) @ hessian) * current).view(rows, groups, group_size).sum(-1)  # [rows, groups]
+        first = g * size  # A is symmetric: only its upper half is computed
+        coupled = (current[:, first : first + size] @ hessian[first : first + size, first:]).mul_(current[:, first:])
+        system[:, g, g:] = coupled.view(rows, groups - g, size).sum(-1)
+        system[:, g + 1 :, g] = system[:, g, g + 1 :]
+    difference = weight - current
+    coupled = difference @ hessian
+    slope = (coupled * current).view(rows, groups, size).sum(-1)  # [rows, groups]
+    errors = coupled.mul_(difference).sum(-1)
     ridge = _RIDGE * system.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     regular = system + torch.diag_embed(ridge.unsqueeze(-1).expand(rows, groups))
     change, info = torch.linalg.solve_ex(regular, slope)
@@ -160,4 +182,8 @@ def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor
     refitted = storable_scales(torch.where(usable, scales * multipliers, scales))
     taken = (refitted - scales) / scales  # the change that rounding to storage precision left
     growth = (taken * (system @ taken.unsqueeze(-1)).squeeze(-1)).sum(-1) - 2 * (taken * slope).sum(-1)
-    return torch.where((growth < 0).unsqueeze(-1), refitted, scales)
+    better = growth < 0
+    return Refit(
+        torch.where(better.unsqueeze(-1), refitted, scales),
+        torch.where(better, (errors + growth).clamp_min(0), errors),
+    )

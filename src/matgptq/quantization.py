@@ -22,8 +22,8 @@ from matgptq.plan import CalibrationRequest, Plan, make_plan
 from matgptq.progress import Progress, Silent
 from matgptq.recipe import Recipe, make_recipe
 from matgptq.report import LayerReport, Report
-from matgptq.slicing import WIDTHS, check_bits
-from matgptq.solver import relative_errors, solve
+from matgptq.slicing import check_bits
+from matgptq.solver import solve
 from matgptq.source import ModelSource, open_source, read_tensor
 from matgptq.tensor_names import is_derived, match_names
 
@@ -223,8 +223,10 @@ def _quantize_layers(
     group_size = plan.layers[layers[0][0]].group_size
     solution = solve(torch.cat([layer.weight for _, layer in layers]), hessian, recipe, group_size)
     seconds = time.monotonic() - started
+    first = 0
     for (name, layer), weight in zip(layers, solution.weight.split_rows(sizes), strict=True):
-        errors = {} if hessian is None else relative_errors(layer.weight, weight, hessian, WIDTHS)
+        rows = slice(first, first + layer.out_features)
+        first = rows.stop
         writer.add_layer(name, weight)
         layer.weight.data = weight.dequantize(recipe.propagated_bits, layer.weight.dtype)
         if solution.rounded_to_nearest:
@@ -235,7 +237,7 @@ def _quantize_layers(
             name=name,
             shape=(layer.out_features, layer.in_features),
             group_size=group_size,
-            errors=errors,
+            errors=solution.errors.relative(rows) if solution.errors is not None else {},
             seconds=round(seconds * layer.out_features / sum(sizes), 3),
             fallback_group_size=group_size != plan.group_size and plan.group_size > 0,
             dead_columns=solution.dead_columns,

@@ -9,15 +9,33 @@ import torch
 from torch import Tensor
 
 from matgptq.errors import ConfigurationError
-from matgptq.grid import initial_scales, refit_scales, search_scales
+from matgptq.grid import Refit, initial_scales, refit_scales, search_scales
 from matgptq.hessian import factorize, prepare_hessian
 from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.recipe import Recipe
 from matgptq.rounding import SharedTable, round_shared, shared_table
-from matgptq.slicing import PARENT_BITS, level_table
+from matgptq.slicing import PARENT_BITS, WIDTHS, level_table
 from matgptq.sweep import SweepGrid, code_levels, compensate, descend
 
-_SWEEP_ELEMENTS = 1 << 25  # floats in one [in, copies * rows] temporary; more rows than that go piece by piece
+_SWEEP_ELEMENTS = 1 << 21  # floats in one [in, copies * rows] temporary: bounds memory, and stays near the caches
+
+
+@dataclass(frozen=True)
+class OutputErrors:
+    """How far the layer's outputs move, row by row.
+
+    Attributes:
+        energy: ``[rows]``, ``w H w^T``: the squared outputs of full precision.
+        errors: ``{width: [rows]}``, ``(w - w_r) H (w - w_r)^T``, all widths.
+    """
+
+    energy: Tensor
+    errors: Mapping[int, Tensor]
+
+    def relative(self, rows: slice = slice(None)) -> dict[int, float]:
+        """``||(W - W_r) X||^2 / ||W X||^2`` of some rows, for every width; 0 where nothing comes out."""
+        energy = float(self.energy[rows].sum())
+        return {bits: float(self.errors[bits][rows].sum()) / energy if energy > 0 else 0.0 for bits in WIDTHS}
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,7 @@ class Solution:
 
     Attributes:
         weight: codes and scales on the device of the input; scales float32, already at storage precision.
+        errors: of the outputs; None without a finite Hessian.
         dead_columns: input columns that calibration never excited; rounded to nearest.
         damping: fraction of the mean diagonal that made the Hessian positive definite (0 when none was used).
         damping_steps: how often it had to be raised beyond the recipe's.
@@ -33,6 +52,7 @@ class Solution:
     """
 
     weight: NestedWeight
+    errors: OutputErrors | None = None
     dead_columns: int = 0
     damping: float = 0.0
     damping_steps: int = 0
@@ -78,7 +98,7 @@ def solve(weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: in
         factor = factorize(ordered, recipe.damping)
         if factor is None:
             fallback = _round_to_nearest(weight, recipe, group_size)
-            return Solution(fallback, dead_columns, rounded_to_nearest=True)
+            return Solution(fallback, output_errors(weight, fallback, hessian), dead_columns, rounded_to_nearest=True)
 
     copies = 1 if recipe.compensation == "mean" else len(recipe.target_bits)
     rows_per_piece = max(1, _SWEEP_ELEMENTS // (in_features * copies))
@@ -90,27 +110,36 @@ def solve(weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: in
         )
     ]
     nested = NestedWeight(
-        torch.cat([piece.codes for piece in pieces]),
-        {bits: torch.cat([piece.scales[bits] for piece in pieces]) for bits in pieces[0].scales},
+        torch.cat([piece.codes for piece, _ in pieces]),
+        {bits: torch.cat([piece.scales[bits] for piece, _ in pieces]) for bits in pieces[0][0].scales},
     )
+    # What the refit found holds unless dead columns gave it a Hessian that is not the layer's own.
+    known = {bits: torch.cat([errors[bits] for _, errors in pieces]) for bits in pieces[0][1]}
+    errors = output_errors(weight, nested, hessian, {} if dead_columns else known)
     if factor is None:
-        return Solution(nested, dead_columns)
-    return Solution(nested, dead_columns, factor.damping, factor.steps)
+        return Solution(nested, errors, dead_columns)
+    return Solution(nested, errors, dead_columns, factor.damping, factor.steps)
 
 
-def relative_errors(
-    weight: Tensor, nested: NestedWeight, hessian: Tensor, widths: tuple[int, ...]
-) -> Mapping[int, float]:
-    """Relative output error ``||(W - W_r) X||^2 / ||W X||^2`` of each width, from the Hessian."""
+def output_errors(
+    weight: Tensor, nested: NestedWeight, hessian: Tensor, known: Mapping[int, Tensor] | None = None
+) -> OutputErrors:
+    """What each width of a quantized matrix does to the layer's outputs.
+
+    Args:
+        weight: ``[rows, in]`` full precision.
+        nested: its quantized form.
+        hessian: ``[in, in]``.
+        known: errors of widths ``[rows]`` that need not be computed again.
+    """
     weight = weight.to(torch.float32)
     hessian = hessian.to(torch.float32)
-    reference = float(((weight @ hessian) * weight).sum())
-    errors = {}
-    for bits in widths:
-        difference = weight - nested.dequantize(bits)
-        error = float(((difference @ hessian) * difference).sum())
-        errors[bits] = error / reference if reference > 0 else 0.0
-    return errors
+    of_widths = dict(known or {})
+    for bits in WIDTHS:
+        if bits not in of_widths:
+            difference = weight - nested.dequantize(bits)
+            of_widths[bits] = (difference @ hessian).mul_(difference).sum(-1)
+    return OutputErrors((weight @ hessian).mul_(weight).sum(-1), of_widths)
 
 
 def _round_to_nearest(weight: Tensor, recipe: Recipe, group_size: int) -> NestedWeight:
@@ -135,11 +164,13 @@ class _Problem:
     ordered_hessian: Tensor  # [in, in], processing order
     upper: Tensor | None  # [in, in], processing order; None: first codes by plain rounding
 
-    def solve(self, weight: Tensor, start_scales: Tensor) -> NestedWeight:
+    def solve(self, weight: Tensor, start_scales: Tensor) -> tuple[NestedWeight, dict[int, Tensor]]:
+        """Codes and scales of some rows, and the output errors that the last refit knows."""
         recipe = self.recipe
-        one_copy = recipe.compensation == "mean" or len(recipe.target_bits) == 1
+        widths = recipe.target_bits
+        one_copy = recipe.compensation == "mean" or len(widths) == 1
         # One set of scales per copy that the sweep keeps, [copies, rows, groups].
-        scales = start_scales.repeat(1 if one_copy else len(recipe.target_bits), 1, 1)
+        scales = start_scales.repeat(1 if one_copy else len(widths), 1, 1)
         if self.upper is None:
             positions = weight / start_scales.repeat_interleave(self.group_size, 1)
             codes, _ = round_shared(positions, _shared(recipe, weight.device))
@@ -147,21 +178,24 @@ class _Problem:
             codes = self._restore(compensate(weight.T[self.order], self.upper, self._grid(scales)))
         for _ in range(recipe.coordinate_passes):
             if recipe.refit and recipe.refit_in_loop:
-                scales = self._refit(weight, codes, scales, recipe.target_bits)
+                refits = [self._refit(weight, codes, own, bits) for own, bits in zip(scales, widths, strict=True)]
+                scales = torch.stack([refit.scales for refit in refits])
             codes = self._descend(weight, codes, scales)
         if not recipe.refit:
-            return NestedWeight(codes, {PARENT_BITS: start_scales})
+            return NestedWeight(codes, {PARENT_BITS: start_scales}), {}
         if recipe.compensation == "mean":
-            scales = start_scales.repeat(len(recipe.target_bits), 1, 1)
-        scales = self._refit(weight, codes, scales, recipe.target_bits)
-        if len(recipe.target_bits) == 1:
-            return NestedWeight(codes, {PARENT_BITS: scales[0]})
-        own = dict(zip(recipe.target_bits, scales, strict=True))
-        source = scale_source(own)
+            scales = start_scales.repeat(len(widths), 1, 1)
+        final = {bits: self._refit(weight, codes, own, bits) for own, bits in zip(scales, widths, strict=True)}
+        if len(widths) == 1:
+            refit = final[widths[0]]
+            return NestedWeight(codes, {PARENT_BITS: refit.scales}), {widths[0]: refit.errors}
+        source = scale_source(final)
         for bits in recipe.refit_bits:
-            if bits not in own:
-                own[bits] = self._refit(weight, codes, own[source[bits]].unsqueeze(0), (bits,))[0]
-        return NestedWeight(codes, own)
+            if bits not in final:
+                final[bits] = self._refit(weight, codes, final[source[bits]].scales, bits)
+        return NestedWeight(codes, {bits: refit.scales for bits, refit in final.items()}), {
+            bits: refit.errors for bits, refit in final.items()
+        }
 
     def _grid(self, scales: Tensor) -> SweepGrid:
         by_group = scales.permute(2, 0, 1).contiguous()  # [groups, copies, rows]
@@ -174,22 +208,13 @@ class _Problem:
         restored[self.order] = codes
         return restored.T.contiguous()
 
-    def _levels(self, codes: Tensor, widths: tuple[int, ...]) -> Tensor:
-        """Centred levels ``[widths, rows, in]``."""
-        return code_levels(codes, torch.stack([level_table(bits) for bits in widths]).to(codes.device))
-
-    def _refit(self, weight: Tensor, codes: Tensor, scales: Tensor, widths: tuple[int, ...]) -> Tensor:
-        """Refitted scales of some widths, ``[widths, rows, groups]`` as the present ones."""
-        levels = self._levels(codes, widths)
-        return torch.stack(
-            [
-                refit_scales(weight, width_levels, width_scales, self.hessian, self.group_size)
-                for width_levels, width_scales in zip(levels, scales, strict=True)
-            ]
-        )
+    def _refit(self, weight: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Refit:
+        levels = code_levels(codes, level_table(bits).to(codes.device).unsqueeze(0))
+        return refit_scales(weight, levels[0], scales, self.hessian, self.group_size)
 
     def _descend(self, weight: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        levels = self._levels(codes, self.recipe.target_bits)
+        tables = torch.stack([level_table(bits) for bits in self.recipe.target_bits]).to(codes.device)
+        levels = code_levels(codes, tables)  # [copies, rows, in]
         current = levels * scales.repeat_interleave(self.group_size, 2)  # [copies, rows, in]
         gradient = (weight - current) @ self.hessian
         codes = descend(self._by_column(current), self._by_column(gradient), self.ordered_hessian, self._grid(scales))

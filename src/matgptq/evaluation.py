@@ -119,6 +119,7 @@ def evaluate(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     activations: Activations = "exact",
+    head_bits: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -135,7 +136,7 @@ def evaluate(
         seqlen: tokens per window; default 2048 or the model's context.
         reference: the full-precision model; default the one that the checkpoint was made from, if it is still there.
         device, dtype: of both models.
-        activations: of the quantized model's products, ``exact`` or ``int8``; see ``matgptq.load``.
+        activations, head_bits: of the quantized model; see ``matgptq.load``.
         trust_remote_code: allow code in the model's directory to run.
         progress: receives stages and notes.
 
@@ -151,7 +152,14 @@ def evaluate(
         candidates.append(complete_allocation(named, checkpoint.layers, checkpoint.settings.bits))
     run_device = resolve_device(device)
     progress.start("load the models", 1)
-    model = load(path, device=run_device, dtype=dtype, activations=activations, trust_remote_code=trust_remote_code)
+    model = load(
+        path,
+        device=run_device,
+        dtype=dtype,
+        activations=activations,
+        head_bits=head_bits,
+        trust_remote_code=trust_remote_code,
+    )
     full, reference_name = _load_reference(checkpoint, reference, run_device, dtype, trust_remote_code, progress)
     tokens = _windows(path, text, windows, seqlen, model, full, progress)
 

@@ -27,6 +27,15 @@ class Family:
         """Quantizable layers of a block, by their path inside the block."""
         return tuple(layer for group in self.inputs for layer in group)
 
+    def shared_inputs(self, num_blocks: int) -> list[tuple[str, ...]]:
+        """Layers that see one input, by their full names, over all blocks."""
+        return [
+            tuple(f"{self.blocks}.{block}.{layer}" for layer in group)
+            for block in range(num_blocks)
+            for group in self.inputs
+            if len(group) > 1
+        ]
+
 
 FAMILIES: tuple[Family, ...] = (
     Family(

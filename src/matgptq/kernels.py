@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,38 @@ def matmul(
     product = Product(isinstance(weight, native.Weight), x.device.type, x.dtype, len(rows), activations)
     result = choose(product).run(rows, weight, bits, bias, activations)
     return result.view(*x.shape[:-1], result.shape[1])
+
+
+class Operand(NamedTuple):
+    """What an input is multiplied by: a weight, the width to use, a bias ``[out]`` or None."""
+
+    weight: AnyWeight
+    bits: int
+    bias: Tensor | None
+
+
+def matmul_shared(x: Tensor, operands: Sequence[Operand], *, activations: Activations = "exact") -> list[Tensor]:
+    """``matmul`` of one input with several operands, as one call where the kernel that would run can.
+
+    Takes and raises what ``matmul`` does; widths may differ.
+    """
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    packed = all(isinstance(operand.weight, native.Weight) for operand in operands)
+    if not packed or not fuses(Product(True, x.device.type, x.dtype, len(rows), activations)):
+        return [matmul(x, *operand, activations=activations) for operand in operands]
+    results = native.matmul_many(
+        rows,
+        [operand.weight for operand in operands],  # type: ignore[misc]
+        [operand.bits for operand in operands],
+        [None if operand.bias is None else operand.bias.float() for operand in operands],
+        activations=activations,
+    )
+    return [result.view(*x.shape[:-1], result.shape[1]) for result in results]
+
+
+def fuses(product: Product) -> bool:
+    """Whether a product runs on the fused kernel, which takes several weights in one call."""
+    return choose(product).run is _run_fused
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,10 +12,12 @@ from matgptq import native
 from matgptq.allocation import complete_allocation, read_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
-from matgptq.errors import CheckpointError, ConfigurationError, SourceError
+from matgptq.errors import CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
+from matgptq.families import find_family
 from matgptq.format import parse_settings
 from matgptq.kernels import FUSED_ROWS, Activations
 from matgptq.nested_linear import nested_layers, pack_layers
+from matgptq.output_head import pack_head
 from matgptq.slicing import check_bits
 
 
@@ -28,6 +30,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     resident: bool = True,
     activations: Activations = "exact",
+    head_bits: int | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a checkpoint as an ordinary transformers model whose width can be changed at any time.
@@ -43,6 +46,8 @@ def load(
             asked for stay, in the memory of their width, and widths are fixed. Needs the native kernels.
         activations: ``exact``, or ``int8`` to round activations to 8 bits inside the products: faster on a CPU at
             batch 1, at a cost in quality that ``matgptq eval --activations int8`` measures.
+        head_bits: serve the output head from a copy rounded to so many bits, 2..8; the head is read whole for every
+            token, and at full precision it is half of what a small model reads. None keeps it exact.
         trust_remote_code: allow code in the checkpoint to run. Off unless asked for.
 
     Returns:
@@ -50,7 +55,7 @@ def load(
         without reading the disk.
 
     Raises:
-        ConfigurationError: ``resident=False`` or int8 activations where the native kernels do not run.
+        ConfigurationError: ``resident=False``, int8 activations or ``head_bits`` where the native kernels do not run.
         CheckpointError: damaged or foreign files.
         AllocationError: unknown layers or widths.
     """
@@ -58,8 +63,9 @@ def load(
 
     import matgptq.transformers_integration  # noqa: F401 - registers the format
 
-    if bits is not None:
-        check_bits(bits)
+    for width in (bits, head_bits):
+        if width is not None:
+            check_bits(width)
     if isinstance(allocation, str | Path):
         allocation = read_allocation(allocation)
     local = Path(path).expanduser()
@@ -90,12 +96,24 @@ def load(
         layers = nested_layers(model)
         default = next(iter(layers.values())).bits
         model.set_bits(complete_allocation(allocation, layers, default))
-    if _packs(target, model.dtype, resident, activations):
-        pack_layers(model, resident=resident, activations=activations)
+    if _packs(target, model.dtype, resident, activations, head_bits):
+        pack_layers(model, resident=resident, activations=activations, shared=_shared_inputs(model))
+        if head_bits is not None:
+            pack_head(model, head_bits, activations)
     return model
 
 
-def _packs(device: torch.device, dtype: torch.dtype, resident: bool, activations: Activations) -> bool:
+def _shared_inputs(model: Any) -> list[tuple[str, ...]]:
+    try:
+        family = find_family(str(model.config.model_type))
+    except UnsupportedModelError:  # a checkpoint of another program may hold any architecture
+        return []
+    return family.shared_inputs(int(model.config.num_hidden_layers))
+
+
+def _packs(
+    device: torch.device, dtype: torch.dtype, resident: bool, activations: Activations, head_bits: int | None
+) -> bool:
     """Whether the native kernels serve this model; raises if something was asked for that only they can do."""
     obstacle = None
     if device.type != "cpu":
@@ -106,7 +124,11 @@ def _packs(device: torch.device, dtype: torch.dtype, resident: bool, activations
         obstacle = native.reason()
     if obstacle is None:
         return True
-    if not resident or activations != "exact":
-        wish = "resident=False" if not resident else f"activations={activations!r}"
+    wishes = {
+        "resident=False": not resident,
+        f"activations={activations!r}": activations != "exact",
+        f"head_bits={head_bits}": head_bits is not None,
+    }
+    for wish in (wish for wish, wanted in wishes.items() if wanted):
         raise ConfigurationError(f"{wish} needs the native kernels: {obstacle}")
     return False

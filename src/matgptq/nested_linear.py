@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from matgptq import kernels, native
 from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.format import CODES, scales_name
 from matgptq.nested_weight import NestedWeight, scale_source
+from matgptq.shared_input import SharedInput
 from matgptq.slicing import PARENT_BITS, ZERO_POINT, check_bits
 
 
@@ -58,6 +59,7 @@ class NestedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.activations: kernels.Activations = "exact"
         self._packed: native.Weight | None = None
+        self._shared: SharedInput | None = None
         self.set_bits(bits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NestedLinear:
@@ -122,6 +124,7 @@ class NestedLinear(nn.Module):
         """Return to plain codes."""
         self.codes = self.nested_weight.codes
         self._packed = None
+        self._shared = None
 
     @property
     def nested_weight(self) -> NestedWeight:
@@ -148,8 +151,17 @@ class NestedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs @ w_r^T + bias`` in the dtype of ``inputs``."""
+        if self._shared is not None and not torch.compiler.is_compiling():
+            product = self._shared.product(self, inputs)
+            if product is not None:
+                return product
+        return kernels.matmul(inputs, *self.operand, activations=self.activations)
+
+    @property
+    def operand(self) -> kernels.Operand:
+        """What inputs are multiplied by at present."""
         weight = self._packed if self._packed is not None else self.nested_weight
-        return kernels.matmul(inputs, weight, self._bits, self.bias, activations=self.activations)
+        return kernels.Operand(weight, self._bits, self.bias)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -168,20 +180,38 @@ def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, NestedLinear)}
 
 
-def pack_layers(model: nn.Module, *, resident: bool = True, activations: kernels.Activations = "exact") -> int:
+def pack_layers(
+    model: nn.Module,
+    *,
+    resident: bool = True,
+    activations: kernels.Activations = "exact",
+    shared: Iterable[Sequence[str]] = (),
+) -> int:
     """Pack all nested layers of a model on the CPU into one arena; returns how many.
 
     Layers whose shape the library does not take stay as they are and run on the reference kernel.
+
+    Args:
+        model: has nested layers on the CPU.
+        resident: keep all planes of the parent.
+        activations: see ``matgptq.load``.
+        shared: names of layers that multiply the same input, group by group; each group runs as one call.
     """
     arena = native.Arena()
-    count = 0
-    for layer in nested_layers(model).values():
+    packed = {}
+    for name, layer in nested_layers(model).items():
         if layer.group_size % 32 and layer.group_size != layer.in_features:
             continue
         layer.pack(arena, resident=resident)
         layer.activations = activations
-        count += 1
-    return count
+        packed[name] = layer
+    for group in shared:
+        members = [packed[name] for name in group if name in packed]
+        if len(members) > 1:
+            together = SharedInput(members)
+            for member in members:
+                member._shared = together
+    return len(packed)
 
 
 def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:

@@ -19,6 +19,7 @@ from matgptq.errors import ConfigurationError, SourceError
 from matgptq.kernels import Activations
 from matgptq.loading import load
 from matgptq.nested_linear import NestedLinear, nested_layers
+from matgptq.output_head import OutputHead
 from matgptq.progress import Progress, Silent
 from matgptq.slicing import check_widths
 from matgptq.source import open_source
@@ -68,6 +69,7 @@ def measure_speed(
     new_tokens: int = 24,
     reference: str | Path | None = None,
     activations: Activations = "exact",
+    head_bits: int | None = None,
     device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> list[Speed]:
@@ -83,7 +85,7 @@ def measure_speed(
         prompt: tokens of the prompt that is timed.
         new_tokens: decoding steps per round.
         reference: the full model; default the one that the checkpoint was made from, left out if it is gone.
-        activations: see ``matgptq.load``.
+        activations, head_bits: see ``matgptq.load``.
         device: where to run.
         progress: receives stages and notes.
 
@@ -96,7 +98,7 @@ def measure_speed(
     if prompt < 1 or new_tokens < 1 or not batches or min(batches) < 1:
         raise ConfigurationError("prompt, new_tokens and batches must be at least 1")
     progress.start("load the models", 1)
-    model = load(path, device=target, dtype="bfloat16", activations=activations)
+    model = load(path, device=target, dtype="bfloat16", activations=activations, head_bits=head_bits)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and prompt + new_tokens > longest:
         raise ConfigurationError(f"{prompt} + {new_tokens} tokens do not fit the model's context of {longest}")
@@ -220,12 +222,13 @@ def _product_seconds(model: Any, batch: int) -> float:
 
 def _bytes_per_token(model: Any) -> int:
     """Bytes of weights that one step reads; of the embedding table only where the output head is tied to it."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    total: int = embedding.nbytes if head is embedding else 0
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    total: int = head.packed.bytes_read() if isinstance(head, OutputHead) else head.weight.nbytes
     for module in model.modules():
         if isinstance(module, NestedLinear):
             total += _layer_bytes(module)
-        total += sum(tensor.nbytes for tensor in module.parameters(recurse=False) if tensor is not embedding)
+        if module is not head:
+            total += sum(tensor.nbytes for tensor in module.parameters(recurse=False) if tensor is not embedding)
     return total
 
 
@@ -238,6 +241,9 @@ def _layer_bytes(layer: NestedLinear) -> int:
 def _resident_bytes(model: Any) -> int:
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
     total: int = sum(held.values())
+    head = model.get_output_embeddings()
+    if isinstance(head, OutputHead):
+        total += head.packed.nbytes
     return total + sum(layer.packed.nbytes for layer in nested_layers(model).values() if layer.packed is not None)
 
 

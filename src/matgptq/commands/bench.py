@@ -10,6 +10,7 @@ from matgptq.commands.options import (
     ActivationsOption,
     Checkpoint,
     DeviceOption,
+    HeadBitsOption,
     JsonOption,
     examples,
     out_console,
@@ -36,6 +37,7 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. (default: PyTorch's choice)")] = None,
     activations: ActivationsOption = "exact",
+    head_bits: HeadBitsOption = None,
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
@@ -61,6 +63,7 @@ def bench(
             new_tokens=new_tokens,
             reference=reference,
             activations=activations,
+            head_bits=head_bits,
             device=device,
             progress=progress,
         )

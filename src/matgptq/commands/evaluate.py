@@ -12,6 +12,7 @@ from matgptq.commands.options import (
     Checkpoint,
     DeviceOption,
     DtypeOption,
+    HeadBitsOption,
     JsonOption,
     TrustOption,
     examples,
@@ -47,6 +48,7 @@ def evaluate(
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
     activations: ActivationsOption = "exact",
+    head_bits: HeadBitsOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure perplexity, KL and top-1 agreement of each width against the full-precision model."""
@@ -66,6 +68,7 @@ def evaluate(
             device=device,
             dtype=dtype,
             activations=activations,
+            head_bits=head_bits,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -12,6 +12,7 @@ from matgptq.commands.options import (
     Checkpoint,
     DeviceOption,
     DtypeOption,
+    HeadBitsOption,
     TrustOption,
     examples,
     out_console,
@@ -34,6 +35,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     activations: ActivationsOption = "exact",
+    head_bits: HeadBitsOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -53,6 +55,7 @@ def generate(
             device=device,
             dtype=dtype,
             activations=activations,
+            head_bits=head_bits,
             trust_remote_code=trust_remote_code,
         )
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)

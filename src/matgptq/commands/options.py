@@ -25,6 +25,9 @@ DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float
 ActivationsOption = Annotated[
     Literal["exact", "int8"], typer.Option(help="int8: rounded inside the products; faster on a CPU, less exact.")
 ]
+HeadBitsOption = Annotated[
+    int | None, typer.Option(help="Serve the output head at so many bits (CPU). (default: full precision)")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model to run.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="OUT", help="A checkpoint written by quantize.")]
 

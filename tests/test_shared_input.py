@@ -1,0 +1,170 @@
+"""Layers that share an input run as one call and give what each alone would give; the output head at few bits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_kernels import make_weight
+from tiny_models import build_model, token_ids
+
+import matgptq
+from matgptq import kernels, native
+from matgptq.errors import ConfigurationError, UnsupportedModelError
+from matgptq.families import find_family
+from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers
+from matgptq.output_head import OutputHead, pack_head
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native library")
+
+
+class Attention(torch.nn.Module):
+    """Three layers over one input, of different widths, one of them with a bias."""
+
+    def __init__(self, activations: kernels.Activations = "exact") -> None:
+        super().__init__()
+        for index, (name, out, bits) in enumerate((("q", 40, 4), ("k", 16, 2), ("v", 8, 7))):
+            weight = make_weight(out, 64, 2, seed=index)
+            layer = NestedLinear(64, out, name == "k", 32, scale_bits=tuple(weight.scales), bits=bits)
+            layer.load_state_dict(
+                {"codes": weight.codes, **{f"scales_{own}": scale for own, scale in weight.scales.items()}},
+                strict=False,
+            )
+            self.add_module(name, layer)
+        pack_layers(self, activations=activations, shared=[("q", "k", "v")])
+
+    def alone(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        layer = self.get_submodule(name)
+        return kernels.matmul(x, *layer.operand, activations=layer.activations)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Numbers of weights in each call of the library."""
+    made = []
+    original = native.matmul_many
+
+    def counted(x, weights, *rest, **options):
+        made.append(len(weights))
+        return original(x, weights, *rest, **options)
+
+    monkeypatch.setattr(native, "matmul_many", counted)
+    return made
+
+
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 5, 16])
+def test_one_call_gives_what_each_layer_gives(rows, inference, activations, calls):
+    model = Attention(activations)
+    with torch.inference_mode(inference):
+        x = torch.randn(2, rows, 64)
+        results = {name: model.get_submodule(name)(x) for name in ("q", "k", "v")}
+        assert calls == [3]
+        for name, result in results.items():
+            assert torch.equal(result, model.alone(name, x))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_input_changed_in_place_is_another_input(inference, calls):
+    model = Attention()
+    with torch.inference_mode(inference):
+        x = torch.randn(1, 64)
+        model.q(x)
+        x.mul_(2)
+        assert torch.equal(model.k(x), model.alone("k", x))
+
+
+def test_results_are_handed_out_once_and_widths_may_change_between_steps(calls):
+    model = Attention()
+    x = torch.randn(1, 64)
+    first = model.q(x)
+    assert first is not model.q(x)  # asked again: computed again
+    model.q.set_bits(8)
+    y = torch.randn(1, 64)
+    assert torch.equal(model.q(y), model.alone("q", y))
+    assert torch.equal(model.v(y), model.alone("v", y))
+
+
+def test_a_width_changed_between_two_layers_takes_effect():
+    model = Attention()
+    x = torch.randn(1, 64)
+    model.q(x)
+    model.k.set_bits(8)
+    assert torch.equal(model.k(x), model.alone("k", x))
+
+
+def test_prompts_go_layer_by_layer(calls):
+    model = Attention()
+    x = torch.randn(100, 64)
+    assert torch.equal(model.q(x), model.alone("q", x))
+    assert calls == []
+
+
+def test_copies_do_not_share_results():
+    model = Attention()
+    twin = copy.deepcopy(model)
+    x = torch.randn(1, 64)
+    twin.q(x)
+    assert torch.equal(model.k(x), model.alone("k", x))
+    twin.k.set_bits(3)
+    assert torch.equal(twin.k(x), twin.alone("k", x))
+    assert model.k.bits == 2
+
+
+def test_a_loaded_model_shares_in_every_block(make_checkpoint, calls):
+    _, out = make_checkpoint("llama")
+    model = matgptq.load(out, 4)
+    model(input_ids=token_ids()[:1, :4])
+    per_block = [3, 1, 2, 1]  # q k v, o, gate up, down
+    assert calls == per_block * model.config.num_hidden_layers
+    model.to("cpu").set_bits({name: 2 + index % 7 for index, name in enumerate(nested_layers(model))})
+    mixed = model(input_ids=token_ids()[:1, :4]).logits
+    for layer in nested_layers(model).values():
+        layer.unpack()
+    torch.testing.assert_close(model(input_ids=token_ids()[:1, :4]).logits, mixed, rtol=1e-4, atol=1e-4)
+
+
+def test_names_of_shared_inputs():
+    names = find_family("llama").shared_inputs(2)
+    assert names[0] == tuple(f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv")
+    assert names[3] == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
+    assert find_family("gpt_neox").shared_inputs(2) == []
+
+
+# --- the output head --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "opt"])
+def test_head_bits(name, make_checkpoint):
+    _, out = make_checkpoint(name, torch.float32)
+    exact = matgptq.load(out, 8)
+    expected = exact(input_ids=token_ids()[:2, :9]).logits
+    distances = []
+    for bits in (2, 4, 6, 8):
+        model = matgptq.load(out, 8, head_bits=bits)
+        assert isinstance(model.get_output_embeddings(), OutputHead)
+        logits = model(input_ids=token_ids()[:2, :9]).logits
+        distances.append(((logits - expected).norm() / expected.norm()).item())
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 0.02
+
+
+def test_the_full_precision_head_is_what_is_saved(make_checkpoint, tmp_path):
+    _, out = make_checkpoint("llama")
+    model = matgptq.load(out, 8, head_bits=2)
+    model.save_pretrained(tmp_path / "again")
+    tokens = token_ids()[:1, :5]
+    again, expected = (matgptq.load(path, 8)(input_ids=tokens).logits for path in (tmp_path / "again", out))
+    assert torch.equal(again, expected)
+
+
+def test_head_bits_are_checked(make_checkpoint):
+    _, out = make_checkpoint("llama")
+    with pytest.raises(ConfigurationError, match="1"):
+        matgptq.load(out, head_bits=1)
+    with pytest.raises(ConfigurationError, match="head_bits=8 needs the native kernels"):
+        matgptq.load(out, head_bits=8, dtype="float16")
+    with pytest.raises(UnsupportedModelError, match="lm_head"):
+        pack_head(build_model("llama", hidden_size=40, head_dim=10), 8)

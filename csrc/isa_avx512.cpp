@@ -134,23 +134,28 @@ struct Avx512 {
     }
     static MATGPTQ_INLINE void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {
         const __m512 factor = _mm512_set1_ps(scale);
+        __m512 value[2];
         for (int half = 0; half < 2; ++half) {
             const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(levels + 16 * half));
-            const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), factor);
-            if (!bfloat16) {
-                _mm512_storeu_ps(static_cast<char*>(out) + 64 * half, value);
-                continue;
-            }
-            // Round half to even; NaN keeps a mantissa bit.
-            const __m512i word = _mm512_castps_si512(value), high = _mm512_srli_epi32(word, 16);
-            const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-            __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7FFF)), odd);
-            rounded = _mm512_srli_epi32(rounded, 16);
-            const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-            rounded = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<char*>(out) + 32 * half),
-                                _mm512_cvtepi32_epi16(rounded));
+            value[half] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), factor);
+            if (!bfloat16) _mm512_storeu_ps(static_cast<char*>(out) + 64 * half, value[half]);
         }
+        if (bfloat16) _mm512_storeu_si512(out, to_bfloat16(value[0], value[1]));
+    }
+    // Round half to even; NaN (an infinite scale times 0) keeps a mantissa bit.
+    static MATGPTQ_INLINE __m512i to_bfloat16(__m512 low, __m512 high) {
+        __m512i word[2] = {_mm512_castps_si512(low), _mm512_castps_si512(high)};
+        for (auto& w : word) {
+            const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(w, 16), _mm512_set1_epi32(1));
+            const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(0x7FFF)), odd);
+            const __m512 value = _mm512_castsi512_ps(w);
+            const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+            w = _mm512_mask_or_epi32(rounded, nan, w, _mm512_set1_epi32(0x400000));
+        }
+        alignas(64) static const uint16_t upper_halves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                              23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                              45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+        return _mm512_permutex2var_epi16(word[0], _mm512_load_si512(upper_halves), word[1]);
     }
     // 8 registers of 16 words to 16 rows of 8 words: 4x4 transposes inside 128-bit lanes, then each lane to its row.
     static MATGPTQ_INLINE void transpose_words(const uint8_t (*words)[kTileRows * 4], int8_t* out) {

@@ -272,12 +272,12 @@ def test_blocks_run_one_by_one_as_in_the_model(name):
     inputs = capture_inputs(model, blocks, windows)
     assert "forward" not in vars(blocks[0].module)
     for index, block in enumerate(blocks):
-        hessians = collect_hessians(block, inputs, index, lambda: None)
+        hessians = collect_hessians(block, [inputs], index, lambda: None)
         for group, hessian in zip(block.inputs, hessians, strict=True):
             for path, _ in group:  # all of them, not only the first: they must share their input
                 x = torch.cat(seen[f"{block.name}.{path}"]).double()
                 torch.testing.assert_close(hessian.double(), 2 * x.T @ x / len(x), rtol=1e-4, atol=1e-4)
-        propagate(block, inputs, index, lambda: None)
+        propagate(block, [inputs], index, lambda: None)
         for hidden, expected in zip(inputs.hidden, outputs[index], strict=True):
             assert torch.equal(hidden, expected)
 

@@ -149,7 +149,7 @@ def test_ties_survive(name, make_checkpoint):
         return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
     assert tied(loaded) == tied(original)
-    assert tied(original) == (name in ("llama-tied", "qwen2", "qwen3", "gemma2", "gemma3_text", "opt"))
+    assert tied(original) == (name in ("llama-tied", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt"))
     heads = [key for key in read_headers(out) if key.startswith(("lm_head", "embed_out"))]
     assert len(heads) == (0 if tied(original) else 1)
     assert not isinstance(loaded.get_output_embeddings(), NestedLinear)
@@ -272,12 +272,12 @@ def test_blocks_run_one_by_one_as_in_the_model(name):
     inputs = capture_inputs(model, blocks, windows)
     assert "forward" not in vars(blocks[0].module)
     for index, block in enumerate(blocks):
-        hessians = collect_hessians(block, inputs, index, lambda: None)
+        hessians = collect_hessians(block, [inputs], index, lambda: None)
         for group, hessian in zip(block.inputs, hessians, strict=True):
             for path, _ in group:  # all of them, not only the first: they must share their input
                 x = torch.cat(seen[f"{block.name}.{path}"]).double()
                 torch.testing.assert_close(hessian.double(), 2 * x.T @ x / len(x), rtol=1e-4, atol=1e-4)
-        propagate(block, inputs, index, lambda: None)
+        propagate(block, [inputs], index, lambda: None)
         for hidden, expected in zip(inputs.hidden, outputs[index], strict=True):
             assert torch.equal(hidden, expected)
 
@@ -289,7 +289,7 @@ def test_every_family_of_the_table_is_tested():
 def test_an_unknown_family_is_refused_by_name(tmp_path):
     config = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "source")
-    with pytest.raises(UnsupportedModelError, match="'gpt2' is not known; supported: gemma2, "):
+    with pytest.raises(UnsupportedModelError, match="'gpt2' is not known; supported: gemma, "):
         matgptq.quantize(tmp_path / "source", tmp_path / "out", dataset=token_ids())
     assert not (tmp_path / "out").exists()
 

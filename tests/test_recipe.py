@@ -28,6 +28,7 @@ def test_defaults_of_the_own_method():
         refit_bits=(2, 3, 4, 5, 6, 7, 8),
         refit_in_loop=True,
         damping=0.01,
+        sink_weight=64.0,
         seed=0,
     )
 
@@ -37,6 +38,7 @@ def test_defaults_of_the_published_method():
     assert recipe.target_bits == (2, 3, 4, 8)
     assert recipe.bit_weights == (1.0, 1.0, 1.0, 1.0)
     assert recipe.compensation == "mean"
+    assert recipe.sink_weight == 1
     _assert_plain(recipe)
 
 
@@ -46,6 +48,7 @@ def test_defaults_of_one_width():
     assert recipe.bit_weights == (1.0,)
     assert recipe.compensation == "per-width"
     assert recipe.propagated_bits == 3
+    assert recipe.sink_weight == 64
     _assert_plain(recipe)
 
 
@@ -144,6 +147,9 @@ def test_the_record_is_json_and_makes_the_recipe_again():
         ({"damping": -0.01}, "damping"),
         ({"damping": float("nan")}, "damping"),
         ({"damping": float("inf")}, "damping"),
+        ({"sink_weight": 0}, "sink_weight must be at least 1"),
+        ({"sink_weight": float("nan")}, "sink_weight"),
+        ({"sink_weight": float("inf")}, "sink_weight"),
     ],
     ids=str,
 )

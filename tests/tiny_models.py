@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {**_LLAMA_LIKE, "tie_word_embeddings": False, "sliding_window": 8}),
     "qwen2": ("qwen2", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**_LLAMA_LIKE, "head_dim": 32, "tie_word_embeddings": True}),
+    "gemma": ("gemma", {**_LLAMA_LIKE}),
     "gemma2": ("gemma2", {**_LLAMA_LIKE, "sliding_window": 8, "query_pre_attn_scalar": 16}),
     "gemma3_text": (
         "gemma3_text",

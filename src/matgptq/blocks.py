@@ -72,23 +72,34 @@ class BlockInputs:
     """What the blocks are called with.
 
     Attributes:
-        hidden: one ``[1, seqlen, hidden]`` tensor per window, replaced as the blocks are run.
-        arguments: keyword arguments of each block (masks, position embeddings); the same for all windows, which
-            have one length and no padding.
+        hidden: one ``[batch, seqlen, hidden]`` tensor per batch of windows, replaced as the blocks are run.
+        arguments: keyword arguments of each block (masks, position embeddings); the same for all batches, which
+            have one shape and no padding.
+        weight: of each token in the Hessians.
     """
 
     hidden: list[Tensor]
     arguments: list[dict[str, Any]]
+    weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all windows."""
+        return sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
 
 
 @torch.no_grad()
-def capture_inputs(model: Any, blocks: Sequence[Block], windows: Tensor) -> BlockInputs:
+def capture_inputs(
+    model: Any, blocks: Sequence[Block], windows: Tensor, *, batch: int = 1, weight: float = 1.0
+) -> BlockInputs:
     """Record what enters the blocks without running them: each block hands its input on untouched.
 
     Args:
         model: a causal language model in eval mode.
         blocks: all its blocks in order.
         windows: int64 ``[n, seqlen]`` token ids.
+        batch: windows that are run together, divides n.
+        weight: of each token in the Hessians.
     """
     hidden: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
@@ -109,26 +120,26 @@ def capture_inputs(model: Any, blocks: Sequence[Block], windows: Tensor) -> Bloc
     try:
         for index, block in enumerate(blocks):
             block.module.forward = recorder(index)
-        for window in windows:
+        for together in torch.split(windows, batch):
             # The base model skips the output head, whose logits would be the largest tensor of all.
-            model.base_model(input_ids=window.unsqueeze(0).to(device), use_cache=False)
+            model.base_model(input_ids=together.to(device), use_cache=False)
     finally:
         for block in blocks:
             block.module.__dict__.pop("forward", None)
-    return BlockInputs(hidden, arguments)
+    return BlockInputs(hidden, arguments, weight)
 
 
 @torch.no_grad()
 def run_block(block: Block, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Output of one block for one window."""
+    """Output of one block for one batch of windows."""
     output: Tensor | tuple[Tensor, ...] = block.module(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
-def _observe(layer: nn.Linear, total: Tensor) -> Iterator[None]:
+def _observe(layer: nn.Linear, total: Tensor, weight: float) -> Iterator[None]:
     def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
-        accumulate_hessian(total, positional[0])
+        accumulate_hessian(total, positional[0], weight)
 
     handle = layer.register_forward_pre_hook(hook)
     try:
@@ -138,44 +149,46 @@ def _observe(layer: nn.Linear, total: Tensor) -> Iterator[None]:
 
 
 @torch.no_grad()
-def collect_hessians(block: Block, inputs: BlockInputs, index: int, tick: Callable[[], None]) -> list[Tensor]:
-    """Hessians ``2/N sum x x^T`` of the block's input groups, float32 ``[in, in]`` each, from all windows.
+def collect_hessians(block: Block, inputs: Sequence[BlockInputs], index: int, tick: Callable[[], None]) -> list[Tensor]:
+    """Hessians of the block's input groups: twice the weighted mean of ``x x^T`` over all tokens.
 
     Args:
         block: still at full precision.
         inputs: as left by the blocks before it; not changed.
         index: position of the block, selects its arguments.
-        tick: called after each window.
+        tick: called after each batch.
+
+    Returns:
+        One float32 ``[in, in]`` for each group.
 
     Raises:
         UnsupportedModelError: an activation is not finite; names the layer that receives it.
     """
-    totals = []
-    observers = []
-    for group in block.inputs:
-        layer = group[0][1]  # all layers of a group see the same input, one of them is enough
-        totals.append(torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device))
-        observers.append(_observe(layer, totals[-1]))
-    with ExitStack() as stack:
-        for observer in observers:
-            stack.enter_context(observer)
-        for hidden in inputs.hidden:
-            run_block(block, hidden, inputs.arguments[index])
-            tick()
-    tokens = sum(hidden.shape[1] for hidden in inputs.hidden)
+    # All layers of a group see the same input, one of them is enough.
+    observed = [group[0][1] for group in block.inputs]
+    totals = [torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device) for layer in observed]
+    for stream in inputs:
+        with ExitStack() as stack:
+            for layer, total in zip(observed, totals, strict=True):
+                stack.enter_context(_observe(layer, total, stream.weight))
+            for hidden in stream.hidden:
+                run_block(block, hidden, stream.arguments[index])
+                tick()
+    weight = sum(stream.weight * stream.tokens for stream in inputs)
     for group, total in zip(block.inputs, totals, strict=True):
         if not bool(torch.isfinite(total).all()):
             raise UnsupportedModelError(
                 f"the inputs of {block.name}.{group[0][0]} are not finite during calibration; "
                 "use a dtype with more range (--dtype bfloat16 or float32)"
             )
-        total.mul_(2 / tokens)
+        total.mul_(2 / weight)
     return totals
 
 
 @torch.no_grad()
-def propagate(block: Block, inputs: BlockInputs, index: int, tick: Callable[[], None]) -> None:
-    """Replace every window's hidden state by the block's output."""
-    for position, hidden in enumerate(inputs.hidden):
-        inputs.hidden[position] = run_block(block, hidden, inputs.arguments[index])
-        tick()
+def propagate(block: Block, inputs: Sequence[BlockInputs], index: int, tick: Callable[[], None]) -> None:
+    """Replace every hidden state by the block's output."""
+    for stream in inputs:
+        for position, hidden in enumerate(stream.hidden):
+            stream.hidden[position] = run_block(block, hidden, stream.arguments[index])
+            tick()

@@ -2,8 +2,9 @@
 
     ``load_windows``        calibration: documents shuffled by seed, packed without padding
     ``evaluation_windows``  evaluation: windows from the start of the text, no special tokens added
+    ``first_tokens``        calibration: tokens that a sequence may begin with
 
-Both return ``Windows``: the tokens, and in words how they came about, to be printed beside every number that
+The first two return ``Windows``: the tokens, and in words how they came about, to be printed beside every number that
 was measured on them.
 """
 
@@ -159,6 +160,28 @@ def evaluation_windows(
         f"{len(tokens)} windows of {seqlen} tokens from the start of {source.name}: {text_is}, no special tokens "
         f"added, no overlap",
     )
+
+
+def first_tokens(windows: Tensor, count: int, bos: int | None, seed: int) -> Tensor:
+    """One-token sequences that show a model its first position, as ``Recipe.sink_weight`` needs them.
+
+    Text that was cut anywhere begins with any of its tokens, and a prompt begins with BOS: half of the sequences are
+    the one, half are the other.
+
+    Args:
+        windows: int64 ``[n, seqlen]``, calibration windows.
+        count: number of sequences.
+        bos: the model's BOS token if it has one; without it, all sequences are tokens of the text.
+        seed: of the choice of tokens.
+
+    Returns:
+        int64 ``[count, 1]`` token ids.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = windows.flatten()[torch.randint(windows.numel(), (count,), generator=generator)]
+    if bos is not None:
+        tokens[: count // 2] = bos
+    return tokens.unsqueeze(1)
 
 
 def pack_windows(

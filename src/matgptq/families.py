@@ -39,7 +39,7 @@ class Family:
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        model_types=("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"),
+        model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
         blocks="model.layers",
         inputs=(
             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

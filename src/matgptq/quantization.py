@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matgptq.blocks import BlockInputs, capture_inputs, collect_hessians, propagate
-from matgptq.calibration import SELF, load_windows
+from matgptq.calibration import SELF, first_tokens, load_windows
 from matgptq.checkpoint import DEFAULT_SHARD_BYTES, REPORT_NAME, CheckpointWriter, check_destination
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import SourceError
@@ -26,6 +26,9 @@ from matgptq.slicing import check_bits
 from matgptq.solver import solve
 from matgptq.source import ModelSource, open_source, read_tensor
 from matgptq.tensor_names import is_derived, match_names
+
+# One-token sequences for the weight of first positions; as one batch they cost half as much as one window.
+_FIRST_TOKENS = 1024
 
 
 def quantize(
@@ -190,23 +193,35 @@ def _quantize_blocks(
     progress: Progress,
 ) -> Iterator[LayerReport]:
     """Solve block after block, feeding each with the outputs of the quantized ones before it."""
-    count = 0 if windows is None else len(windows)
-    steps = 3 * count or 1  # of one block: see all windows, solve, see all windows again
+    inputs = [] if windows is None else _block_inputs(network, plan, recipe, windows)
+    batches = sum(len(stream.hidden) for stream in inputs)
+    steps = 3 * batches or 1  # of one block: see all windows, solve, see all windows again
     progress.start("quantize blocks", steps * len(plan.blocks))
-    inputs = BlockInputs([], []) if windows is None else capture_inputs(network, plan.blocks, windows)
     for index, block in enumerate(plan.blocks):
         hessians: list[Tensor | None] = [None] * len(block.inputs)
-        if windows is not None:
+        if inputs:
             hessians = [*collect_hessians(block, inputs, index, progress.advance)]
         for group, hessian in zip(block.inputs, hessians, strict=True):
             layers = [(f"{block.name}.{path}", layer) for path, layer in group]
             yield from _quantize_layers(layers, hessian, plan, recipe, writer, progress)
-        progress.advance(count or 1)
+        progress.advance(batches or 1)
         last = index == len(plan.blocks) - 1
-        if windows is not None and not last:
+        if inputs and not last:
             propagate(block, inputs, index, progress.advance)
         elif last:
-            progress.advance(count)
+            progress.advance(batches)
+
+
+def _block_inputs(network: Any, plan: Plan, recipe: Recipe, windows: Tensor) -> list[BlockInputs]:
+    """Calibration windows, and one-token sequences that give first positions the recipe's weight."""
+    inputs = [capture_inputs(network, plan.blocks, windows)]
+    if recipe.sink_weight > 1:
+        bos = getattr(network.config, "bos_token_id", None)
+        first = first_tokens(windows, _FIRST_TOKENS, bos, recipe.seed)
+        # Each window has its first position in it once already.
+        weight = (recipe.sink_weight - 1) * len(windows) / len(first)
+        inputs.append(capture_inputs(network, plan.blocks, first, batch=len(first), weight=weight))
+    return inputs
 
 
 def _quantize_layers(

@@ -52,7 +52,11 @@ class Recipe:
             scale per group in the file and nothing when another width is served.
         refit_in_loop: refit before each coordinate pass as well, not only at the end.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
-        seed: of the calibration windows.
+        sink_weight: how often a sequence's first position counts in the Hessians, every other position counting
+            once; 1 for no difference. Models make an attention sink of it, with activations far larger than all
+            others; every later token reads it, and it is one of thousands to the Hessian. More than 1 adds one-token
+            sequences to the calibration windows (``matgptq.calibration.first_tokens``).
+        seed: of the calibration windows and first tokens.
     """
 
     method: Method
@@ -70,6 +74,7 @@ class Recipe:
     refit_bits: tuple[int, ...] = ()
     refit_in_loop: bool = True
     damping: float = 0.01
+    sink_weight: float = 64.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,6 +104,10 @@ class Recipe:
             "refit_bits must ascend without repeats, and needs refit",
         )
         _require(math.isfinite(self.damping) and self.damping >= 0, f"damping must be >= 0, not {self.damping}")
+        _require(
+            math.isfinite(self.sink_weight) and self.sink_weight >= 1,
+            f"sink_weight must be at least 1 (first positions count like any other), not {self.sink_weight}",
+        )
 
     @property
     def needs_calibration(self) -> bool:
@@ -142,6 +151,7 @@ _METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "column_order": "natural",
         "coordinate_passes": 0,
         "refit": False,
+        "sink_weight": 1.0,
     },
     "gptq": {
         "grid": "minmax",
@@ -158,6 +168,7 @@ _METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "compensation": "none",
         "coordinate_passes": 0,
         "refit": False,
+        "sink_weight": 1.0,
     },
 }
 

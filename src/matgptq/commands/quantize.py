@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,6 +50,10 @@ def quantize(
         str, typer.Option(help="Layers to keep at full precision: names or * patterns, comma-separated.")
     ] = "lm_head",
     damp: Annotated[float, typer.Option(help="Damping, as a fraction of the mean Hessian diagonal.")] = 0.01,
+    sink_weight: Annotated[
+        float | None,
+        typer.Option(help="Weight of first positions in the Hessians; 1: off. (default: 64; 1 for paper and rtn)"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -61,11 +65,12 @@ def quantize(
 ) -> None:
     """Quantize MODEL once for all widths and write the checkpoint OUT."""
     widths, weights = parse_widths(bits), parse_bit_weights(bit_weights)
+    ingredients: dict[str, Any] = {} if sink_weight is None else {"sink_weight": sink_weight}
     ignored = tuple(filter(None, (part.strip() for part in ignore.split(","))))
     if dry_run:
         from matgptq.recipe import make_recipe
 
-        recipe = make_recipe(method, widths, weights, group_size=group_size, damping=damp, seed=seed)
+        recipe = make_recipe(method, widths, weights, group_size=group_size, damping=damp, seed=seed, **ingredients)
         _dry_run(
             model, out, recipe, dataset, nsamples, seqlen, ignored, device, dtype, force, trust_remote_code
         )  # fmt: skip
@@ -93,6 +98,7 @@ def quantize(
             force=force,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            **ingredients,
         )
     out_console.print(error_table(report.layers, every_layer=every_layer))
     out_console.print(size_table(open_checkpoint(out)))

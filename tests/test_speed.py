@@ -50,6 +50,25 @@ def test_every_width_and_batch_beside_the_full_model(name, make_checkpoint):
     assert full.bytes_per_token == 2 * (quantized + head + small)
 
 
+@pytest.mark.skipif(not native.available(), reason=native.reason() or "native library")
+def test_packed_slices_take_the_memory_of_their_width(make_checkpoint):
+    _, out = make_checkpoint("llama")
+    results = {resident: measure_speed(out, (2, 8), prompt=4, new_tokens=1, resident=resident)
+               for resident in (True, False)}  # fmt: skip
+    parent, packed = ({result.bits: result for result in results[resident]} for resident in (True, False))
+    assert parent[2].resident_bytes == parent[8].resident_bytes
+    assert packed[2].resident_bytes < packed[8].resident_bytes < parent[8].resident_bytes
+    assert packed[2].bytes_per_token < parent[2].bytes_per_token  # a resident parent reads one plane more
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason() or "native library")
+def test_a_head_at_few_bits_is_counted(make_checkpoint):
+    _, out = make_checkpoint("llama-tied")
+    exact, small = (measure_speed(out, (8,), prompt=4, new_tokens=1, head_bits=bits)[0] for bits in (None, 4))
+    assert small.bytes_per_token < exact.bytes_per_token
+    assert small.resident_bytes > exact.resident_bytes  # the embedding table stays
+
+
 def test_the_command(make_checkpoint, tmp_path):
     _, out = make_checkpoint("llama")
     file = tmp_path / "speed.json"

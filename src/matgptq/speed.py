@@ -70,6 +70,7 @@ def measure_speed(
     reference: str | Path | None = None,
     activations: Activations = "exact",
     head_bits: int | None = None,
+    resident: bool = True,
     device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> list[Speed]:
@@ -85,7 +86,7 @@ def measure_speed(
         prompt: tokens of the prompt that is timed.
         new_tokens: decoding steps per round.
         reference: the full model; default the one that the checkpoint was made from, left out if it is gone.
-        activations, head_bits: see ``matgptq.load``.
+        activations, head_bits, resident: see ``matgptq.load``. Packed slices are loaded one model for each width.
         device: where to run.
         progress: receives stages and notes.
 
@@ -98,11 +99,17 @@ def measure_speed(
     if prompt < 1 or new_tokens < 1 or not batches or min(batches) < 1:
         raise ConfigurationError("prompt, new_tokens and batches must be at least 1")
     progress.start("load the models", 1)
-    model = load(path, device=target, dtype="bfloat16", activations=activations, head_bits=head_bits)
+    options: dict[str, Any] = {"dtype": "bfloat16", "activations": activations, "head_bits": head_bits}
+    if resident:
+        model = load(path, device=target, **options)
+        contestants: dict[int, Callable[[], Any]] = {width: _at_width(model, width) for width in widths}
+    else:
+        slices = {width: load(path, width, device=target, resident=False, **options) for width in widths}
+        contestants = {width: _at_width(model, width) for width, model in slices.items()}
+        model = slices[widths[0]]
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and prompt + new_tokens > longest:
         raise ConfigurationError(f"{prompt} + {new_tokens} tokens do not fit the model's context of {longest}")
-    contestants: dict[int, Callable[[], Any]] = {width: _at_width(model, width) for width in widths}
     full = _load_full(path, reference, target, progress)
     if full is not None:
         contestants[REFERENCE_BITS] = lambda: full
@@ -123,8 +130,8 @@ def measure_speed(
                 # A short context: this is about weights, not about the cache of keys and values.
                 seconds = _step_seconds(network, tokens[:batch, :8], new_tokens)
                 decode.setdefault((width, batch), []).append(seconds)
-                if network is model:
-                    products.setdefault((width, batch), []).append(_product_seconds(model, batch))
+                if network is not full:
+                    products.setdefault((width, batch), []).append(_product_seconds(network, batch))
                 progress.advance()
     results = []
     for (width, batch), steps in decode.items():

@@ -38,6 +38,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="CPU threads. (default: PyTorch's choice)")] = None,
     activations: ActivationsOption = "exact",
     head_bits: HeadBitsOption = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Keep only the slice of each width in memory.")] = False,
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
@@ -64,6 +65,7 @@ def bench(
             reference=reference,
             activations=activations,
             head_bits=head_bits,
+            resident=not packed,
             device=device,
             progress=progress,
         )

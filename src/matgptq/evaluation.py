@@ -127,7 +127,7 @@ def evaluate(
 
     Args:
         path: checkpoint directory.
-        bits: widths, 2..8; default 2,3,4,6,8, or none if an allocation is given.
+        bits: widths, 2..8; default 2,3,4,6,8 (of a slice, what it holds), or none if an allocation is given.
         allocation: ``{layer: bits}`` or a file with one, measured after the widths; layers that it does not name
             get the checkpoint's default width.
         text: a text file, a hub data set, ``self`` (written by the reference model, or else by the parent), or int64
@@ -144,9 +144,14 @@ def evaluate(
         MatGPTQError: a subclass that says what is wrong with the checkpoint, the text or the options.
     """
     progress = progress or Silent()
-    checkpoint = open_checkpoint(path)
-    widths = check_widths(bits) if bits is not None else (() if allocation is not None else DEFAULT_WIDTHS)
-    candidates: list[int | dict[str, int]] = [*widths]
+    checkpoint = open_checkpoint(path, slices=True)
+    candidates: list[int | dict[str, int]]
+    if bits is not None:
+        candidates = [*check_widths(bits)]
+    elif allocation is not None:
+        candidates = []
+    else:
+        candidates = [*(checkpoint.widths_held if checkpoint.settings.is_slice else DEFAULT_WIDTHS)]
     if allocation is not None:
         named = read_allocation(allocation) if isinstance(allocation, str | Path) else allocation
         candidates.append(complete_allocation(named, checkpoint.layers, checkpoint.settings.bits))

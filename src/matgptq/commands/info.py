@@ -34,9 +34,8 @@ def info(
 def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
     from matgptq.checkpoint import open_checkpoint
     from matgptq.console import recipe_lines, size_table
-    from matgptq.slicing import WIDTHS
 
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, slices=True)
     settings = opened.settings
     out_console.print(size_table(opened))
     sizes = sorted({layer.group_size for layer in opened.layers.values()})
@@ -53,6 +52,6 @@ def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
         out_console.print(f"[bold]{name}[/bold]: {fact}", highlight=False)
     records = [
         {"bits": bits, "bits_per_weight": opened.bits_per_weight(bits), "bytes": opened.served_bytes(bits)}
-        for bits in WIDTHS
+        for bits in opened.widths_held
     ]
     write_json(json_file, {"quantization_config": settings.to_dict(), "widths": records})

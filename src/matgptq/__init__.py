@@ -11,18 +11,31 @@ from matgptq.registration import register_when_imported
 
 if TYPE_CHECKING:
     from matgptq.evaluation import evaluate
+    from matgptq.exporting import export
     from matgptq.loading import load
     from matgptq.quantization import quantize
     from matgptq.reference_import import import_reference
     from matgptq.transformers_integration import MatGPTQConfig
+    from matgptq.verification import verify
 
 __version__ = "0.1.0.dev0"
-__all__ = ["MatGPTQConfig", "__version__", "evaluate", "import_reference", "load", "quantize"]
+__all__ = [
+    "MatGPTQConfig",
+    "__version__",
+    "evaluate",
+    "export",
+    "import_reference",
+    "load",
+    "quantize",
+    "verify",
+]
 
 _HOME = {
     "quantize": "matgptq.quantization",
     "load": "matgptq.loading",
     "evaluate": "matgptq.evaluation",
+    "export": "matgptq.exporting",
+    "verify": "matgptq.verification",
     "import_reference": "matgptq.reference_import",
     "MatGPTQConfig": "matgptq.transformers_integration",
 }

@@ -22,6 +22,7 @@ from matgptq.plan import CalibrationRequest, Plan, make_plan
 from matgptq.progress import Progress, Silent
 from matgptq.recipe import Recipe, make_recipe
 from matgptq.report import LayerReport, Report
+from matgptq.saliency import token_saliency, token_weights
 from matgptq.slicing import check_bits
 from matgptq.solver import solve
 from matgptq.source import ModelSource, open_source, read_tensor
@@ -193,7 +194,7 @@ def _quantize_blocks(
     progress: Progress,
 ) -> Iterator[LayerReport]:
     """Solve block after block, feeding each with the outputs of the quantized ones before it."""
-    inputs = [] if windows is None else _block_inputs(network, plan, recipe, windows)
+    inputs = [] if windows is None else _block_inputs(network, plan, recipe, windows, progress)
     batches = sum(len(stream.hidden) for stream in inputs)
     steps = 3 * batches or 1  # of one block: see all windows, solve, see all windows again
     progress.start("quantize blocks", steps * len(plan.blocks))
@@ -212,9 +213,14 @@ def _quantize_blocks(
             progress.advance(batches)
 
 
-def _block_inputs(network: Any, plan: Plan, recipe: Recipe, windows: Tensor) -> list[BlockInputs]:
+def _block_inputs(network: Any, plan: Plan, recipe: Recipe, windows: Tensor, progress: Progress) -> list[BlockInputs]:
     """Calibration windows, and one-token sequences that give first positions the recipe's weight."""
-    inputs = [capture_inputs(network, plan.blocks, windows)]
+    weights: dict[str, Tensor] = {}
+    if recipe.saliency:
+        progress.start("saliency of tokens", len(windows))
+        saliency = token_saliency(network, plan.blocks, windows, recipe.seed, progress.advance)
+        weights = token_weights(saliency, plan.blocks, recipe.saliency)
+    inputs = [capture_inputs(network, plan.blocks, windows, token_weights=weights)]
     if recipe.sink_weight > 1:
         bos = getattr(network.config, "bos_token_id", None)
         first = first_tokens(windows, _FIRST_TOKENS, bos, recipe.seed)

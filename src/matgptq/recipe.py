@@ -56,6 +56,9 @@ class Recipe:
             once; 1 for no difference. Models make an attention sink of it, with activations far larger than all
             others; every later token reads it, and it is one of thousands to the Hessian. More than 1 adds one-token
             sequences to the calibration windows (``matgptq.calibration.first_tokens``).
+        saliency: exponent of the weight that a token gets in a layer's Hessian: the norm of the gradient that the
+            model's predictions have in the layer's output there, to this power. 0 counts all tokens alike, 2 is the
+            Fisher information (``matgptq.saliency``). Costs one backward pass over the calibration windows.
         seed: of the calibration windows and first tokens.
     """
 
@@ -75,6 +78,7 @@ class Recipe:
     refit_in_loop: bool = True
     damping: float = 0.01
     sink_weight: float = 64.0
+    saliency: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -104,6 +108,7 @@ class Recipe:
             "refit_bits must ascend without repeats, and needs refit",
         )
         _require(math.isfinite(self.damping) and self.damping >= 0, f"damping must be >= 0, not {self.damping}")
+        _require(0 <= self.saliency <= 2, f"saliency must lie in [0, 2], not {self.saliency}")
         _require(
             math.isfinite(self.sink_weight) and self.sink_weight >= 1,
             f"sink_weight must be at least 1 (first positions count like any other), not {self.sink_weight}",
@@ -152,8 +157,10 @@ _METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "coordinate_passes": 0,
         "refit": False,
         "sink_weight": 1.0,
+        "saliency": 0.0,
     },
     "gptq": {
+        "saliency": 0.0,
         "grid": "minmax",
         "signed_scales": False,
         "scale_candidates": 1,
@@ -169,6 +176,7 @@ _METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "coordinate_passes": 0,
         "refit": False,
         "sink_weight": 1.0,
+        "saliency": 0.0,
     },
 }
 

@@ -56,7 +56,9 @@ class Recipe:
             once; 1 for no difference. Models make an attention sink of it, with activations far larger than all
             others; every later token reads it, and it is one of thousands to the Hessian. More than 1 adds one-token
             sequences to the calibration windows (``matgptq.calibration.first_tokens``).
-        seed: of the calibration windows and first tokens.
+        rotate: spread outliers over all channels by rotating the weights before anything else, with the model left
+            the same function (``matgptq.rotated_model``).
+        seed: of the calibration windows, the first tokens and the rotation.
     """
 
     method: Method
@@ -75,6 +77,7 @@ class Recipe:
     refit_in_loop: bool = True
     damping: float = 0.01
     sink_weight: float = 64.0
+    rotate: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

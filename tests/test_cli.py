@@ -94,6 +94,15 @@ def test_dry_run_checks_what_a_run_would(source: Path, checkpoint: Path, tmp_pat
     assert "--force" in refuse("quantize", source, "-o", checkpoint, "--dry-run")
 
 
+def test_rotation_and_sink_weight(make_checkpoint, text: Path, tmp_path: Path) -> None:
+    source, out = make_checkpoint("llama-tied")[0], tmp_path / "out"
+    options = [source, "-o", out, "--rotate", "--sink-weight", 8, "--group-size", 32, "--dataset", text]
+    assert "no longer one tensor" in succeed("quantize", *options, "--dry-run")
+    assert "logits" in succeed("quantize", *options, "--nsamples", 2, "--seqlen", 32)
+    recipe = open_checkpoint(out).settings.recipe
+    assert (recipe["rotate"], recipe["sink_weight"]) == (True, 8.0)
+
+
 @pytest.mark.parametrize("method", ["paper", "rtn"])
 def test_other_methods(method: str, source: Path, text: Path, tmp_path: Path) -> None:
     succeed("quantize", source, "-o", tmp_path / "out", "--method", method, "--group-size", 32, "--dataset", text,

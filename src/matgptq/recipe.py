@@ -59,7 +59,9 @@ class Recipe:
         saliency: exponent of the weight that a token gets in a layer's Hessian: the norm of the gradient that the
             model's predictions have in the layer's output there, to this power. 0 counts all tokens alike, 2 is the
             Fisher information (``matgptq.saliency``). Costs one backward pass over the calibration windows.
-        seed: of the calibration windows and first tokens.
+        rotate: spread outliers over all channels by rotating the weights before anything else, with the model left
+            the same function (``matgptq.rotated_model``).
+        seed: of the calibration windows, the first tokens and the rotation.
     """
 
     method: Method
@@ -79,6 +81,7 @@ class Recipe:
     damping: float = 0.01
     sink_weight: float = 64.0
     saliency: float = 1.0
+    rotate: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -54,7 +54,10 @@ def quantize(
         float | None,
         typer.Option(help="Weight of first positions in the Hessians; 1: off. (default: 64; 1 for paper and rtn)"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    rotate: Annotated[
+        bool, typer.Option("--rotate/--no-rotate", help="Spread outliers by rotating the weights; unties the head.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows, and of the rotation.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
@@ -65,7 +68,9 @@ def quantize(
 ) -> None:
     """Quantize MODEL once for all widths and write the checkpoint OUT."""
     widths, weights = parse_widths(bits), parse_bit_weights(bit_weights)
-    ingredients: dict[str, Any] = {} if sink_weight is None else {"sink_weight": sink_weight}
+    ingredients: dict[str, Any] = {"rotate": rotate}
+    if sink_weight is not None:
+        ingredients["sink_weight"] = sink_weight
     ignored = tuple(filter(None, (part.strip() for part in ignore.split(","))))
     if dry_run:
         from matgptq.recipe import make_recipe

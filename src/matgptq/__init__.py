@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from matgptq.loading import load
     from matgptq.quantization import quantize
     from matgptq.reference_import import import_reference
+    from matgptq.refinement import refine
     from matgptq.transformers_integration import MatGPTQConfig
 
 __version__ = "0.1.0.dev0"
-__all__ = ["MatGPTQConfig", "__version__", "evaluate", "import_reference", "load", "quantize"]
+__all__ = ["MatGPTQConfig", "__version__", "evaluate", "import_reference", "load", "quantize", "refine"]
 
 _HOME = {
     "quantize": "matgptq.quantization",
     "load": "matgptq.loading",
     "evaluate": "matgptq.evaluation",
     "import_reference": "matgptq.reference_import",
+    "refine": "matgptq.refinement",
     "MatGPTQConfig": "matgptq.transformers_integration",
 }
 

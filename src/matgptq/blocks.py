@@ -140,11 +140,29 @@ def capture_inputs(
     return BlockInputs(hidden, arguments, weight, token_weights or {})
 
 
-@torch.no_grad()
 def run_block(block: Block, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Output of one block for one batch of windows."""
+    """Output of one block for one batch of windows; differentiable."""
     output: Tensor | tuple[Tensor, ...] = block.module(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def complete(model: Any, blocks: Sequence[Block], hidden: Tensor) -> Tensor:
+    """What the base model makes of the last block's output, ``[1, seqlen, hidden]``: the states that enter the head."""
+
+    def skip(passed: Tensor, *_: Any, **__: Any) -> Tensor:
+        return passed
+
+    nothing = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    try:
+        for block in blocks:
+            block.module.forward = skip
+        blocks[-1].module.forward = lambda *_, **__: hidden.to(nothing.device)
+        states: Tensor = model.base_model(input_ids=nothing, use_cache=False).last_hidden_state
+    finally:
+        for block in blocks:
+            block.module.__dict__.pop("forward", None)
+    return states
 
 
 def _accumulate(

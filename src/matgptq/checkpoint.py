@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import json
 import os
 import secrets
@@ -19,9 +21,10 @@ from torch import Tensor
 
 from matgptq.errors import AllocationError, CheckpointError, SourceError
 from matgptq.format import CODES, GUARD, QUANT_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
-from matgptq.nested_weight import NestedWeight
+from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.size import layer_bits
-from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_headers, read_json
+from matgptq.slicing import MIN_BITS
+from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_headers, read_json, read_tensor
 
 REPORT_NAME = "report.json"
 DEFAULT_SHARD_BYTES = 4 << 30
@@ -58,7 +61,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         try:
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            staging = self._beside("partial")
+            staging = _beside(self.destination, "partial")
             staging.mkdir()  # not mkdtemp, which makes directories private: the user's umask decides
             self._staging = staging
         except OSError as error:
@@ -76,9 +79,6 @@ class CheckpointWriter:
         elif self._replaced is not None and os.path.lexists(self._replaced):
             _remove(self._replaced)
         self._replaced = None
-
-    def _beside(self, role: str) -> Path:
-        return self.destination.with_name(f".{self.destination.name}.{role}-{secrets.token_hex(4)}")
 
     @property
     def staging(self) -> Path:
@@ -107,9 +107,8 @@ class CheckpointWriter:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON side file."""
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         with _disk_errors(self.destination):
-            (self.staging / name).write_text(text, encoding="utf-8")
+            _write_json(self.staging / name, value)
 
     def copy_file(self, name: str, file: Path) -> None:
         """Copy a side file to a place relative to the checkpoint."""
@@ -127,7 +126,7 @@ class CheckpointWriter:
                 _sync(file)
             _sync(self.staging)
             if os.path.lexists(self.destination):
-                self._replaced = self._beside("replaced")
+                self._replaced = _beside(self.destination, "replaced")
                 os.rename(self.destination, self._replaced)
             os.rename(self.staging, self.destination)
             self._staging = None
@@ -155,6 +154,10 @@ class CheckpointWriter:
             weight_map.update(dict.fromkeys(names, name))
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (self.staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _beside(destination: Path, role: str) -> Path:
+    return destination.with_name(f".{destination.name}.{role}-{secrets.token_hex(4)}")
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
@@ -317,3 +320,108 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if unknown:
         raise CheckpointError(f"{path}: config.json names layer {unknown[0]}, which has no codes")
     return Checkpoint(path, config, settings, tensors, layers)
+
+
+def replace_scales(path: str | Path, bits: int, scales: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Give one width of a checkpoint new scales. At every moment the directory holds either the old or the new ones.
+
+    Only the files that hold scales of that width are written again, beside the checkpoint; the others are linked. A
+    width without scales of its own gets them, and the next smaller width, if it read the same ones as this, gets
+    copies of those, so that no other width changes.
+
+    Args:
+        path: the checkpoint.
+        bits: the width.
+        scales: ``{layer: [out, groups]}`` storable, of every layer.
+        record: of how they came about, for ``refinement`` in ``config.json`` and ``report.json``.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or cannot be written; it is then as it was.
+    """
+    directory = Path(path).resolve()  # a link to a checkpoint goes on pointing to it
+    checkpoint = open_checkpoint(directory)
+    new = {f"{layer}.{scales_name(bits)}": scales[layer].detach().cpu() for layer in checkpoint.layers}
+    own = checkpoint.settings.scale_bits
+    below = bits - 1
+    if bits not in own and below >= MIN_BITS and below not in own:
+        shared = scales_name(scale_source(own)[bits])
+        for layer in checkpoint.layers:
+            name = f"{layer}.{shared}"
+            new[f"{layer}.{scales_name(below)}"] = read_tensor(name, checkpoint.tensors[name])
+        own = (*own, below)
+    settings = dataclasses.replace(
+        checkpoint.settings,
+        scale_bits=tuple(sorted({*own, bits})),
+        refinement={**checkpoint.settings.refinement, str(bits): dict(record)},
+    )
+    staging = _beside(directory, "partial")
+    try:
+        with _disk_errors(directory):
+            shutil.copytree(directory, staging, copy_function=_link_or_copy, symlinks=True)
+            _write_tensors(staging, checkpoint, new)
+            _write_json(staging / "config.json", {**checkpoint.config, "quantization_config": settings.to_dict()})
+            if (directory / REPORT_NAME).is_file():
+                report = read_json(directory / REPORT_NAME)
+                _write_json(staging / REPORT_NAME, {**report, "refinement": dict(settings.refinement)})
+            for file in (*staging.iterdir(), staging):
+                _sync(file)
+            _exchange(staging, directory)
+            _sync(directory.parent)
+    except SourceError as error:
+        raise CheckpointError(str(error)) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _write_tensors(staging: Path, checkpoint: Checkpoint, new: Mapping[str, Tensor]) -> None:
+    """Put tensors into the shards of a linked copy: where one of that name was, or else beside its layer's codes."""
+    by_file: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in new.items():
+        place = name if name in checkpoint.tensors else f"{name.rpartition('.')[0]}.{CODES}"
+        by_file.setdefault(checkpoint.tensors[place].file.name, {})[name] = tensor.to(torch.float16).contiguous()
+    for file, tensors in by_file.items():
+        kept = {name: info for name, info in checkpoint.tensors.items() if info.file.name == file}
+        together = {name: read_tensor(name, info) for name, info in kept.items()}
+        # Beside and then in its place: what lies there is the very file of the old checkpoint.
+        save_file({**together, **tensors}, staging / f"{file}.new", metadata={"format": "pt"})
+        os.replace(staging / f"{file}.new", staging / file)
+    if (staging / INDEX_NAME).is_file():
+        index = read_json(staging / INDEX_NAME)
+        added = {name: file for file, tensors in by_file.items() for name in tensors if name not in checkpoint.tensors}
+        index["weight_map"] = dict(sorted({**index["weight_map"], **added}.items()))
+        size = sum(info.bytes for info in checkpoint.tensors.values())
+        index["metadata"] = {
+            **index.get("metadata", {}),
+            "total_size": size + sum(new[name].numel() * 2 for name in added),
+        }
+        _write_json(staging / INDEX_NAME, index)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Replace a file that may be a hard link; the other name keeps the old content."""
+    beside = file.with_name(f"{file.name}.new")
+    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, file)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two directories, in one step where the system can."""
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if renameat2 and renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0:
+        return
+    aside = _beside(second, "replaced")
+    os.rename(second, aside)
+    try:
+        os.rename(first, second)
+    except BaseException:
+        os.rename(aside, second)
+        raise
+    os.rename(aside, first)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from matgptq.commands import bench, evaluate, generate, import_reference, info, quantize
+from matgptq.commands import bench, evaluate, generate, import_reference, info, quantize, refine
 from matgptq.commands.options import err_console
 from matgptq.errors import MatGPTQError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=quantize.EPILOG)(quantize.quantize)
+app.command(epilog=refine.EPILOG)(refine.refine)
 app.command(name="eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=info.EPILOG)(info.info)

@@ -26,6 +26,7 @@ from matgptq.checkpoint import Checkpoint
 from matgptq.evaluation import Evaluation
 from matgptq.nested_weight import scale_source
 from matgptq.plan import Plan
+from matgptq.refinement import Refinement
 from matgptq.report import LayerReport, Report
 from matgptq.slicing import WIDTHS
 from matgptq.speed import Speed
@@ -201,6 +202,17 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+def refinement_table(results: Sequence[Refinement]) -> Table:
+    """What tuning the scales brought."""
+    table = Table(title="scales tuned", caption="KL to the full model on held-out text", caption_justify="left")
+    for column in ("bits", "KL before", "KL after", "steps", "sec"):
+        table.add_column(column, justify="right")
+    for result in results:
+        after = f"{result.kl_after:.4f}" if result.kl_after < result.kl_before else "not better, left as it was"
+        table.add_row(str(result.bits), f"{result.kl_before:.4f}", after, str(result.steps), f"{result.seconds:.0f}")
+    return table
 
 
 def recipe_lines(settings: Mapping[str, object]) -> str:

@@ -40,6 +40,7 @@ class Settings:
         recipe: how the checkpoint was made; a record, read by nothing.
         calibration: with what text; a record.
         source: the full-precision model it was made from; ``eval`` compares with it unless told otherwise.
+        refinement: ``{width: how its scales were tuned afterwards}``; a record.
     """
 
     bits: int
@@ -51,6 +52,7 @@ class Settings:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
+    refinement: Mapping[str, Any] = field(default_factory=dict)
 
     def group_size_of(self, layer: str, in_features: int) -> int:
         """Group size of a layer; -1 in the record stands for all its input features."""
@@ -73,6 +75,7 @@ class Settings:
             "recipe": dict(self.recipe),
             "calibration": dict(self.calibration),
             "source": self.source,
+            "refinement": dict(self.refinement),
         }
 
 
@@ -109,6 +112,7 @@ def parse_settings(record: Mapping[str, Any], where: str) -> Settings:
             recipe=_mapping(record, "recipe"),
             calibration=_mapping(record, "calibration"),
             source=_text(record, "source"),
+            refinement=_mapping(record, "refinement"),
         )
         expected = {str(bits): own for bits, own in scale_source(settings.scale_bits).items()}
         if record.get("scale_source", expected) != expected:

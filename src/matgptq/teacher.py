@@ -5,15 +5,13 @@ function of the few numbers that enter the output head, and those are what is ke
 computes them: 2.3 kB instead of 197 kB a position for SmolLM2 (hidden size 576, vocabulary 49,152), 8 kB instead of
 513 kB for Llama-3-8B in bfloat16. Logits are recomputed from them a few hundred positions at a time, by the same head.
 
-**Error.** Nothing is rounded for storage, so that the logits are the model's own but for the order in which a matrix
-product sums; with logits off by at most ``d``, a KL is off by at most ``(exp(2d) - 1) * (KL + sqrt(2 KL)) + d^2 / 2``.
-(Write p' for the perturbed teacher: ``KL' - KL = sum (p' - p) log(p/q) + KL(p'||p)``. Every log p moves by at most 2d;
-``E_p |log(p/q)| <= KL + sqrt(2 KL)`` by Pinsker; ``KL(p'||p) <= d^2 / 2`` by Hoeffding's lemma.) In float32 d is about
-1e-5, in bfloat16 it is the rounding of a logit that the model itself commits.
+Nothing is rounded for storage: the logits are the model's own but for the order in which a matrix product sums, about
+1e-5 in float32. ``kl_error_bound`` says what that can do to a KL.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +135,20 @@ def observe(model: Any, windows: Tensor, tick: Callable[[], None] = lambda: None
         states.append(last_hidden(model, window.unsqueeze(0).to(model.device))[0].cpu())
         tick()
     return Teacher(windows.cpu(), torch.stack(states), head)
+
+
+def kl_error_bound(kl: float, logit_error: float) -> float:
+    """How far ``KL(teacher || other)`` at a position can be off if the teacher's logits are off by ``logit_error``.
+
+    ``(exp(2d) - 1) (KL + sqrt(2 KL)) + d^2 / 2``: with p' for the teacher that is off,
+    ``KL' - KL = sum (p' - p) log(p/q) + KL(p' || p)``. Every log-probability moves by at most 2d, and
+    ``E_p |log(p/q)| <= KL + sqrt(2 KL)`` by Pinsker's inequality; ``KL(p' || p) <= d^2 / 2`` by Hoeffding's lemma.
+
+    Args:
+        kl: at that position, in nats.
+        logit_error: d.
+    """
+    return math.expm1(2 * logit_error) * (kl + math.sqrt(2 * kl)) + logit_error**2 / 2
 
 
 def chunks(positions: int, vocabulary: int) -> Iterator[slice]:

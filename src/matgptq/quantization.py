@@ -22,6 +22,7 @@ from matgptq.format import Settings
 from matgptq.plan import CalibrationRequest, Plan, make_plan
 from matgptq.progress import Progress, Silent
 from matgptq.recipe import Recipe, make_recipe
+from matgptq.refinement import refine
 from matgptq.report import LayerReport, Report
 from matgptq.rotated_model import rotate_model, rotated_tensors, rotation_sites
 from matgptq.saliency import token_saliency, token_weights
@@ -42,6 +43,7 @@ def quantize(
     method: str = "matgptq",
     bits: Iterable[int] | None = None,
     bit_weights: Mapping[int, float] | Iterable[float] | None = None,
+    quality: str | None = None,
     group_size: int = 128,
     dataset: str | Path | Tensor = SELF,
     nsamples: int | None = None,
@@ -66,6 +68,7 @@ def quantize(
         method: ``matgptq``, ``paper``, ``gptq`` (one width) or ``rtn``.
         bits: target widths, default 2,3,4,8.
         bit_weights: lambda, ``{width: weight}`` or in the order of ``bits``; default 2^width.
+        quality: ``fast``, ``balanced`` (default) or ``best``: how much time the method matgptq takes.
         group_size: input columns per scale, -1 for a whole row.
         dataset: calibration text: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a hub data set, ``self`` (the model
             writes its own), or int64 token ids ``[n, seqlen]``.
@@ -89,7 +92,9 @@ def quantize(
         MatGPTQError: a subclass that says what is wrong; nothing is left at ``out``.
     """
     progress = progress or Silent()
-    recipe = make_recipe(method, bits, bit_weights, group_size=group_size, damping=damping, seed=seed, **ingredients)
+    recipe = make_recipe(
+        method, bits, bit_weights, quality, group_size=group_size, damping=damping, seed=seed, **ingredients
+    )
     default_bits = check_bits(recipe.target_bits[-1] if default_bits is None else default_bits)
     run_device = resolve_device(device)
     check_destination(Path(out), force=force)
@@ -127,6 +132,22 @@ def quantize(
         report.seconds = clock.laps
         writer.write_json(REPORT_NAME, report.to_dict())
         writer.commit()
+    if recipe.tuned_bits:
+        del network
+        # The checkpoint stands already: if this is interrupted, `matgptq refine` goes on.
+        tuned = refine(
+            out,
+            recipe.tuned_bits,
+            dataset=dataset if isinstance(dataset, Tensor) else None,
+            seed=seed,
+            reference=model,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        report.refinement = {str(result.bits): result for result in tuned}
+        clock.lap("tune")
     return report
 
 

@@ -158,15 +158,9 @@ def evaluation_windows(
             unknown protocol, or an option that has no meaning for ``self`` or for token ids.
     """
     check_counts(windows, seqlen)
-    if protocol not in get_args(TextProtocol):
-        raise ConfigurationError(f"protocol must be {' or '.join(get_args(TextProtocol))}, not {protocol!r}")
-    if stride is not None and not 1 <= stride <= seqlen:
-        raise ConfigurationError(f"stride must be from 1 to the {seqlen} tokens of a window, not {stride}")
+    check_cut(dataset, seqlen, stride, protocol)
     if stride == seqlen:
         stride = None
-    is_text = isinstance(dataset, (str, Path)) and dataset != SELF
-    if not is_text and (stride is not None or protocol != "plain"):
-        raise ConfigurationError("stride and protocol are ways to cut a text; 'self' and token ids are cut already")
     if not isinstance(dataset, (str, Path)):
         return _given_windows(dataset, tokenizer, windows, seqlen, model)
     if dataset == SELF:
@@ -188,6 +182,17 @@ def evaluation_windows(
         f"{len(tokens)} windows of {seqlen} tokens from the start of {source.name}: {text_is}, {added}, {overlap}",
         stride,
     )
+
+
+def check_cut(dataset: str | Path | TokenRows, seqlen: int, stride: int | None, protocol: TextProtocol) -> None:
+    """Refuse options of ``evaluation_windows`` that contradict each other; raises ``ConfigurationError``."""
+    if protocol not in get_args(TextProtocol):
+        raise ConfigurationError(f"protocol must be {' or '.join(get_args(TextProtocol))}, not {protocol!r}")
+    if stride is not None and not 1 <= stride <= seqlen:
+        raise ConfigurationError(f"stride must be from 1 to the {seqlen} tokens of a window, not {stride}")
+    is_text = isinstance(dataset, (str, Path)) and dataset != SELF
+    if not is_text and (stride is not None or protocol != "plain"):
+        raise ConfigurationError("stride and protocol are ways to cut a text; 'self' and token ids are cut already")
 
 
 def _evaluation_tokens(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,10 +21,12 @@ from matgptq.commands.options import (
     progress_bars,
     write_json,
 )
+from matgptq.errors import ConfigurationError
 
 EPILOG = examples(
     "matgptq eval out",
     "matgptq eval out --bits 3,4 --text wikitext2 --reference ./model --json table.json --plot widths.png",
+    "matgptq eval out --bits 3,4 --text wikitext2 --protocol gptq",
     "matgptq eval out --allocation mixed.json",
 )
 
@@ -38,8 +40,17 @@ def evaluate(
     text: Annotated[
         str, typer.Option(metavar="FILE|HUB-ID|self", help="Text to measure on; self: the full model writes it.")
     ] = "self",
-    windows: Annotated[int | None, typer.Option(help="How many windows. (default: all; 4 on a CPU)")] = None,
+    windows: Annotated[
+        str | None, typer.Option(metavar="N|all", help="How many windows. (default: all; 4 on a CPU)")
+    ] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window. (default: 2048)")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next, if they overlap. (default: no overlap)")
+    ] = None,
+    protocol: Annotated[
+        Literal["plain", "gptq"],
+        typer.Option(help="plain: no special tokens; gptq: as in the GPTQ papers' tables (docs/evaluation.md)."),
+    ] = "plain",
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Full-precision model. (default: the one it was made from)")
     ] = None,
@@ -52,7 +63,7 @@ def evaluate(
     json_file: JsonOption = None,
 ) -> None:
     """Measure perplexity, KL and top-1 agreement of each width against the full-precision model."""
-    widths = parse_widths(bits)
+    widths, count = parse_widths(bits), _parse_windows(windows)
     import matgptq
     from matgptq.console import evaluation_table
 
@@ -62,8 +73,10 @@ def evaluate(
             widths,
             allocation=allocation,
             text=text,
-            windows=windows,
+            windows=count,
             seqlen=seqlen,
+            stride=stride,
+            protocol=protocol,
             reference=reference,
             device=device,
             dtype=dtype,
@@ -79,3 +92,13 @@ def evaluate(
 
         plot_widths(evaluation.results, plot, f"{checkpoint.name}: every width of one checkpoint")
         out_console.print(f"plot saved to {plot}", highlight=False)
+
+
+def _parse_windows(text: str | None) -> int | Literal["all"] | None:
+    if text is None:
+        return None
+    if text == "all":
+        return "all"
+    if not text.isdecimal():
+        raise ConfigurationError(f"--windows must be a number, or all; not {text!r}")
+    return int(text)

@@ -151,11 +151,7 @@ def evaluate(
     """
     progress = progress or Silent()
     checkpoint = open_checkpoint(path)
-    widths = check_widths(bits) if bits is not None else (() if allocation is not None else DEFAULT_WIDTHS)
-    candidates: list[int | dict[str, int]] = [*widths]
-    if allocation is not None:
-        named = read_allocation(allocation) if isinstance(allocation, str | Path) else allocation
-        candidates.append(complete_allocation(named, checkpoint.layers, checkpoint.settings.bits))
+    candidates = choose_candidates(checkpoint, bits, allocation)
     run_device = resolve_device(device)
     config = load_config(path, trust_remote_code=trust_remote_code)
     chosen = _settle_text(text, windows, seqlen, stride, protocol, config, run_device, progress)
@@ -197,6 +193,32 @@ def evaluate(
     )
 
 
+def choose_candidates(
+    checkpoint: Checkpoint, bits: Iterable[int] | None, allocation: Mapping[str, int] | str | Path | None
+) -> list[int | dict[str, int]]:
+    """What to measure, in order: widths, then the allocation completed by the checkpoint's default width.
+
+    Raises:
+        AllocationError: the allocation names a layer that the checkpoint does not have.
+        ConfigurationError: a width outside 2..8.
+    """
+    widths = check_widths(bits) if bits is not None else (() if allocation is not None else DEFAULT_WIDTHS)
+    candidates: list[int | dict[str, int]] = [*widths]
+    if allocation is not None:
+        named = read_allocation(allocation) if isinstance(allocation, str | Path) else allocation
+        candidates.append(complete_allocation(named, checkpoint.layers, checkpoint.settings.bits))
+    return candidates
+
+
+def average_bits(checkpoint: Checkpoint, candidate: int | Mapping[str, int]) -> float:
+    """Width of the codes, for an allocation the average over the weights; an int if it is the same everywhere."""
+    if isinstance(candidate, int):
+        return candidate
+    widths = checkpoint.widths(candidate)
+    code_bits = sum(layer.out_features * layer.in_features * widths[name] for name, layer in checkpoint.layers.items())
+    return code_bits / checkpoint.quantized_weights
+
+
 def _logits(model: Any, window: Tensor, scored: int) -> Tensor:
     """``[scored, vocabulary]`` logits that predict the last ``scored`` tokens of the window."""
     logits: Tensor = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, -scored - 1 : -1]
@@ -206,10 +228,8 @@ def _logits(model: Any, window: Tensor, scored: int) -> Tensor:
 def _result(
     checkpoint: Checkpoint, candidate: int | Mapping[str, int], divergence: Divergence, compared: bool
 ) -> Result:
-    widths = checkpoint.widths(candidate)
-    code_bits = sum(layer.out_features * layer.in_features * widths[name] for name, layer in checkpoint.layers.items())
     return Result(
-        bits=candidate if isinstance(candidate, int) else code_bits / checkpoint.quantized_weights,
+        bits=average_bits(checkpoint, candidate),
         bits_per_weight=checkpoint.bits_per_weight(candidate),
         bytes=checkpoint.served_bytes(candidate),
         perplexity=divergence.perplexity,

@@ -259,8 +259,7 @@ def test_evaluation_of_a_text_file_is_the_file_itself(tmp_path, options):
     cut = evaluation_windows(tmp_path / "a.txt", tokenizer, windows=3, seqlen=8)
     assert torch.equal(cut.tokens.flatten(), windows.tokens.flatten()[:24])
     assert cut.protocol == (
-        f"3 windows of 8 tokens from the start of {tmp_path / 'a.txt'}: the file as one string, "
-        "no special tokens added, no overlap"
+        "3 windows of 8 tokens from the start of a.txt: the file as one string, no special tokens added, no overlap"
     )
 
 

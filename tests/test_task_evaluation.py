@@ -11,10 +11,12 @@ import pytest
 import torch
 from tiny_models import make_tokenizer
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import matgptq
 from matgptq import task_evaluation
 from matgptq.checkpoint import open_checkpoint
+from matgptq.cli import app
 from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError
 from matgptq.task_evaluation import evaluate_tasks
 
@@ -189,6 +191,24 @@ def test_groups_and_patterns(out: Path, directory: Path) -> None:
     layer = next(iter(open_checkpoint(out).layers))
     mixed = evaluate_tasks(out, ["choice"], allocation={layer: 2}, include_path=directory, limit=2)
     assert 2 < mixed.results[0].bits < 8
+
+
+def test_the_command(checkpoint: Path, directory: Path, tmp_path: Path, make_checkpoint) -> None:
+    table, source = tmp_path / "table.json", make_checkpoint("llama")[0]
+    options = {"bits": "2,8", "tasks": "pair,rolling", "include-path": directory, "limit": 5, "num-fewshot": 1,
+               "batch-size": 2, "reference": source, "json": table}  # fmt: skip
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    done = CliRunner().invoke(app, ["eval", str(checkpoint), *arguments])
+    assert done.exit_code == 0, done.output
+    record = json.loads(table.read_text())
+    for scores in (record["results"][1]["scores"], record["reference_scores"]):
+        score = scores["pair"]["acc"]
+        assert f"{score['value']:.3f} ± {score['stderr']:.3f}" in done.output
+    lines = [line for line in done.output.splitlines() if "acc" in line or "perplexity" in line]
+    assert len(lines) == 2  # parts of a group are not shown, and of a group only what it adds up
+    assert "full" in done.output
+    kept = json.loads((checkpoint / "evaluation.json").read_text())["tasks"]
+    assert [row["scores"] for row in kept[0]["results"]] == [row["scores"] for row in record["results"]]
 
 
 def test_refusals_come_before_a_model_is_loaded(out, directory, tmp_path, monkeypatch) -> None:

@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from matgptq.loading import load
     from matgptq.quantization import quantize
     from matgptq.reference_import import import_reference
+    from matgptq.task_evaluation import evaluate_tasks
     from matgptq.transformers_integration import MatGPTQConfig
 
 __version__ = "0.1.0.dev0"
-__all__ = ["MatGPTQConfig", "__version__", "evaluate", "import_reference", "load", "quantize"]
+__all__ = ["MatGPTQConfig", "__version__", "evaluate", "evaluate_tasks", "import_reference", "load", "quantize"]
 
 _HOME = {
     "quantize": "matgptq.quantization",
     "load": "matgptq.loading",
     "evaluate": "matgptq.evaluation",
+    "evaluate_tasks": "matgptq.task_evaluation",
     "import_reference": "matgptq.reference_import",
     "MatGPTQConfig": "matgptq.transformers_integration",
 }

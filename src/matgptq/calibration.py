@@ -114,7 +114,7 @@ def load_windows(
     joins = "joined by EOS" if tokenizer.eos_token_id is not None else "joined without a separator"
     return Windows(
         tokens,
-        f"{len(tokens)} windows of {seqlen} tokens from {source.name}: documents shuffled with seed {seed}, the "
+        f"{len(tokens)} windows of {seqlen} tokens from {source.title}: documents shuffled with seed {seed}, the "
         f"tokenizer's special tokens, {joins}, packed without padding",
     )
 
@@ -179,7 +179,7 @@ def evaluation_windows(
     )
     return Windows(
         tokens,
-        f"{len(tokens)} windows of {seqlen} tokens from the start of {source.name}: {text_is}, {added}, {overlap}",
+        f"{len(tokens)} windows of {seqlen} tokens from the start of {source.title}: {text_is}, {added}, {overlap}",
         stride,
     )
 

@@ -29,15 +29,22 @@ from matgptq.plan import Plan
 from matgptq.report import LayerReport, Report
 from matgptq.slicing import WIDTHS
 from matgptq.speed import Speed
+from matgptq.task_evaluation import Score, TaskEvaluation
 
 MEGABYTE = 1_000_000
 
 
 class ProgressBars:
-    """Draws stages on standard error; on anything but a terminal each stage is one line."""
+    """Draws stages on standard error; on anything but a terminal each stage is one line.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: to draw on.
+        live: draw bars if it is a terminal. Off while something else draws bars of its own.
+    """
+
+    def __init__(self, console: Console, *, live: bool = True) -> None:
         self._console = console
+        self._live = live and console.is_terminal
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,7 +54,7 @@ class ProgressBars:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._live,
         )
         self._task: TaskID | None = None
 
@@ -65,7 +72,7 @@ class ProgressBars:
     def start(self, stage: str, total: int) -> None:
         """Begin a stage."""
         self._finish()
-        if not self._console.is_terminal:
+        if not self._live:
             self._console.print(f"{stage} ...")
         self._task = self._bars.add_task(stage, total=total)
 
@@ -197,6 +204,31 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         table.add_section()
         table.add_row("full", "", "", _perplexity(evaluation.reference_perplexity), "0", "100%")
     return table
+
+
+def task_table(evaluation: TaskEvaluation) -> Table:
+    """Scores of the tasks asked for: one row for each metric, one column for each width."""
+    caption = f"{evaluation.protocol}; value ± standard error"
+    table = Table(title="tasks by width", caption=caption, caption_justify="left")
+    for column in ("task", "shots", "metric"):
+        table.add_column(column)
+    columns = [(f"{result.bits:g} bits", result.scores) for result in evaluation.results]
+    if evaluation.reference_scores is not None:
+        columns.append(("full", evaluation.reference_scores))
+    for label, _ in columns:
+        table.add_column(label, justify="right")
+    for task in evaluation.shown:
+        name, shots = task, str(columns[0][1][task][next(iter(columns[0][1][task]))].shots)
+        for metric in columns[0][1][task]:
+            table.add_row(name, shots, metric, *(score_text(scores[task][metric]) for _, scores in columns))
+            name = shots = ""
+    return table
+
+
+def score_text(score: Score) -> str:
+    """A value and its standard error."""
+    error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+    return f"{score.value:.3f}{error}"
 
 
 def _perplexity(value: float) -> str:

@@ -64,12 +64,14 @@ class Evaluation:
         protocol: how the text became windows.
         reference: the full-precision model compared with, if any.
         reference_perplexity: its perplexity on the same windows.
+        settings: of the quantized model: what else changes its figures.
     """
 
     results: list[Result]
     protocol: str
     reference: str | None = None
     reference_perplexity: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -189,8 +191,17 @@ def evaluate(
         for candidate, divergence in zip(candidates, sums, strict=True)
     ]
     return Evaluation(
-        results, tokens.protocol, reference_name, full_sum.perplexity if reference_name is not None else None
+        results,
+        tokens.protocol,
+        reference_name,
+        full_sum.perplexity if reference_name is not None else None,
+        served_settings(model, activations, head_bits),
     )
+
+
+def served_settings(model: Any, activations: Activations, head_bits: int | None) -> dict[str, Any]:
+    """What else than the width changes the figures of a quantized model."""
+    return {"dtype": str(model.dtype).removeprefix("torch."), "activations": activations, "head_bits": head_bits}
 
 
 def choose_candidates(

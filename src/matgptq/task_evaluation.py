@@ -16,7 +16,7 @@ import torch
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import CalibrationError, ConfigurationError
-from matgptq.evaluation import average_bits, choose_candidates
+from matgptq.evaluation import average_bits, choose_candidates, served_settings
 from matgptq.kernels import Activations
 from matgptq.loading import load
 from matgptq.progress import Progress, Silent
@@ -156,7 +156,7 @@ def evaluate_tasks(
         head_bits=head_bits,
         trust_remote_code=trust_remote_code,
     )
-    settings = {"dtype": str(model.dtype).removeprefix("torch."), "activations": activations, "head_bits": head_bits}
+    settings = served_settings(model, activations, head_bits)
     options = {"num_fewshot": num_fewshot, "limit": limit}
 
     runner = _runner(model, tokenizer, batch_size)

@@ -88,6 +88,7 @@ class TextSource:
 
     Attributes:
         name: what the user asked for, with the file that it stands for.
+        title: how records call it: a local file without its directory, which is nobody else's business.
         parts: readers of disjoint parts in file order. One part for a local file; a remote parquet file has one
             for each row group, so that those which are not needed are never downloaded.
         whole_text: the exact text for evaluation where it is not simply the documents joined, or ``None``.
@@ -98,6 +99,7 @@ class TextSource:
     """
 
     name: str
+    title: str
     parts: Sequence[Reader]
     whole_text: Callable[[], str] | None = None
     whole_text_is: str = ""
@@ -140,13 +142,13 @@ def open_source(dataset: str | Path, *, split: Split) -> TextSource:
 
 
 def _open_file(path: Path) -> TextSource:
-    name, lower = str(path), path.name.lower()
+    name, title, lower = str(path), path.name, path.name.lower()
     if lower.endswith(".txt"):
-        return TextSource(name, [lambda: _read_txt(path)], lambda: _decode_file(path), "the file as one string")
+        return TextSource(name, title, [lambda: _read_txt(path)], lambda: _decode_file(path), "the file as one string")
     if lower.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
-        return TextSource(name, [lambda: _read_json_lines(path)])
+        return TextSource(name, title, [lambda: _read_json_lines(path)])
     if lower.endswith(".parquet"):
-        return TextSource(name, [lambda: _read_parquet(path)])
+        return TextSource(name, title, [lambda: _read_parquet(path)])
     raise CalibrationError(f"{name}: unknown extension; matgptq reads {', '.join(FILE_SUFFIXES)}")
 
 
@@ -301,16 +303,20 @@ def _download(name: str, repository: str, filename: str) -> Path:
 def _open_known(name: str, split: Split) -> TextSource:
     if name == "wikitext2":
         path = _download(name, "Salesforce/wikitext", _WIKITEXT_FILES[split])
+        title = f"wikitext2 ({split})"
         return TextSource(
-            f"wikitext2 ({split})",
+            title,
+            title,
             [lambda: _read_wikitext_articles(path)],
             lambda: "\n\n".join(_wikitext_rows(path)),
             'all rows joined by "\\n\\n"',
         )
     if name == "c4":
         path = _download(name, "allenai/c4", _C4_FILES[split])
+        title = f"c4 ({_C4_FILES[split]})"
         return TextSource(
-            f"c4 ({_C4_FILES[split]})",
+            title,
+            title,
             [lambda: _read_json_lines(path)],
             evaluation_documents=EVALUATION_DOCUMENTS,
             gptq_separator=" ",
@@ -371,4 +377,4 @@ def _open_remote_parquet(name: str, remote_path: str) -> TextSource:
         raise CalibrationError(f"{name}: the file is empty")
     # One reader a row group; `group=group` because a closure would see the last value of the loop only.
     parts: list[Reader] = [lambda group=group: read_group(group) for group in range(groups)]  # type: ignore[misc]
-    return TextSource(name, parts, evaluation_documents=EVALUATION_DOCUMENTS)
+    return TextSource(name, name, parts, evaluation_documents=EVALUATION_DOCUMENTS)

@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
+from measurements import SETTINGS, on_tasks, on_text
 
-from matgptq import evaluation_record
 from matgptq.errors import CheckpointError
-from matgptq.evaluation import Evaluation, Result
 from matgptq.evaluation_record import RECORD_NAME, read_record, record_evaluation
-from matgptq.task_evaluation import Score, TaskEvaluation, TaskResult
-
-SETTINGS = {"dtype": "float32", "activations": "exact", "head_bits": None}
-
-
-def on_text(widths: dict[float, float], protocol: str = "some text", **changes) -> Evaluation:
-    results = [Result(bits, bits + 0.25, 100, value, value / 10, 0.9) for bits, value in widths.items()]
-    return Evaluation(results, protocol, "owner/name", 1.5, SETTINGS, **changes)
-
-
-def on_tasks(task: str, widths: dict[float, float], full: float | None = None) -> TaskEvaluation:
-    def score(value: float) -> dict[str, dict[str, Score]]:
-        return {task: {"acc": Score(value, 0.01, 0, 100)}}
-
-    results = [TaskResult(bits, bits + 0.25, 100, score(value)) for bits, value in widths.items()]
-    reference = None if full is None else "owner/name"
-    return TaskEvaluation(results, (task,), "harness", SETTINGS, reference, None if full is None else score(full))
 
 
 def perplexities(entry) -> dict[int, float]:
@@ -96,7 +79,7 @@ def test_a_full_disk_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluation_record.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match="No space left"):
         record_evaluation(tmp_path, on_text({2: 9.0}))
     assert json.loads((tmp_path / RECORD_NAME).read_text()) == before

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from matgptq.commands import bench, evaluate, generate, import_reference, info, quantize
+from matgptq.commands import bench, evaluate, generate, import_reference, info, publish, quantize
 from matgptq.commands.options import err_console
 from matgptq.errors import MatGPTQError
 
@@ -23,6 +23,8 @@ app.command(epilog=quantize.EPILOG)(quantize.quantize)
 app.command(name="eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=info.EPILOG)(info.info)
+app.command(epilog=publish.CARD_EPILOG)(publish.card)
+app.command(epilog=publish.PUSH_EPILOG)(publish.push)
 app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(name="import-reference", epilog=import_reference.EPILOG)(import_reference.import_reference)
 

@@ -21,17 +21,16 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from matgptq import kernels, native
+from matgptq import figures, kernels, native
 from matgptq.checkpoint import Checkpoint
 from matgptq.evaluation import Evaluation
+from matgptq.figures import megabytes
 from matgptq.nested_weight import scale_source
 from matgptq.plan import Plan
 from matgptq.report import LayerReport, Report
 from matgptq.slicing import WIDTHS
 from matgptq.speed import Speed
-from matgptq.task_evaluation import Score, TaskEvaluation
-
-MEGABYTE = 1_000_000
+from matgptq.task_evaluation import TaskEvaluation
 
 
 class ProgressBars:
@@ -90,11 +89,6 @@ class ProgressBars:
             task = self._bars.tasks[self._task]
             self._bars.update(self._task, completed=task.total)
             self._task = None
-
-
-def megabytes(count: int) -> str:
-    """A size as people read it."""
-    return f"{count / MEGABYTE:,.1f} MB"
 
 
 def plan_table(plan: Plan, stored_bytes: int) -> Table:
@@ -196,13 +190,13 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             f"{result.bits:g}",
             f"{result.bits_per_weight:.3f}",
             megabytes(result.bytes),
-            _perplexity(result.perplexity),
-            "-" if result.kl is None else f"{result.kl:.4f}",
-            "-" if result.top1 is None else f"{result.top1:.1%}",
+            figures.perplexity(result.perplexity),
+            figures.divergence(result.kl),
+            figures.share(result.top1),
         )
     if evaluation.reference_perplexity is not None:
         table.add_section()
-        table.add_row("full", "", "", _perplexity(evaluation.reference_perplexity), "0", "100%")
+        table.add_row("full", "", "", figures.perplexity(evaluation.reference_perplexity), "0", "100%")
     return table
 
 
@@ -220,19 +214,10 @@ def task_table(evaluation: TaskEvaluation) -> Table:
     for task in evaluation.shown:
         name, shots = task, str(columns[0][1][task][next(iter(columns[0][1][task]))].shots)
         for metric in columns[0][1][task]:
-            table.add_row(name, shots, metric, *(score_text(scores[task][metric]) for _, scores in columns))
+            cells = (scores[task][metric] for _, scores in columns)
+            table.add_row(name, shots, metric, *(figures.score(cell.value, cell.stderr) for cell in cells))
             name = shots = ""
     return table
-
-
-def score_text(score: Score) -> str:
-    """A value and its standard error."""
-    error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
-    return f"{score.value:.3f}{error}"
-
-
-def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
 def recipe_lines(settings: Mapping[str, object]) -> str:

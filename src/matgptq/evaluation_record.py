@@ -10,12 +10,10 @@ Allocations are not kept: they are no part of the checkpoint.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matgptq.checkpoint import replace_file
 from matgptq.errors import CheckpointError, SourceError
 from matgptq.evaluation import Evaluation
 from matgptq.source import public_name, read_json
@@ -75,7 +73,7 @@ def record_evaluation(directory: str | Path, evaluation: Evaluation | TaskEvalua
     else:
         entry["reference_perplexity"] = evaluation.reference_perplexity
     record[kind].append(entry | {"results": results})
-    _replace(Path(directory) / RECORD_NAME, record)
+    replace_file(Path(directory) / RECORD_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def _merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -85,18 +83,3 @@ def _merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
         before = rows.get(row["bits"], {})
         rows[row["bits"]] = row | ({"scores": before.get("scores", {}) | row["scores"]} if "scores" in row else {})
     return [rows[bits] for bits in sorted(rows)]
-
-
-def _replace(file: Path, value: Mapping[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
-    try:
-        try:
-            with partial.open("w", encoding="utf-8") as handle:
-                handle.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be written: {error}") from error

@@ -192,7 +192,9 @@ def test_allocation_files(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     assert "model.layers.9" in refuse("eval", checkpoint, "--allocation", file, "--text", text)
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "info", "bench", "import-reference"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "eval", "generate", "info", "bench", "import-reference", "card", "push"]
+)
 def test_help_has_examples(command: str) -> None:
     assert f"matgptq {command}" in succeed(command, "--help")
 

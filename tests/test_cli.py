@@ -176,6 +176,23 @@ def test_unknown_architecture_is_named(tmp_path: Path) -> None:
     assert "gpt2" in refuse("quantize", tmp_path / "gpt2", "-o", tmp_path / "out")
 
 
+def test_results_are_recorded_unless_unwanted(checkpoint: Path, text: Path) -> None:
+    options = ("--bits", 3, "--text", text, "--windows", "all", "--seqlen", 64, "--stride", 60)
+    succeed("eval", checkpoint, *options, "--no-record")
+    assert not (checkpoint / "evaluation.json").exists()
+    assert "64 tokens from the start of text.txt" in succeed("eval", checkpoint, *options)
+    recorded = json.loads((checkpoint / "evaluation.json").read_text())["texts"]
+    assert [row["bits"] for row in recorded[0]["results"]] == [3]
+    (checkpoint / "evaluation.json").write_text("damaged")
+    assert "not recorded" in succeed("eval", checkpoint, *options)  # and the table is shown
+
+
+def test_options_of_texts_and_tasks_do_not_mix(checkpoint: Path, text: Path) -> None:
+    assert "--limit means nothing to a text" in refuse("eval", checkpoint, "--limit", 3)
+    assert "--text means nothing to tasks" in refuse("eval", checkpoint, "--tasks", "piqa", "--text", text)
+    assert "--windows must be" in refuse("eval", checkpoint, "--windows", "some")
+
+
 def test_allocation_files(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "allocation.txt"
     file.write_text("model.layers.0.mlp.down_proj: 6\n")
@@ -184,7 +201,9 @@ def test_allocation_files(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     assert "model.layers.9" in refuse("eval", checkpoint, "--allocation", file, "--text", text)
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "info", "bench", "import-reference"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "eval", "generate", "info", "bench", "import-reference", "card", "push"]
+)
 def test_help_has_examples(command: str) -> None:
     assert f"matgptq {command}" in succeed(command, "--help")
 

@@ -12,18 +12,35 @@ from matgptq.registration import register_when_imported
 if TYPE_CHECKING:
     from matgptq.evaluation import evaluate
     from matgptq.loading import load
+    from matgptq.model_card import write_card
+    from matgptq.publishing import push
     from matgptq.quantization import quantize
     from matgptq.reference_import import import_reference
     from matgptq.refinement import refine
+    from matgptq.task_evaluation import evaluate_tasks
     from matgptq.transformers_integration import MatGPTQConfig
 
 __version__ = "0.1.0.dev0"
-__all__ = ["MatGPTQConfig", "__version__", "evaluate", "import_reference", "load", "quantize", "refine"]
+__all__ = [
+    "MatGPTQConfig",
+    "__version__",
+    "evaluate",
+    "evaluate_tasks",
+    "import_reference",
+    "load",
+    "push",
+    "quantize",
+    "refine",
+    "write_card",
+]
 
 _HOME = {
     "quantize": "matgptq.quantization",
     "load": "matgptq.loading",
     "evaluate": "matgptq.evaluation",
+    "evaluate_tasks": "matgptq.task_evaluation",
+    "write_card": "matgptq.model_card",
+    "push": "matgptq.publishing",
     "import_reference": "matgptq.reference_import",
     "refine": "matgptq.refinement",
     "MatGPTQConfig": "matgptq.transformers_integration",

@@ -182,6 +182,24 @@ def is_checkpoint(directory: Path) -> bool:
     return isinstance(record, dict) and record.get("quant_method") == QUANT_METHOD
 
 
+def replace_file(file: Path, text: str) -> None:
+    """Write a file of a checkpoint that stands: the new content at once or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
+    try:
+        try:
+            partial.write_text(text, encoding="utf-8")
+            _sync(partial)
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be written: {error}") from error
+
+
 def _remove(path: Path) -> None:
     if path.is_symlink():
         path.unlink()

@@ -21,24 +21,30 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from matgptq import kernels, native
+from matgptq import figures, kernels, native
 from matgptq.checkpoint import Checkpoint
 from matgptq.evaluation import Evaluation
+from matgptq.figures import megabytes
 from matgptq.nested_weight import scale_source
 from matgptq.plan import Plan
 from matgptq.refinement import Refinement
 from matgptq.report import LayerReport, Report
 from matgptq.slicing import WIDTHS
 from matgptq.speed import Speed
-
-MEGABYTE = 1_000_000
+from matgptq.task_evaluation import TaskEvaluation
 
 
 class ProgressBars:
-    """Draws stages on standard error; on anything but a terminal each stage is one line."""
+    """Draws stages on standard error; on anything but a terminal each stage is one line.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: to draw on.
+        live: draw bars if it is a terminal. Off while something else draws bars of its own.
+    """
+
+    def __init__(self, console: Console, *, live: bool = True) -> None:
         self._console = console
+        self._live = live and console.is_terminal
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -48,7 +54,7 @@ class ProgressBars:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._live,
         )
         self._task: TaskID | None = None
 
@@ -66,7 +72,7 @@ class ProgressBars:
     def start(self, stage: str, total: int) -> None:
         """Begin a stage."""
         self._finish()
-        if not self._console.is_terminal:
+        if not self._live:
             self._console.print(f"{stage} ...")
         self._task = self._bars.add_task(stage, total=total)
 
@@ -84,11 +90,6 @@ class ProgressBars:
             task = self._bars.tasks[self._task]
             self._bars.update(self._task, completed=task.total)
             self._task = None
-
-
-def megabytes(count: int) -> str:
-    """A size as people read it."""
-    return f"{count / MEGABYTE:,.1f} MB"
 
 
 def plan_table(plan: Plan, stored_bytes: int) -> Table:
@@ -190,18 +191,34 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             f"{result.bits:g}",
             f"{result.bits_per_weight:.3f}",
             megabytes(result.bytes),
-            _perplexity(result.perplexity),
-            "-" if result.kl is None else f"{result.kl:.4f}",
-            "-" if result.top1 is None else f"{result.top1:.1%}",
+            figures.perplexity(result.perplexity),
+            figures.divergence(result.kl),
+            figures.share(result.top1),
         )
     if evaluation.reference_perplexity is not None:
         table.add_section()
-        table.add_row("full", "", "", _perplexity(evaluation.reference_perplexity), "0", "100%")
+        table.add_row("full", "", "", figures.perplexity(evaluation.reference_perplexity), "0", "100%")
     return table
 
 
-def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+def task_table(evaluation: TaskEvaluation) -> Table:
+    """Scores of the tasks asked for: one row for each metric, one column for each width."""
+    caption = f"{evaluation.protocol}; value ± standard error"
+    table = Table(title="tasks by width", caption=caption, caption_justify="left")
+    for column in ("task", "shots", "metric"):
+        table.add_column(column)
+    columns = [(f"{result.bits:g} bits", result.scores) for result in evaluation.results]
+    if evaluation.reference_scores is not None:
+        columns.append(("full", evaluation.reference_scores))
+    for label, _ in columns:
+        table.add_column(label, justify="right")
+    for task in evaluation.shown:
+        name, shots = task, str(columns[0][1][task][next(iter(columns[0][1][task]))].shots)
+        for metric in columns[0][1][task]:
+            cells = (scores[task][metric] for _, scores in columns)
+            table.add_row(name, shots, metric, *(figures.score(cell.value, cell.stderr) for cell in cells))
+            name = shots = ""
+    return table
 
 
 def refinement_table(results: Sequence[Refinement]) -> Table:

@@ -59,7 +59,7 @@ def load(
         CheckpointError: damaged or foreign files.
         AllocationError: unknown layers or widths.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     import matgptq.transformers_integration  # noqa: F401 - registers the format
 
@@ -77,10 +77,7 @@ def load(
     if activations not in get_args(Activations):
         raise ConfigurationError(f"activations must be exact or int8, not {activations!r}")
     target = resolve_device(device)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: transformers cannot read its config: {error}") from error
+    config = load_config(path, trust_remote_code=trust_remote_code)
     record = getattr(config, "quantization_config", None)
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: has no quantization_config, so it is not a matgptq checkpoint")
@@ -101,6 +98,16 @@ def load(
         if head_bits is not None:
             pack_head(model, head_bits, activations)
     return model
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint as transformers reads it; raises ``SourceError`` when it cannot."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: transformers cannot read its config: {error}") from error
 
 
 def _shared_inputs(model: Any) -> list[tuple[str, ...]]:

@@ -59,7 +59,7 @@ def parse_bit_weights(text: str | None) -> dict[int, float] | tuple[float, ...] 
         ) from None
 
 
-def progress_bars() -> ProgressBars:
+def progress_bars(*, live: bool = True) -> ProgressBars:
     from transformers.utils import logging
 
     from matgptq.console import ProgressBars
@@ -67,7 +67,7 @@ def progress_bars() -> ProgressBars:
     # Our bars take the place of transformers' own, which would write over them.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return ProgressBars(err_console)
+    return ProgressBars(err_console, live=live)
 
 
 def write_json(file: Path | None, value: Any) -> None:

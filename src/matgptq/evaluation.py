@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matgptq.allocation import complete_allocation, read_allocation
+from matgptq.allocation_store import find_allocation
 from matgptq.calibration import SELF, Windows, evaluation_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
@@ -127,8 +127,8 @@ def evaluate(
     Args:
         path: checkpoint directory.
         bits: widths, 2..8; default 2,3,4,6,8, or none if an allocation is given.
-        allocation: ``{layer: bits}`` or a file with one, measured after the widths; layers that it does not name
-            get the checkpoint's default width.
+        allocation: ``{layer: bits}``, the name of a stored allocation or a file, measured after the widths; layers
+            that it does not name get the checkpoint's default width.
         text: a text file, a hub data set, ``self`` (written by the reference model, or else by the parent), or int64
             token ids ``[n, seqlen]``.
         windows: how many; default all of the text, 4 on a CPU.
@@ -147,8 +147,7 @@ def evaluate(
     widths = check_widths(bits) if bits is not None else (() if allocation is not None else DEFAULT_WIDTHS)
     candidates: list[int | dict[str, int]] = [*widths]
     if allocation is not None:
-        named = read_allocation(allocation) if isinstance(allocation, str | Path) else allocation
-        candidates.append(complete_allocation(named, checkpoint.layers, checkpoint.settings.bits))
+        candidates.append(find_allocation(checkpoint, allocation))
     run_device = resolve_device(device)
     progress.start("load the models", 1)
     model = load(path, device=run_device, dtype=dtype, activations=activations, trust_remote_code=trust_remote_code)

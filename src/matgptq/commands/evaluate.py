@@ -24,7 +24,7 @@ from matgptq.commands.options import (
 EPILOG = examples(
     "matgptq eval out",
     "matgptq eval out --bits 3,4 --text wikitext2 --reference ./model --json table.json --plot widths.png",
-    "matgptq eval out --allocation mixed.json",
+    "matgptq eval out --allocation 3.25bpw",
 )
 
 
@@ -32,7 +32,7 @@ def evaluate(
     checkpoint: Checkpoint,
     bits: Annotated[str | None, typer.Option(help="Widths to measure. (default: 2,3,4,6,8)")] = None,
     allocation: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Measure a width per layer, too (JSON or 'layer: bits').")
+        str | None, typer.Option(metavar="NAME|FILE", help="Measure a width per layer, too (JSON or 'layer: bits').")
     ] = None,
     text: Annotated[
         str, typer.Option(metavar="FILE|HUB-ID|self", help="Text to measure on; self: the full model writes it.")

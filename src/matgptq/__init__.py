@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from matgptq.registration import register_when_imported
 
 if TYPE_CHECKING:
+    from matgptq.allocation_search import search
     from matgptq.evaluation import evaluate
     from matgptq.loading import load
     from matgptq.quantization import quantize
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from matgptq.transformers_integration import MatGPTQConfig
 
 __version__ = "0.1.0.dev0"
-__all__ = ["MatGPTQConfig", "__version__", "evaluate", "import_reference", "load", "quantize"]
+__all__ = ["MatGPTQConfig", "__version__", "evaluate", "import_reference", "load", "quantize", "search"]
 
 _HOME = {
     "quantize": "matgptq.quantization",
     "load": "matgptq.loading",
     "evaluate": "matgptq.evaluation",
     "import_reference": "matgptq.reference_import",
+    "search": "matgptq.allocation_search",
     "MatGPTQConfig": "matgptq.transformers_integration",
 }
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from matgptq.commands import bench, evaluate, generate, import_reference, info, quantize
+from matgptq.commands import bench, evaluate, generate, import_reference, info, quantize, search
 from matgptq.commands.options import err_console
 from matgptq.errors import MatGPTQError
 
@@ -24,6 +24,7 @@ app.command(name="eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=info.EPILOG)(info.info)
 app.command(epilog=bench.EPILOG)(bench.bench)
+app.command(epilog=search.EPILOG)(search.search)
 app.command(name="import-reference", epilog=import_reference.EPILOG)(import_reference.import_reference)
 
 

@@ -201,8 +201,51 @@ def test_allocation_files(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     assert "model.layers.9" in refuse("eval", checkpoint, "--allocation", file, "--text", text)
 
 
+def test_search(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    small = ("--dataset", text, "--tokens", 256, "--seqlen", 16, "--generations", 1)
+    table, plot = tmp_path / "table.json", tmp_path / "pareto.png"
+    shown = succeed("search", checkpoint, "--sweep", "3:4:0.5", "--json", table, "--plot", plot, *small)
+    assert "3.5bpw" in shown
+    assert "stopped, 1 generations are done" in shown
+    assert [found["target"] for found in json.loads(table.read_text())["found"]] == [
+        "3 bits per weight", "3.5 bits per weight", "4 bits per weight"
+    ]  # fmt: skip
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    succeed(
+        "search", checkpoint, "--target-size", open_checkpoint(checkpoint).served_bytes(5), "--save", "five", *small
+    )
+    shown = succeed("info", checkpoint, "--json", table)
+    assert "five" in shown
+    assert list(json.loads(table.read_text())["allocations"]) == ["3.5bpw", "3bpw", "4bpw", "five"]
+    succeed("eval", checkpoint, "--allocation", "3.5bpw", "--text", text, "--windows", 1, "--seqlen", 32)
+    assert "the quick" in succeed(
+        "generate", checkpoint, "--allocation", "five", "--prompt", "the quick", "--max-new-tokens", 3
+    )
+    assert "has 3.5bpw, 3bpw, 4bpw, five" in refuse("generate", checkpoint, "--allocation", "six", "--prompt", "the")
+
+
 @pytest.mark.parametrize(
-    "command", ["quantize", "eval", "generate", "info", "bench", "import-reference", "card", "push"]
+    ("options", "reason"),
+    [
+        ((), "one of --target-bits, --target-size and --sweep"),
+        (("--target-bits", "3", "--sweep", "3:4:1"), "one of --target-bits"),
+        (("--target-bits", "2.0"), "scales included"),
+        (("--target-bits", "lots"), "number"),
+        (("--target-size", "1KB"), "not quantized"),
+        (("--sweep", "3-4"), "FIRST:LAST:STEP"),
+        (("--target-bits", "3.5", "--widths", "a"), "--widths"),
+        (("--target-bits", "3.5", "--tokens", "10"), "too few"),
+        (("--target-bits", "3.5", "--dataset", "missing.txt"), "missing.txt"),
+    ],
+)
+def test_bad_searches(options: tuple[str, ...], reason: str, checkpoint: Path) -> None:
+    assert reason in refuse("search", checkpoint, *options)
+    assert not (checkpoint / "allocations").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["quantize", "refine", "eval", "generate", "search", "info", "bench", "import-reference", "card", "push"],
 )
 def test_help_has_examples(command: str) -> None:
     assert f"matgptq {command}" in succeed(command, "--help")

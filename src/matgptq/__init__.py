@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from matgptq.registration import register_when_imported
 
 if TYPE_CHECKING:
+    from matgptq.allocation_search import search
     from matgptq.evaluation import evaluate
     from matgptq.loading import load
     from matgptq.model_card import write_card
@@ -31,6 +32,7 @@ __all__ = [
     "push",
     "quantize",
     "refine",
+    "search",
     "write_card",
 ]
 
@@ -43,6 +45,7 @@ _HOME = {
     "push": "matgptq.publishing",
     "import_reference": "matgptq.reference_import",
     "refine": "matgptq.refinement",
+    "search": "matgptq.allocation_search",
     "MatGPTQConfig": "matgptq.transformers_integration",
 }
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -271,6 +274,27 @@ class Checkpoint:
             f"{layer}.{name}" for layer in self.layers for name in (CODES, *map(scales_name, self.settings.scale_bits))
         }
         return sum(info.bytes for name, info in self.tensors.items() if name not in own)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """16 hexadecimal digits that another quantization of the same model does not share.
+
+        A hash of names, shapes and the first row of the codes and of every set of scales of each layer: a few
+        megabytes to read at most. How the tensors are spread over files makes no difference, nor the default width.
+        """
+        own = sorted(
+            f"{layer}.{name}" for layer in self.layers for name in (CODES, *map(scales_name, self.settings.scale_bits))
+        )
+        digest = hashlib.sha256()
+        with ExitStack() as stack:
+            files = {info.file for info in map(self.tensors.__getitem__, own)}
+            handles = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
+            for name in own:
+                info = self.tensors[name]
+                row = handles[info.file].get_slice(name)[:1].contiguous().view(torch.uint8)
+                digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+                digest.update(row.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def widths(self, bits: int | Mapping[str, int]) -> dict[str, int]:
         """Width of each layer for a uniform width or an allocation (which must name every layer).

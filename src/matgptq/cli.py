@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from matgptq.commands import bench, evaluate, generate, import_reference, info, publish, quantize, refine
+from matgptq.commands import bench, evaluate, generate, import_reference, info, publish, quantize, refine, search
 from matgptq.commands.options import err_console
 from matgptq.errors import MatGPTQError
 
@@ -27,6 +27,7 @@ app.command(epilog=info.EPILOG)(info.info)
 app.command(epilog=publish.CARD_EPILOG)(publish.card)
 app.command(epilog=publish.PUSH_EPILOG)(publish.push)
 app.command(epilog=bench.EPILOG)(bench.bench)
+app.command(epilog=search.EPILOG)(search.search)
 app.command(name="import-reference", epilog=import_reference.EPILOG)(import_reference.import_reference)
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -22,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 from matgptq import figures, kernels, native
+from matgptq.allocation_search import Search
 from matgptq.checkpoint import Checkpoint
 from matgptq.evaluation import Evaluation
 from matgptq.figures import megabytes
@@ -229,6 +231,45 @@ def refinement_table(results: Sequence[Refinement]) -> Table:
     for result in results:
         after = f"{result.kl_after:.4f}" if result.kl_after < result.kl_before else "not better, left as it was"
         table.add_row(str(result.bits), f"{result.kl_before:.4f}", after, str(result.steps), f"{result.seconds:.0f}")
+    return table
+
+
+def search_table(search: Search) -> Table:
+    """What a search found, beside uniform widths."""
+    measure = "KL" if search.fitness == "kl" else "perplexity"
+    caption = f"{measure} on text that the search did not see. {search.protocol}"
+    table = Table(title="allocations", caption=caption, caption_justify="left")
+    for column in ("name", "bits", "bits per weight", "size", "left", measure):
+        table.add_column(column, justify="left" if column == "name" else "right")
+    for results in (search.found, search.uniform):
+        for result in results:
+            table.add_row(
+                result.name,
+                f"{result.bits:.3f}",
+                f"{result.bits_per_weight:.3f}",
+                megabytes(result.bytes),
+                f"{result.slack_bits / 8:,.0f} B" if result.target else "",
+                f"{result.loss:.4f}" if search.fitness == "kl" else figures.perplexity(math.exp(min(result.loss, 700))),
+            )
+        table.add_section()
+    return table
+
+
+def allocations_table(records: Mapping[str, Mapping[str, Any]], identity: str) -> Table:
+    """Allocations that lie with a checkpoint."""
+    table = Table(title="allocations")
+    for column in ("name", "bits", "bits per weight", "size", "fitness", "method"):
+        table.add_column(column, justify="left" if column in ("name", "method") else "right")
+    for name, record in records.items():
+        fitness, foreign = record["fitness"], record["checkpoint"] != identity
+        table.add_row(
+            f"{name} (of another checkpoint)" if foreign else name,
+            f"{record['bits']:.3f}",
+            f"{record['bits_per_weight']:.3f}",
+            megabytes(record["bytes"]),
+            f"{fitness['measure']} {fitness['value']:.4f}",
+            record["found"]["method"],
+        )
     return table
 
 

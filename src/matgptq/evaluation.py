@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from matgptq.allocation import complete_allocation, read_allocation
+from matgptq.allocation_store import find_allocation
 from matgptq.calibration import SELF, TextProtocol, Windows, check_cut, evaluation_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
@@ -133,8 +133,8 @@ def evaluate(
     Args:
         path: checkpoint directory.
         bits: widths, 2..8; default 2,3,4,6,8, or none if an allocation is given.
-        allocation: ``{layer: bits}`` or a file with one, measured after the widths; layers that it does not name
-            get the checkpoint's default width.
+        allocation: ``{layer: bits}``, the name of a stored allocation or a file, measured after the widths; layers
+            that it does not name get the checkpoint's default width.
         text: a text file, a hub data set, ``self`` (written by the reference model, or else by the parent), or int64
             token ids ``[n, seqlen]``.
         windows: how many, or ``all``; default all of the text, on a CPU 4 if the protocol is ``plain``.
@@ -216,8 +216,7 @@ def choose_candidates(
     widths = check_widths(bits) if bits is not None else (() if allocation is not None else DEFAULT_WIDTHS)
     candidates: list[int | dict[str, int]] = [*widths]
     if allocation is not None:
-        named = read_allocation(allocation) if isinstance(allocation, str | Path) else allocation
-        candidates.append(complete_allocation(named, checkpoint.layers, checkpoint.settings.bits))
+        candidates.append(find_allocation(checkpoint, allocation))
     return candidates
 
 

@@ -10,6 +10,7 @@ import torch
 
 from matgptq import native
 from matgptq.allocation import complete_allocation, read_allocation
+from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
@@ -38,7 +39,8 @@ def load(
     Args:
         path: a checkpoint directory, or the hub id of one.
         bits: width of all layers, 2..8; default: the one that ``config.json`` names.
-        allocation: ``{layer: bits}``, or a file with one; layers that it does not name get ``bits``.
+        allocation: ``{layer: bits}``, the name of an allocation that lies with the checkpoint (``matgptq.search``), or
+            a file; layers that it does not name get ``bits``.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: of activations and of everything that is not quantized; ``auto`` is float32 on the CPU and the
             checkpoint's own on a GPU.
@@ -66,14 +68,14 @@ def load(
     for width in (bits, head_bits):
         if width is not None:
             check_bits(width)
-    if isinstance(allocation, str | Path):
-        allocation = read_allocation(allocation)
     local = Path(path).expanduser()
     if local.exists():
         checkpoint = open_checkpoint(local)  # names what is wrong before transformers gets to see it
         if allocation is not None:
-            complete_allocation(allocation, checkpoint.layers, checkpoint.settings.bits)
+            allocation = find_allocation(checkpoint, allocation, bits)
         path = local
+    elif isinstance(allocation, str | Path):
+        allocation = read_allocation(allocation)
     if activations not in get_args(Activations):
         raise ConfigurationError(f"activations must be exact or int8, not {activations!r}")
     target = resolve_device(device)

@@ -32,8 +32,8 @@ EPILOG = examples(
     "matgptq eval out",
     "matgptq eval out --bits 3,4 --text wikitext2 --reference ./model --json table.json --plot widths.png",
     "matgptq eval out --bits 3,4 --text wikitext2 --protocol gptq",
-    "matgptq eval out --allocation mixed.json",
     "matgptq eval out --bits 3,4,8 --tasks arc_easy,hellaswag --limit 200 --reference ./model",
+    "matgptq eval out --allocation 3.25bpw",
 )
 _TEXT, _TASKS = "Perplexity on a text", "Tasks of lm-evaluation-harness"
 
@@ -42,7 +42,7 @@ def evaluate(
     checkpoint: Checkpoint,
     bits: Annotated[str | None, typer.Option(help="Widths to measure. (default: 2,3,4,6,8)")] = None,
     allocation: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Measure a width per layer, too (JSON or 'layer: bits').")
+        str | None, typer.Option(metavar="NAME|FILE", help="Measure a width per layer, too (JSON or 'layer: bits').")
     ] = None,
     reference: Annotated[
         str | None,

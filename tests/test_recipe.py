@@ -28,7 +28,7 @@ def test_defaults_of_the_own_method():
         refit_bits=(2, 3, 4, 5, 6, 7, 8),
         refit_in_loop=True,
         damping=0.01,
-        sink_weight=64.0,
+        sink_weight=1.0,
         saliency=1.0,
         rotate=False,
         tuned_bits=(),

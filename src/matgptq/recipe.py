@@ -57,7 +57,8 @@ class Recipe:
         sink_weight: how often a sequence's first position counts in the Hessians, every other position counting
             once; 1 for no difference. Models make an attention sink of it, with activations far larger than all
             others; every later token reads it, and it is one of thousands to the Hessian. More than 1 adds one-token
-            sequences to the calibration windows (``matgptq.calibration.first_tokens``).
+            sequences to the calibration windows (``matgptq.calibration.first_tokens``). Where ``saliency`` weighs
+            tokens, it finds them by itself.
         saliency: exponent of the weight that a token gets in a layer's Hessian: the norm of the gradient that the
             model's predictions have in the layer's output there, to this power. 0 counts all tokens alike, 2 is the
             Fisher information (``matgptq.saliency``). Costs one backward pass over the calibration windows.
@@ -83,7 +84,7 @@ class Recipe:
     refit_in_loop: bool = True
     damping: float = 0.01
     sink_weight: float = 64.0
-    saliency: float = 1.0
+    saliency: float = 0.0
     tuned_bits: tuple[int, ...] = ()
     rotate: bool = False
     seed: int = 0
@@ -169,10 +170,8 @@ _METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "coordinate_passes": 0,
         "refit": False,
         "sink_weight": 1.0,
-        "saliency": 0.0,
     },
     "gptq": {
-        "saliency": 0.0,
         "grid": "minmax",
         "signed_scales": False,
         "scale_candidates": 1,
@@ -188,15 +187,17 @@ _METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "coordinate_passes": 0,
         "refit": False,
         "sink_weight": 1.0,
-        "saliency": 0.0,
     },
 }
 
+# Gradients weigh first positions like all others, layer by layer; a fixed weight on top makes every width worse.
+_BALANCED: Mapping[str, Any] = {"coordinate_passes": 2, "saliency": 1.0, "sink_weight": 1.0}
+
 # How much time the method matgptq takes for quality; what each costs and brings is measured in the README.
 _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"coordinate_passes": 0, "saliency": 0.0},
-    "balanced": {"coordinate_passes": 2},
-    "best": {"coordinate_passes": 2, "rotate": True, "tuned_bits": (2, 3, 4)},
+    "fast": {"coordinate_passes": 0},
+    "balanced": _BALANCED,
+    "best": {**_BALANCED, "rotate": True, "tuned_bits": (2, 3, 4)},
 }
 
 DEFAULT_TARGET_BITS = (2, 3, 4, 8)

@@ -139,6 +139,7 @@ def quantize(
         tuned = refine(
             out,
             recipe.tuned_bits,
+            steps=recipe.tuning_steps,
             dataset=dataset if isinstance(dataset, Tensor) else None,
             seed=seed,
             reference=model,

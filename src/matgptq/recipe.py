@@ -63,6 +63,7 @@ class Recipe:
             model's predictions have in the layer's output there, to this power. 0 counts all tokens alike, 2 is the
             Fisher information (``matgptq.saliency``). Costs one backward pass over the calibration windows.
         tuned_bits: widths whose scales are tuned end to end once the checkpoint stands (``matgptq.refine``).
+        tuning_steps: steps of that tuning for each width.
         rotate: spread outliers over all channels by rotating the weights before anything else, with the model left
             the same function (``matgptq.rotated_model``).
         seed: of the calibration windows, the first tokens and the rotation.
@@ -86,6 +87,7 @@ class Recipe:
     sink_weight: float = 64.0
     saliency: float = 0.0
     tuned_bits: tuple[int, ...] = ()
+    tuning_steps: int = 64
     rotate: bool = False
     seed: int = 0
 
@@ -119,6 +121,7 @@ class Recipe:
             not self.tuned_bits or self.tuned_bits == check_widths(self.tuned_bits),
             "tuned_bits must ascend without repeats",
         )
+        _require(self.tuning_steps >= 1, "tuning_steps must be at least 1")
         _require(math.isfinite(self.damping) and self.damping >= 0, f"damping must be >= 0, not {self.damping}")
         _require(0 <= self.saliency <= 2, f"saliency must lie in [0, 2], not {self.saliency}")
         _require(
@@ -197,7 +200,7 @@ _BALANCED: Mapping[str, Any] = {"coordinate_passes": 2, "saliency": 1.0, "sink_w
 _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"coordinate_passes": 0},
     "balanced": _BALANCED,
-    "best": {**_BALANCED, "rotate": True, "tuned_bits": (2, 3, 4)},
+    "best": {**_BALANCED, "rotate": True, "tuned_bits": (2, 3, 4, 6, 8)},
 }
 
 DEFAULT_TARGET_BITS = (2, 3, 4, 8)

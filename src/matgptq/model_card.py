@@ -128,8 +128,8 @@ def _widths(checkpoint: Checkpoint, record: Record) -> str:
         parts += [_table(header, rows), f"{entry['protocol']}{_settings(entry)}{compared}."]
     if texts:
         parts.append(
-            "KL: divergence of the full-precision model's next token from the slice's, in nats per token. "
-            "top-1: positions at which both prefer the same token."
+            "KL: KL(full || slice) of the next token in nats, mean over the positions. top-1: positions at which both "
+            "prefer the same token."
         )
     return "\n\n".join(parts)
 

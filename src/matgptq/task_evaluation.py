@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import gc
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -225,7 +226,8 @@ def _load_tasks(names: Sequence[str], include_path: str | Path | None) -> _Tasks
             )
         found.extend(match for match in matches if match not in found)
     try:
-        loaded = manager.load(found)
+        with _quiet_harness():
+            loaded = manager.load(found)
     except Exception as error:  # whatever data sets, the hub and a task's own code raise
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CalibrationError(
@@ -245,11 +247,18 @@ def _load_tasks(names: Sequence[str], include_path: str | Path | None) -> _Tasks
 def _runner(model: Any, tokenizer: Any, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
+    with _quiet_harness():
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+@contextmanager
+def _quiet_harness() -> Iterator[None]:
+    """Keep back warnings that each default of a task was taken, and that a model which is there is not loaded."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that a model which is there already is not loaded
+    logger.setLevel(logging.ERROR)
     try:
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        yield
     finally:
         logger.setLevel(level)
 

@@ -12,6 +12,7 @@ from matgptq.registration import register_when_imported
 if TYPE_CHECKING:
     from matgptq.allocation_search import search
     from matgptq.evaluation import evaluate
+    from matgptq.exporting import export
     from matgptq.loading import load
     from matgptq.model_card import write_card
     from matgptq.publishing import push
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matgptq.refinement import refine
     from matgptq.task_evaluation import evaluate_tasks
     from matgptq.transformers_integration import MatGPTQConfig
+    from matgptq.verification import verify
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -27,12 +29,14 @@ __all__ = [
     "__version__",
     "evaluate",
     "evaluate_tasks",
+    "export",
     "import_reference",
     "load",
     "push",
     "quantize",
     "refine",
     "search",
+    "verify",
     "write_card",
 ]
 
@@ -43,6 +47,8 @@ _HOME = {
     "evaluate_tasks": "matgptq.task_evaluation",
     "write_card": "matgptq.model_card",
     "push": "matgptq.publishing",
+    "export": "matgptq.exporting",
+    "verify": "matgptq.verification",
     "import_reference": "matgptq.reference_import",
     "refine": "matgptq.refinement",
     "search": "matgptq.allocation_search",

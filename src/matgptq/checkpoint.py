@@ -23,13 +23,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from matgptq.errors import AllocationError, CheckpointError, SourceError
-from matgptq.format import CODES, GUARD, QUANT_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
+from matgptq.format import (
+    CODES,
+    GUARD,
+    QUANT_METHOD,
+    SLICE_METHOD,
+    SLICED_CODES,
+    SLICED_SCALES,
+    Settings,
+    check_layer,
+    is_own,
+    parse_settings,
+    scales_name,
+)
 from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.size import layer_bits
-from matgptq.slicing import MIN_BITS
+from matgptq.slicing import MIN_BITS, WIDTHS
 from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_headers, read_json, read_tensor
 
 REPORT_NAME = "report.json"
+EXPORT_NAME = "matgptq_export.json"  # in the directory of an export: what it is
 DEFAULT_SHARD_BYTES = 4 << 30
 
 
@@ -41,12 +54,12 @@ class CheckpointWriter:
 
     Args:
         destination: directory to create.
-        force: replace a checkpoint (or an empty directory) that stands there.
+        force: replace a checkpoint, an export or an empty directory that stands there.
         shard_bytes: tensors are gathered up to this size before a file is written.
 
     Raises:
-        CheckpointError: the destination exists and ``force`` is off, or holds something that is not a matgptq
-            checkpoint and is therefore not ours to delete.
+        CheckpointError: the destination exists and ``force`` is off, or holds something that is neither a matgptq
+            checkpoint nor an export and is therefore not ours to delete.
     """
 
     def __init__(self, destination: Path, *, force: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
@@ -110,12 +123,12 @@ class CheckpointWriter:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON side file."""
-        with _disk_errors(self.destination):
+        with disk_errors(self.destination):
             _write_json(self.staging / name, value)
 
     def copy_file(self, name: str, file: Path) -> None:
         """Copy a side file to a place relative to the checkpoint."""
-        with _disk_errors(self.destination):
+        with disk_errors(self.destination):
             (self.staging / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, self.staging / name)
 
@@ -123,7 +136,7 @@ class CheckpointWriter:
         """Write what is pending, name the shards, and put the directory in its place."""
         self._flush()
         check_destination(self.destination, force=self.force)  # again: hours may have passed
-        with _disk_errors(self.destination):
+        with disk_errors(self.destination):
             self._name_shards()
             for file in self.staging.iterdir():
                 _sync(file)
@@ -139,7 +152,7 @@ class CheckpointWriter:
         if not self._pending:
             return
         file = self.staging / f"shard-{len(self._shards)}.safetensors"
-        with _disk_errors(self.destination):
+        with disk_errors(self.destination):
             save_file(self._pending, file, metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending = {}
@@ -147,6 +160,8 @@ class CheckpointWriter:
 
     def _name_shards(self) -> None:
         count = len(self._shards)
+        if count == 0:  # an export to a file of another kind
+            return
         if count == 1:
             os.rename(self.staging / "shard-0.safetensors", self.staging / WEIGHTS_NAME)
             return
@@ -171,8 +186,8 @@ def check_destination(destination: Path, *, force: bool) -> None:
         raise CheckpointError(f"{destination}: exists already; use --force to replace it, or another -o")
     if not destination.is_dir():
         raise CheckpointError(f"{destination}: is a file; choose another -o")
-    if any(destination.iterdir()) and not is_checkpoint(destination):
-        raise CheckpointError(f"{destination}: is not a matgptq checkpoint, so --force does not delete it")
+    if any(destination.iterdir()) and not is_checkpoint(destination) and not (destination / EXPORT_NAME).is_file():
+        raise CheckpointError(f"{destination}: is not a matgptq checkpoint or export, so --force does not delete it")
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -182,7 +197,7 @@ def is_checkpoint(directory: Path) -> bool:
     except SourceError:
         return False
     record = config.get("quantization_config")
-    return isinstance(record, dict) and record.get("quant_method") == QUANT_METHOD
+    return isinstance(record, dict) and record.get("quant_method") in (QUANT_METHOD, SLICE_METHOD)
 
 
 def replace_file(file: Path, text: str) -> None:
@@ -210,7 +225,7 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-class _disk_errors:
+class disk_errors:
     """Turn a full disk or a read-only directory into an error that says so."""
 
     def __init__(self, destination: Path) -> None:
@@ -263,6 +278,14 @@ class Checkpoint:
     layers: Mapping[str, LayerInfo] = field(repr=False)
 
     @property
+    def widths_held(self) -> tuple[int | dict[str, int], ...]:
+        """What can be served: every width of a parent, the one width or allocation of a slice."""
+        if not self.settings.is_slice:
+            return WIDTHS
+        held = {layer: self.settings.bits_of(layer) for layer in self.layers}
+        return (next(iter(held.values())) if len(set(held.values())) == 1 else held,)
+
+    @property
     def quantized_weights(self) -> int:
         """Number of weights that have codes."""
         return sum(layer.out_features * layer.in_features for layer in self.layers.values())
@@ -270,9 +293,8 @@ class Checkpoint:
     @property
     def other_bytes(self) -> int:
         """Bytes of everything that is not codes or scales: embeddings, norms, biases, head."""
-        own = {
-            f"{layer}.{name}" for layer in self.layers for name in (CODES, *map(scales_name, self.settings.scale_bits))
-        }
+        names = (CODES, SLICED_CODES, SLICED_SCALES, *map(scales_name, self.settings.scale_bits))
+        own = {f"{layer}.{name}" for layer in self.layers for name in names}
         return sum(info.bytes for name, info in self.tensors.items() if name not in own)
 
     @functools.cached_property
@@ -327,12 +349,16 @@ class Checkpoint:
         return (self.served_bits(bits) + 7) // 8 + self.other_bytes
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, slices: bool = False) -> Checkpoint:
     """Open a checkpoint directory, reading and checking headers only.
 
+    Args:
+        path: the directory.
+        slices: open a slice that was exported from a parent, too. Its layers have no parent codes.
+
     Raises:
-        CheckpointError: not a matgptq checkpoint, another format version, damaged files, or tensors that do not
-            match ``config.json``; the message names the file or the layer.
+        CheckpointError: not a matgptq checkpoint, a slice that was not asked for, another format version, damaged
+            files, or tensors that do not match ``config.json``; the message names the file or the layer.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
@@ -343,6 +369,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if not isinstance(record, dict):
             raise CheckpointError(f"{path / 'config.json'}: no quantization_config, so not a {QUANT_METHOD} checkpoint")
         settings = parse_settings(record, str(path / "config.json"))
+        if settings.is_slice and not slices:
+            raise CheckpointError(f"{path}: holds one slice only; this needs the checkpoint that it was exported from")
         tensors = read_headers(path)
     except SourceError as error:
         raise CheckpointError(str(error)) from error
@@ -356,9 +384,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     layers = {}
     for layer, parts in found.items():
         check_layer(settings, layer, parts, None)
-        out_features, in_features = parts[CODES][1]
+        if settings.is_slice:
+            out_features, groups = parts[SLICED_SCALES][1]
+            in_features = groups * settings.group_size_of(layer, 0)
+        else:
+            out_features, in_features = parts[CODES][1]
         layers[layer] = LayerInfo(out_features, in_features, settings.group_size_of(layer, in_features))
-    unknown = sorted(set(settings.layer_group_sizes) - set(layers))
+    unknown = sorted(({*settings.layer_group_sizes, *(settings.layer_bits or {})}) - set(layers))
     if unknown:
         raise CheckpointError(f"{path}: config.json names layer {unknown[0]}, which has no codes")
     return Checkpoint(path, config, settings, tensors, layers)
@@ -398,7 +430,7 @@ def replace_scales(path: str | Path, bits: int, scales: Mapping[str, Tensor], re
     )
     staging = _beside(directory, "partial")
     try:
-        with _disk_errors(directory):
+        with disk_errors(directory):
             shutil.copytree(directory, staging, copy_function=_link_or_copy, symlinks=True)
             _write_tensors(staging, checkpoint, new)
             _write_json(staging / "config.json", {**checkpoint.config, "quantization_config": settings.to_dict()})

@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from matgptq.commands import bench, evaluate, generate, import_reference, info, publish, quantize, refine, search
+from matgptq.commands import (
+    bench,
+    evaluate,
+    export,
+    generate,
+    import_reference,
+    info,
+    publish,
+    quantize,
+    refine,
+    search,
+    verify,
+)
 from matgptq.commands.options import err_console
 from matgptq.errors import MatGPTQError
 
@@ -28,6 +40,8 @@ app.command(epilog=publish.CARD_EPILOG)(publish.card)
 app.command(epilog=publish.PUSH_EPILOG)(publish.push)
 app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(epilog=search.EPILOG)(search.search)
+app.command(epilog=export.EPILOG)(export.export)
+app.command(epilog=verify.EPILOG)(verify.verify)
 app.command(name="import-reference", epilog=import_reference.EPILOG)(import_reference.import_reference)
 
 

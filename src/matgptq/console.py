@@ -34,6 +34,7 @@ from matgptq.report import LayerReport, Report
 from matgptq.slicing import WIDTHS
 from matgptq.speed import Speed
 from matgptq.task_evaluation import TaskEvaluation
+from matgptq.verification import Verification
 
 
 class ProgressBars:
@@ -171,6 +172,11 @@ def size_table(checkpoint: Checkpoint) -> Table:
     table = Table(title="widths")
     for column in ("bits", "bits per weight", "size as served", "target", "scales"):
         table.add_column(column, justify="right")
+    if checkpoint.settings.is_slice:
+        held = checkpoint.widths_held[0]
+        name = str(held) if isinstance(held, int) else "allocation"
+        table.add_row(name, f"{checkpoint.bits_per_weight(held):.3f}", megabytes(checkpoint.served_bytes(held)))
+        return table
     sources = scale_source(checkpoint.settings.scale_bits)
     for bits in WIDTHS:
         table.add_row(
@@ -270,6 +276,26 @@ def allocations_table(records: Mapping[str, Mapping[str, Any]], identity: str) -
             f"{fitness['measure']} {fitness['value']:.4f}",
             record["found"]["method"],
         )
+    return table
+
+
+def verification_table(verification: Verification) -> Table:
+    """What the comparison of an export with its slice found."""
+    title = "equal" if verification.passed else "NOT EQUAL"
+    table = Table(title=f"{verification.format} export and slice: {title}", show_header=False)
+    different = verification.different
+    names = ", ".join(different[:3]) + (" ..." if len(different) > 3 else "")
+    rows = {
+        "loaded by": verification.engine,
+        "tensors compared": str(verification.tensors),
+        "tensors that differ": f"{len(different)}: {names}" if different else "none",
+        "largest difference of a weight": f"{verification.largest_difference:g}",
+        "tokens compared": str(verification.tokens),
+        "largest difference of a logit": f"{verification.logit_difference:.1e}",
+        "KL": f"{verification.kl:.1e}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
     return table
 
 

@@ -25,6 +25,10 @@ class CheckpointError(MatGPTQError, ValueError):
     """A matgptq checkpoint is damaged, of another format version, or cannot be written."""
 
 
+class ExportError(MatGPTQError, ValueError):
+    """A slice that a format, or the engines that read it, cannot hold."""
+
+
 class AllocationError(MatGPTQError, ValueError):
     """A width, or an allocation of widths to layers, that the checkpoint cannot serve."""
 

@@ -132,7 +132,7 @@ def evaluate(
 
     Args:
         path: checkpoint directory.
-        bits: widths, 2..8; default 2,3,4,6,8, or none if an allocation is given.
+        bits: widths, 2..8; default 2,3,4,6,8 (of a slice, what it holds), or none if an allocation is given.
         allocation: ``{layer: bits}``, the name of a stored allocation or a file, measured after the widths; layers
             that it does not name get the checkpoint's default width.
         text: a text file, a hub data set, ``self`` (written by the reference model, or else by the parent), or int64
@@ -152,7 +152,7 @@ def evaluate(
         MatGPTQError: a subclass that says what is wrong with the checkpoint, the text or the options.
     """
     progress = progress or Silent()
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, slices=True)
     candidates = choose_candidates(checkpoint, bits, allocation)
     run_device = resolve_device(device)
     config = load_config(path, trust_remote_code=trust_remote_code)
@@ -213,8 +213,13 @@ def choose_candidates(
         AllocationError: the allocation names a layer that the checkpoint does not have.
         ConfigurationError: a width outside 2..8.
     """
-    widths = check_widths(bits) if bits is not None else (() if allocation is not None else DEFAULT_WIDTHS)
-    candidates: list[int | dict[str, int]] = [*widths]
+    candidates: list[int | dict[str, int]]
+    if bits is not None:
+        candidates = [*check_widths(bits)]
+    elif allocation is not None:
+        candidates = []
+    else:
+        candidates = [*(checkpoint.widths_held if checkpoint.settings.is_slice else DEFAULT_WIDTHS)]
     if allocation is not None:
         candidates.append(find_allocation(checkpoint, allocation))
     return candidates

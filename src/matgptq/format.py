@@ -10,15 +10,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from matgptq.bit_stream import row_bytes
 from matgptq.errors import CheckpointError, ConfigurationError
 from matgptq.nested_weight import scale_source
 from matgptq.slicing import PARENT_BITS, check_bits, check_widths
 
 QUANT_METHOD = "matgptq"
+SLICE_METHOD = "matgptq-slice"
 FORMAT_VERSION = 1
 CODES = "codes"
 GUARD = "weight"
 SCALE_DTYPE = "F16"
+SLICED_CODES = "sliced_codes"
+SLICED_SCALES = "sliced_scales"
 
 
 def scales_name(bits: int) -> str:
@@ -41,6 +45,8 @@ class Settings:
         calibration: with what text; a record.
         source: the full-precision model it was made from; ``eval`` compares with it unless told otherwise.
         refinement: ``{width: how its scales were tuned afterwards}``; a record.
+        layer_bits: of a slice, which holds one width of each layer: the layers whose width is not ``bits``. None for
+            a parent, which holds them all. A slice has neither ``target_bits`` nor ``scale_bits``.
     """
 
     bits: int
@@ -53,6 +59,16 @@ class Settings:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
     refinement: Mapping[str, Any] = field(default_factory=dict)
+    layer_bits: Mapping[str, int] | None = None
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether the files hold one slice instead of a parent."""
+        return self.layer_bits is not None
+
+    def bits_of(self, layer: str) -> int:
+        """The width of a layer that is served when nothing else is asked for; of a slice, the only one."""
+        return (self.layer_bits or {}).get(layer, self.bits)
 
     def group_size_of(self, layer: str, in_features: int) -> int:
         """Group size of a layer; -1 in the record stands for all its input features."""
@@ -61,14 +77,25 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as ``config.json`` holds it."""
-        return {
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "parent_bits": PARENT_BITS,
-            "bits": self.bits,
-            "target_bits": list(self.target_bits),
-            "scale_bits": list(self.scale_bits),
-            "scale_source": {str(bits): own for bits, own in scale_source(self.scale_bits).items()},
+        kind: dict[str, Any]
+        if self.layer_bits is not None:
+            kind = {
+                "quant_method": SLICE_METHOD,
+                "format_version": FORMAT_VERSION,
+                "bits": self.bits,
+                "layer_bits": dict(self.layer_bits),
+            }
+        else:
+            kind = {
+                "quant_method": QUANT_METHOD,
+                "format_version": FORMAT_VERSION,
+                "parent_bits": PARENT_BITS,
+                "bits": self.bits,
+                "target_bits": list(self.target_bits),
+                "scale_bits": list(self.scale_bits),
+                "scale_source": {str(bits): own for bits, own in scale_source(self.scale_bits).items()},
+            }
+        return kind | {
             "group_size": self.group_size,
             "layer_group_sizes": dict(self.layer_group_sizes),
             "ignore": list(self.ignore),
@@ -89,21 +116,23 @@ def parse_settings(record: Mapping[str, Any], where: str) -> Settings:
     Raises:
         CheckpointError: another method or format version, or a field that is missing or makes no sense.
     """
-    if record.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{where}: quant_method is {record.get('quant_method')!r}, not {QUANT_METHOD!r}")
+    method = record.get("quant_method")
+    if method not in (QUANT_METHOD, SLICE_METHOD):
+        raise CheckpointError(f"{where}: quant_method is {method!r}, not {QUANT_METHOD!r}")
     version = record.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{where}: format_version {version!r}; this release reads version {FORMAT_VERSION}. "
             "Install a matgptq release that knows it, or quantize the model again"
         )
-    if record.get("parent_bits") != PARENT_BITS:
+    is_slice = method == SLICE_METHOD
+    if not is_slice and record.get("parent_bits") != PARENT_BITS:
         raise CheckpointError(f"{where}: parent_bits must be {PARENT_BITS}, not {record.get('parent_bits')!r}")
     try:
         settings = Settings(
-            bits=check_bits(record.get("bits", PARENT_BITS)),
-            target_bits=check_widths(_integers(record, "target_bits")),
-            scale_bits=check_widths(_integers(record, "scale_bits")),
+            bits=check_bits(record.get("bits", None if is_slice else PARENT_BITS)),
+            target_bits=() if is_slice else check_widths(_integers(record, "target_bits")),
+            scale_bits=() if is_slice else check_widths(_integers(record, "scale_bits")),
             group_size=_group_size(record.get("group_size")),
             layer_group_sizes={
                 str(layer): _group_size(size) for layer, size in _mapping(record, "layer_group_sizes").items()
@@ -113,7 +142,15 @@ def parse_settings(record: Mapping[str, Any], where: str) -> Settings:
             calibration=_mapping(record, "calibration"),
             source=_text(record, "source"),
             refinement=_mapping(record, "refinement"),
+            layer_bits={str(layer): check_bits(bits) for layer, bits in _mapping(record, "layer_bits").items()}
+            if is_slice
+            else None,
         )
+        if is_slice:
+            # The packed codes do not tell how many columns a layer has; its groups do.
+            if -1 in (settings.group_size, *settings.layer_group_sizes.values()):
+                raise ConfigurationError("group_size must be a number of columns in a slice, not -1")
+            return settings
         expected = {str(bits): own for bits, own in scale_source(settings.scale_bits).items()}
         if record.get("scale_source", expected) != expected:
             raise ConfigurationError(f"scale_source must be {expected} for scale_bits {list(settings.scale_bits)}")
@@ -125,6 +162,26 @@ def parse_settings(record: Mapping[str, Any], where: str) -> Settings:
 def with_bits(settings: Settings, bits: int) -> Settings:
     """The same checkpoint with another default width."""
     return dataclasses.replace(settings, bits=check_bits(bits))
+
+
+def slice_settings(settings: Settings, widths: Mapping[str, int], group_sizes: Mapping[str, int]) -> Settings:
+    """Settings of a slice of a parent.
+
+    Args:
+        settings: of the parent.
+        widths: of every quantized layer.
+        group_sizes: of every quantized layer, in columns.
+    """
+    bits, group_size = (max(values, key=values.count) for values in (list(widths.values()), list(group_sizes.values())))
+    return dataclasses.replace(
+        settings,
+        bits=bits,
+        target_bits=(),
+        scale_bits=(),
+        group_size=group_size,
+        layer_bits={layer: width for layer, width in widths.items() if width != bits},
+        layer_group_sizes={layer: size for layer, size in group_sizes.items() if size != group_size},
+    )
 
 
 def check_layer(
@@ -141,15 +198,19 @@ def check_layer(
     Raises:
         CheckpointError: a tensor is missing, or has another dtype or shape than the settings promise.
     """
-    for name in (CODES, GUARD):
+    stored = SLICED_CODES if settings.is_slice else CODES
+    for name in (stored, GUARD):
         if name not in found:
             raise CheckpointError(f"layer {layer}: the checkpoint has no {layer}.{name}")
     if layer in settings.ignore:
-        raise CheckpointError(f"layer {layer}: config.json says that it is not quantized, but it has {CODES}")
+        raise CheckpointError(f"layer {layer}: config.json says that it is not quantized, but it has {stored}")
     if found[GUARD][1] != (0,):
         raise CheckpointError(
-            f"layer {layer}: it has {CODES} and a {GUARD} {list(found[GUARD][1])}; beside codes {GUARD} must be empty"
+            f"layer {layer}: it has {stored} and a {GUARD} {list(found[GUARD][1])}; beside codes {GUARD} must be empty"
         )
+    if settings.is_slice:
+        _check_sliced_layer(settings, layer, found, expected)
+        return
     dtype, shape = found[CODES]
     if dtype != "U8" or len(shape) != 2 or (expected is not None and shape != expected):
         wanted = "[out, in]" if expected is None else str(list(expected))
@@ -173,6 +234,39 @@ def check_layer(
     )
     if stray:
         raise CheckpointError(f"layer {layer}: {stray[0]} is in the files but not among scale_bits of config.json")
+
+
+def _check_sliced_layer(
+    settings: Settings, layer: str, found: Mapping[str, tuple[str, tuple[int, ...]]], expected: tuple[int, int] | None
+) -> None:
+    if SLICED_SCALES not in found:
+        raise CheckpointError(f"layer {layer}: the checkpoint has no {layer}.{SLICED_SCALES}")
+    dtype, shape = found[SLICED_SCALES]
+    if expected is None and len(shape) == 2:
+        expected = (shape[0], shape[1] * settings.layer_group_sizes.get(layer, settings.group_size))
+    out_features, in_features = expected or (0, 0)
+    group_size = settings.group_size_of(layer, in_features)
+    if in_features % group_size:
+        raise CheckpointError(
+            f"layer {layer}: group size {group_size} does not divide its {in_features} input features"
+        )
+    wanted = [out_features, in_features // group_size]
+    if dtype != SCALE_DTYPE or list(shape) != wanted:
+        raise CheckpointError(
+            f"layer {layer}: {SLICED_SCALES} is {dtype} {list(shape)}, must be {SCALE_DTYPE} {wanted} "
+            f"(group size {group_size})"
+        )
+    dtype, shape = found[SLICED_CODES]
+    bits = settings.bits_of(layer)
+    wanted = [out_features, row_bytes(in_features, bits)]
+    if dtype != "U8" or list(shape) != wanted:
+        raise CheckpointError(
+            f"layer {layer}: {SLICED_CODES} is {dtype} {list(shape)}, must be U8 {wanted} for a slice of {bits} bits; "
+            "a slice serves the width that it was exported at and no other"
+        )
+    stray = sorted(name for name in found if name == CODES or name.startswith("scales_"))
+    if stray:
+        raise CheckpointError(f"layer {layer}: a slice has no {stray[0]}")
 
 
 def _integers(record: Mapping[str, Any], key: str) -> Iterable[int]:
@@ -205,7 +299,7 @@ def _text(record: Mapping[str, Any], key: str) -> str | None:
 
 def is_own(leaf: str) -> bool:
     """Whether a tensor of this name inside a layer belongs to the format: its layer is then a quantized one."""
-    return leaf == CODES or leaf.startswith("scales_")
+    return leaf in (CODES, SLICED_CODES, SLICED_SCALES) or leaf.startswith("scales_")
 
 
 def _group_size(value: Any) -> int:

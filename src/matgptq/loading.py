@@ -13,9 +13,9 @@ from matgptq.allocation import complete_allocation, read_allocation
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
-from matgptq.errors import CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
+from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.families import find_family
-from matgptq.format import parse_settings
+from matgptq.format import Settings, parse_settings
 from matgptq.kernels import FUSED_ROWS, Activations
 from matgptq.nested_linear import nested_layers, pack_layers
 from matgptq.output_head import pack_head
@@ -37,7 +37,8 @@ def load(
     """Load a checkpoint as an ordinary transformers model whose width can be changed at any time.
 
     Args:
-        path: a checkpoint directory, or the hub id of one.
+        path: a checkpoint directory, or the hub id of one; or a slice that was exported from one, which serves no
+            other width.
         bits: width of all layers, 2..8; default: the one that ``config.json`` names.
         allocation: ``{layer: bits}``, the name of an allocation that lies with the checkpoint (``matgptq.search``), or
             a file; layers that it does not name get ``bits``.
@@ -59,7 +60,7 @@ def load(
     Raises:
         ConfigurationError: ``resident=False``, int8 activations or ``head_bits`` where the native kernels do not run.
         CheckpointError: damaged or foreign files.
-        AllocationError: unknown layers or widths.
+        AllocationError: unknown layers or widths, or a width that a slice does not hold.
     """
     from transformers import AutoModelForCausalLM
 
@@ -70,7 +71,7 @@ def load(
             check_bits(width)
     local = Path(path).expanduser()
     if local.exists():
-        checkpoint = open_checkpoint(local)  # names what is wrong before transformers gets to see it
+        checkpoint = open_checkpoint(local, slices=True)  # names what is wrong before transformers gets to see it
         if allocation is not None:
             allocation = find_allocation(checkpoint, allocation, bits)
         path = local
@@ -83,15 +84,17 @@ def load(
     record = getattr(config, "quantization_config", None)
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: has no quantization_config, so it is not a matgptq checkpoint")
-    parse_settings(record, f"{path}/config.json")
-    if bits is not None:
+    settings = parse_settings(record, f"{path}/config.json")
+    if settings.is_slice:
+        _check_held(path, settings, bits, allocation or {})
+    elif bits is not None:
         record["bits"] = bits
     stored = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
     model = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=resolve_dtype(dtype, target, stored), trust_remote_code=trust_remote_code
     )
     model = model.to(target).eval()
-    if allocation is not None:
+    if allocation is not None and not settings.is_slice:
         layers = nested_layers(model)
         default = next(iter(layers.values())).bits
         model.set_bits(complete_allocation(allocation, layers, default))
@@ -110,6 +113,17 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise SourceError(f"{path}: transformers cannot read its config: {error}") from error
+
+
+def _check_held(path: str | Path, settings: Settings, bits: int | None, allocation: Mapping[str, int]) -> None:
+    """Refuse widths that a slice does not hold."""
+    held = f"{settings.bits} bits" if not settings.layer_bits else f"one allocation, {settings.bits} bits and others"
+    advice = f"{path}: holds only the slice of {held}; load the checkpoint that it was exported from"
+    if bits is not None and bits != settings.bits:
+        raise AllocationError(f"bits {bits}: {advice}")
+    for layer, width in allocation.items():
+        if settings.bits_of(layer) != width:
+            raise AllocationError(f"layer {layer} at {width} bits: {advice}")
 
 
 def _shared_inputs(model: Any) -> list[tuple[str, ...]]:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from matgptq import kernels, native
+from matgptq.bit_stream import pack_rows, row_bytes, unpack_rows
 from matgptq.errors import AllocationError, ConfigurationError
-from matgptq.format import CODES, scales_name
+from matgptq.format import CODES, SLICED_CODES, SLICED_SCALES, scales_name
 from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.shared_input import SharedInput
-from matgptq.slicing import PARENT_BITS, ZERO_POINT, check_bits
+from matgptq.sliced_weight import parent_of
+from matgptq.slicing import PARENT_BITS, ZERO_POINT, check_bits, slice_codes
 
 
 class NestedLinear(nn.Module):
@@ -136,12 +138,16 @@ class NestedLinear(nn.Module):
         scales = {own: getattr(self, scales_name(own)) for own in self.scale_bits}
         if self._packed is None:
             return NestedWeight(self.codes, scales)
-        if not self._packed.resident:
+        if not self._recoverable(self._packed):
             raise ConfigurationError("only one slice is in memory; load with resident=True to get at the parent")
         spread = scales[PARENT_BITS].float().repeat_interleave(self.group_size, 1)
-        # Exact: a weight of the parent is a product of 8 by 8 significant bits.
-        levels = native.dequantize_rows(self._packed, PARENT_BITS).div_(spread).round_()
+        # Exact: a weight is a product of 8 by 8 significant bits.
+        levels = native.dequantize_rows(self._packed, self._packed.widths[-1]).div_(spread).round_()
         return NestedWeight((levels + ZERO_POINT).to(torch.uint8), scales)
+
+    def _recoverable(self, packed: native.Weight) -> bool:
+        """Whether the packed form holds all that the files hold."""
+        return packed.resident
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[out_features, in_features]`` weights at the width in use."""
@@ -173,6 +179,74 @@ class NestedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"group_size={self.group_size}, bits={self._bits}"
         )
+
+
+class SlicedLinear(NestedLinear):
+    """A nested layer of which only the slice of one width exists, as ``matgptq export --format matgptq-slice`` writes.
+
+    In memory it is a parent whose codes have zeros below the slice; its width cannot be changed.
+
+    Buffers while a file is being loaded, until ``take_slice``, and in ``state_dict``:
+        sliced_codes: uint8 ``[out_features, row_bytes]``, see ``matgptq.bit_stream``.
+        sliced_scales: float16 ``[out_features, groups]``, in units of the parent's grid.
+    """
+
+    sliced_codes: Tensor
+    sliced_scales: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        group_size: int,
+        bits: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._only_bits = check_bits(bits)
+        super().__init__(in_features, out_features, bias, group_size, (PARENT_BITS,), bits, device, dtype)
+        for name in (CODES, scales_name(PARENT_BITS)):
+            self.register_buffer(name, getattr(self, name).new_empty(0), persistent=False)
+        self.register_buffer(
+            SLICED_CODES, torch.zeros(out_features, row_bytes(in_features, bits), dtype=torch.uint8, device=device)
+        )
+        scales = torch.ones(out_features, in_features // group_size, dtype=torch.float16, device=device)
+        self.register_buffer(SLICED_SCALES, scales)
+
+    def take_slice(self) -> None:
+        """Unpack what has been loaded."""
+        self.codes = parent_of(unpack_rows(self.sliced_codes, self._only_bits, self.in_features), self._only_bits)
+        self.scales_8 = self.sliced_scales
+        del self.sliced_codes, self.sliced_scales
+
+    def set_bits(self, bits: int) -> None:
+        """Accept the one width that exists.
+
+        Raises:
+            AllocationError: any other width.
+        """
+        if check_bits(bits) != self._only_bits:
+            raise AllocationError(
+                f"these files hold only the slice of {self._only_bits} bits, not that of {bits}; "
+                "load the checkpoint that it was exported from, or export another slice"
+            )
+        super().set_bits(bits)
+
+    def pack(self, arena: native.Arena | None = None, *, resident: bool = True) -> None:
+        """Pack the slice for the native kernels; there are no other planes that could stay resident."""
+        super().pack(arena, resident=False)
+
+    def _recoverable(self, packed: native.Weight) -> bool:
+        return True
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if SLICED_CODES not in self._buffers:
+            weight = self.nested_weight
+            destination.pop(prefix + CODES, None)
+            destination[prefix + SLICED_CODES] = pack_rows(slice_codes(weight.codes, self._only_bits), self._only_bits)
+            destination[prefix + SLICED_SCALES] = weight.scales[PARENT_BITS]
 
 
 def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:

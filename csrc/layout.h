@@ -16,6 +16,9 @@ constexpr int kWidths = kParentBits - kMinBits + 1;
 // A batch is cut into panels of 1, 2, 4 or 8 rows; the last one is padded with zeros.
 constexpr int kPanelSizes = 4;
 constexpr int kMaxPanel = 8;
+// Exact products of one row use tables of sums up to this width, where look-ups are cheap; from 5 bits on multiplying
+// each level is faster.
+constexpr int kTableBits = 4;
 
 // static: a copy compiled for one instruction set must not be linked into another.
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -66,6 +69,7 @@ struct WeightView {
 struct Panel {
     int rows;
     const float* values;        // [columns, rows], exact activations
+    const float* tables;        // [columns/32, 8, 16], sums of `values`, or null; one row only
     const int8_t* codes;        // [columns/4, rows, 4], int8 activations
     const float* block_scales;  // [blocks, rows]
     const int32_t* block_sums;  // [blocks, rows], sums of the int8 codes
@@ -87,6 +91,8 @@ using DequantizeKernel = void (*)(const WeightView&, int64_t tile, int64_t chunk
 // x [rows, columns] (rows `stride` apart) to a panel's codes; columns is a multiple of 32, blocks of `block` columns.
 using QuantizeKernel = void (*)(const float* x, int rows, int64_t columns, int64_t block, int8_t* codes,
                                 float* block_scales, int32_t* block_sums);
+// x [columns] to Panel::tables; false if its magnitudes rule them out.
+using TabulateKernel = bool (*)(const float* x, int64_t columns, float* tables);
 // Sum of the 64-bit words of a multiple of 256 bytes.
 using ReadKernel = uint64_t (*)(const uint8_t* memory, int64_t bytes);
 
@@ -100,6 +106,7 @@ struct Kernels {
     ProductKernel int8[kWidths][2][kPanelSizes];
     DequantizeKernel dequantize[kWidths][2];
     QuantizeKernel quantize;
+    TabulateKernel tabulate;  // null where products use no tables
     ReadKernel read;
     SweepKernel sweep;
     int sweep_lanes;  // rows per vector of the sweep

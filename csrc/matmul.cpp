@@ -79,7 +79,7 @@ std::vector<PanelRange> cut_batch(int64_t batch) {
 class Activations {
   public:
     Activations(const void* x, int dtype, int64_t stride, int64_t in_features, int64_t columns,
-                const std::vector<PanelRange>& ranges, bool int8, int64_t block, int num_threads)
+                const std::vector<PanelRange>& ranges, bool int8, bool tables, int64_t block, int num_threads)
         : block_(block) {
         const int64_t blocks = ceil_div(columns, block);
         int64_t rows = 0;
@@ -91,11 +91,13 @@ class Activations {
         } else {
             values_ = allocate<float>(rows * columns);
         }
+        // Only the last panel can have one row.
+        if (tables && ranges.back().rows == 1) tables_ = allocate<float>(columns / kChunkColumns * 8 * 16);
         std::vector<int64_t> first_row;
         for (const PanelRange& range : ranges) {
             const int64_t first = panels_.empty() ? 0 : first_row.back() + panels_.back().rows;
             first_row.push_back(first);
-            Panel panel{range.rows, nullptr, nullptr, nullptr, nullptr};
+            Panel panel{range.rows, nullptr, nullptr, nullptr, nullptr, nullptr};
             if (int8) {
                 panel.codes = codes_.get() + first * columns;
                 panel.block_scales = scales_.get() + first * blocks;
@@ -131,6 +133,8 @@ class Activations {
                                        scales_.get() + first * blocks, sums_.get() + first * blocks);
             }
         });
+        if (tables_ && kernels().tabulate(panels_.back().values, columns, tables_.get()))
+            panels_.back().tables = tables_.get();
     }
 
     int64_t block() const { return block_; }
@@ -138,7 +142,7 @@ class Activations {
 
   private:
     int64_t block_;
-    Buffer<float> values_, scales_;
+    Buffer<float> values_, tables_, scales_;
     Buffer<int8_t> codes_;
     Buffer<int32_t> sums_;
     std::vector<Panel> panels_;
@@ -202,6 +206,9 @@ extern "C" int matgptq_matmul(const void* x, int x_dtype, int64_t x_stride, int6
         std::vector<std::unique_ptr<Activations>> prepared;
         std::vector<Step> steps;
         int64_t tiles = 0, bytes = 0;
+        bool tables = false;
+        for (int i = 0; i < num_products; ++i)
+            tables |= !int8 && kernels().tabulate && products[i].bits <= kTableBits;
         for (int i = 0; i < num_products; ++i) {
             const matgptq_weight& weight = *products[i].weight;
             const WeightView view = weight.view(products[i].bits);
@@ -211,8 +218,8 @@ extern "C" int matgptq_matmul(const void* x, int x_dtype, int64_t x_stride, int6
             for (const auto& candidate : prepared)
                 if (candidate->block() == block) found = candidate.get();
             if (!found) {
-                prepared.emplace_back(
-                    new Activations(x, x_dtype, x_stride, in_features, columns, ranges, int8, block, num_threads));
+                prepared.emplace_back(new Activations(x, x_dtype, x_stride, in_features, columns, ranges, int8, tables,
+                                                      block, num_threads));
                 found = prepared.back().get();
             }
             steps.push_back({&products[i], view, found, tiles});

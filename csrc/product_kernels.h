@@ -75,9 +75,9 @@ MATGPTQ_INLINE void load_planes(const WeightView& weight, int64_t offset, typena
 }
 
 // Each plane is a stream of its own and hardware prefetchers stop at 4 KB, also inside a huge page.
+constexpr int64_t kAhead = 32 * kChunkBytes;
 template <int Planes>
-MATGPTQ_INLINE void prefetch_planes(const WeightView& weight, int64_t offset) {
-    constexpr int64_t ahead = 32 * kChunkBytes;
+MATGPTQ_INLINE void prefetch_planes(const WeightView& weight, int64_t offset, int64_t ahead = kAhead) {
     for (int p = 0; p < Planes; ++p)
         __builtin_prefetch(weight.planes + p * weight.plane_stride + offset + ahead, 0, 3);
 }
@@ -237,6 +237,108 @@ void exact_product(const WeightView& weight, const Panel& panel, int64_t tile_be
     }
 }
 
+// ---- exact activations, one row, few planes -----------------------------------------------------------------------
+// A level is a sum of signed bits, so a product is, plane by plane, the sum of those x whose bit is set. Four columns
+// have 16 such sums: a table that depends on x alone, is made once per call and serves all rows and planes of a weight.
+// A nibble of a plane as it lies in memory looks up four columns at once; 512 weights of r bits take 23 r steps, where
+// exact_product takes 96 and the butterfly.
+template <class S>
+bool tabulate_panel(const float* x, int64_t columns, float* tables) {
+    int32_t top = 0;
+    for (int64_t i = 0; i < columns; ++i) {
+        int32_t word;
+        std::memcpy(&word, x + i, 4);
+        word &= 0x7FFFFFFF;
+        top = word > top ? word : top;
+    }
+    // Below 2^100 no partial sum overflows. NaN and infinity, which come out on top, must meet also the levels that are
+    // 0, and sums leave those out.
+    if (top >= 0x71800000) return false;
+    // The columns of nibble 2b + h of a word are 16h + b + 4i.
+    for (int64_t c = 0; c < columns; c += kChunkColumns)
+        for (int nibble = 0; nibble < 8; ++nibble, tables += 16)
+            S::store(tables, S::subset_sums(x + c + 16 * (nibble & 1) + nibble / 2));
+    return true;
+}
+
+// The planes of the level u_r - 2^(r-1) in two's complement: those of u_r with the first one inverted.
+template <class S, int Bits, bool Resident>
+MATGPTQ_INLINE void load_signed_planes(const WeightView& weight, int64_t offset, typename S::Bytes* signed_plane) {
+    constexpr int A = 0xF0, B = 0xCC, C = 0xAA;
+    typename S::Bytes plane[Bits + 1];
+    load_planes<S, planes_read<Bits, Resident>()>(weight, offset, plane);
+    if constexpr (Resident) {
+        // The last plane is added to the number above it, which stays as it is where it is all ones.
+        typename S::Bytes carry[Bits];
+        carry[Bits - 1] = plane[Bits];
+        for (int p = Bits - 1; p > 1; --p) carry[p - 1] = S::template ternary<A & B>(plane[p], carry[p], carry[p]);
+        const auto full = S::template ternary<A & B & C>(plane[0], plane[1], carry[1]);
+        for (int p = 1; p < Bits; ++p) signed_plane[p] = S::template ternary<(A ^ B) | C>(plane[p], carry[p], full);
+        signed_plane[0] = S::template ternary<~(A | (B & C))>(plane[0], plane[1], carry[1]);
+    } else {
+        for (int p = 1; p < Bits; ++p) signed_plane[p] = plane[p];
+        signed_plane[0] = S::template ternary<~A>(plane[0], plane[0], plane[0]);
+    }
+}
+
+// Neighbouring tiles together: each table, which comes from the second-level cache, serves them all.
+template <class S, int Bits, bool Resident, int Tiles>
+MATGPTQ_INLINE void table_product(const WeightView& weight, const Panel& panel, int64_t tile, float* out) {
+    static_assert(S::kLanes == kTileRows, "");
+    using Floats = typename S::Floats;
+    constexpr int planes = planes_read<Bits, Resident>();
+    const int64_t tile_bytes = weight.chunks * kChunkBytes;
+    Floats total[Tiles], place[Bits];
+    // Place values of the planes in w_r. Multiplying by them at each look-up, not once per block, makes it a fused
+    // multiply-add, which more units can do than a plain addition of 512 bits.
+    for (int p = 0; p < Bits; ++p) place[p] = S::broadcast(static_cast<float>(p ? 128 >> p : -128));
+    for (int t = 0; t < Tiles; ++t) total[t] = S::broadcast(0.0f);
+    int64_t offset = tile * tile_bytes;
+    // Near its end a tile's stream jumps over those that are read beside it.
+    const int64_t jump = offset + tile_bytes - kAhead;
+    const float* table = panel.tables;
+    for (int64_t group = 0; group < weight.groups; ++group) {
+        for (int64_t left = weight.group_chunks; left > 0; left -= weight.block_chunks) {
+            const int64_t chunks = left < weight.block_chunks ? left : weight.block_chunks;
+            Floats sum[Tiles][Bits];
+            for (int t = 0; t < Tiles; ++t)
+                for (int p = 0; p < Bits; ++p) sum[t][p] = S::broadcast(0.0f);
+            for (int64_t c = 0; c < chunks; ++c, offset += kChunkBytes) {
+                const int64_t ahead = offset < jump ? kAhead : kAhead + (Tiles - 1) * tile_bytes;
+                typename S::Bytes plane[Tiles][Bits];
+                for (int t = 0; t < Tiles; ++t) {
+                    prefetch_planes<planes>(weight, offset + t * tile_bytes, ahead);
+                    load_signed_planes<S, Bits, Resident>(weight, offset + t * tile_bytes, plane[t]);
+                }
+                for (int nibble = 0; nibble < 8; ++nibble, table += 16) {
+                    const Floats sums = S::load_floats(table);
+                    for (int t = 0; t < Tiles; ++t)
+                        for (int p = 0; p < Bits; ++p) {
+                            sum[t][p] = S::fma(S::look_up(plane[t][p], sums), place[p], sum[t][p]);
+                            plane[t][p] = S::next_nibble(plane[t][p]);
+                        }
+                }
+            }
+            for (int t = 0; t < Tiles; ++t) {
+                Floats block = sum[t][0];
+                for (int p = 1; p < Bits; ++p) block = S::add(block, sum[t][p]);
+                const int64_t scale_index = ((tile + t) * weight.groups + group) * kTileRows;
+                total[t] = S::fma(block, load_scales<S>(weight.scales, scale_index), total[t]);
+            }
+        }
+    }
+    for (int t = 0; t < Tiles; ++t) S::store(out + t * kTileRows, total[t]);
+}
+
+template <class S, int Bits, bool Resident>
+void exact_row(const WeightView& weight, const Panel& panel, int64_t tile_begin, int64_t tile_end, float* out) {
+    if (!panel.tables) return exact_product<S, Bits, Resident, 1>(weight, panel, tile_begin, tile_end, out);
+    int64_t tile = tile_begin;
+    for (; tile + 2 <= tile_end; tile += 2, out += 2 * kTileRows)
+        table_product<S, Bits, Resident, 2>(weight, panel, tile, out);
+    if (tile < tile_end) table_product<S, Bits, Resident, 1>(weight, panel, tile, out);
+}
+
 // ---- dequantization -----------------------------------------------------------------------------------------------
 MATGPTQ_INLINE void scale_levels(const int8_t* levels, int count, float scale, void* out, bool bfloat16) {
     if (!bfloat16) {
@@ -360,6 +462,7 @@ void fill_width(Kernels& table) {
     table.exact[w][form][1] = exact_product<S, Bits, Resident, 2>;
     table.exact[w][form][2] = exact_product<S, Bits, Resident, 4>;
     table.exact[w][form][3] = exact_product<S, Bits, Resident, 8>;
+    if constexpr (S::kNibbleTable && Bits <= kTableBits) table.exact[w][form][0] = exact_row<S, Bits, Resident>;
     table.int8[w][form][0] = int8_product<S, Bits, Resident, 1>;
     table.int8[w][form][1] = int8_product<S, Bits, Resident, 2>;
     table.int8[w][form][2] = int8_product<S, Bits, Resident, 4>;
@@ -389,6 +492,7 @@ void fill_products(Kernels& table) {
         table.int8[6][1][i] = table.int8[6][0][i];
     }
     table.quantize = quantize_panel;
+    if constexpr (S::kNibbleTable) table.tabulate = tabulate_panel<S>;
     table.read = read_words;
 }
 

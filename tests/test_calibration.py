@@ -259,8 +259,7 @@ def test_evaluation_of_a_text_file_is_the_file_itself(tmp_path, options):
     cut = evaluation_windows(tmp_path / "a.txt", tokenizer, windows=3, seqlen=8)
     assert torch.equal(cut.tokens.flatten(), windows.tokens.flatten()[:24])
     assert cut.protocol == (
-        f"3 windows of 8 tokens from the start of {tmp_path / 'a.txt'}: the file as one string, "
-        "no special tokens added, no overlap"
+        "3 windows of 8 tokens from the start of a.txt: the file as one string, no special tokens added, no overlap"
     )
 
 
@@ -272,6 +271,48 @@ def test_evaluation_of_documents_joins_them_in_file_order(tmp_path, tokenizer):
     some = evaluation_windows(path, tokenizer, windows=5, seqlen=16)
     assert torch.equal(some.tokens.flatten(), everything.tokens.flatten()[:80])
     assert 'joined by "\\n\\n"' in some.protocol
+
+
+@pytest.mark.parametrize("windows", [None, 1, 4])
+@pytest.mark.parametrize("stride", [1, 5, 16, 17, 32])
+def test_windows_may_overlap(tmp_path, tokenizer, stride, windows):
+    text = "".join(chr(ord("a") + n % 26) for n in range(300))
+    (tmp_path / "a.txt").write_text(text)
+    cut = evaluation_windows(tmp_path / "a.txt", tokenizer, windows=windows, seqlen=32, stride=stride)
+    starts = range(0, 300 - 32 + 1, stride)[:windows]
+    assert [decode(tokenizer, row) for row in cut.tokens] == [text[start : start + 32] for start in starts]
+    assert cut.stride == (None if stride == 32 else stride)
+    assert ("no overlap" in cut.protocol) == (stride == 32)
+    assert (f"last {stride} tokens" in cut.protocol) == (stride != 32)
+
+
+def test_windows_that_overlap_need_less_text(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("x" * 50)
+    assert len(evaluation_windows(tmp_path / "a.txt", tokenizer, windows=3, seqlen=32, stride=9).tokens) == 3
+    with pytest.raises(CalibrationError, match="50 tokens, but 4 windows of 32 need 59; take at most 3 windows"):
+        evaluation_windows(tmp_path / "a.txt", tokenizer, windows=4, seqlen=32, stride=9)
+    with pytest.raises(CalibrationError, match="50 tokens, but 1 windows of 64 need 64"):
+        evaluation_windows(tmp_path / "a.txt", tokenizer, windows=None, seqlen=64, stride=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 0}, "stride must be from 1 to the 8"),
+        ({"stride": 9}, "stride must be from 1 to the 8"),
+        ({"protocol": "awq"}, "protocol must be plain or gptq"),
+    ],
+)
+def test_ways_of_cutting_are_checked_first(tokenizer, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        evaluation_windows("missing.txt", tokenizer, windows=1, seqlen=8, **options)
+
+
+@pytest.mark.parametrize("options", [{"stride": 4}, {"protocol": "gptq"}])
+@pytest.mark.parametrize("dataset", ["self", torch.ones(2, 8, dtype=torch.int64)], ids=["self", "ids"])
+def test_only_a_text_can_be_cut(tokenizer, dataset, options):
+    with pytest.raises(ConfigurationError, match="cut already"):
+        evaluation_windows(dataset, tokenizer, windows=1, seqlen=8, **options)
 
 
 # --- data sets of the hub --------------------------------------------------------------------------------------------
@@ -307,6 +348,43 @@ def test_c4_by_name(tmp_path, tokenizer, documents, monkeypatch):
         "en/c4-train.00000-of-01024.json.gz",
         "en/c4-validation.00000-of-00008.json.gz",
     ]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_protocol_of_the_gptq_papers(tmp_path, monkeypatch, adds_bos):
+    """Against their code written out: one string, the tokenizer's own special tokens, 256 windows of C4 at most."""
+    tokenizer = make_tokenizer(adds_bos=adds_bos)
+    rows = write_parquet(tmp_path / "rows.parquet", {"text": WIKITEXT})
+    texts = [f"text {number}" for number in range(1300)]
+    c4 = write_json_lines(tmp_path / "c4.json.gz", [{"text": text} for text in texts])
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda _, name, **__: str(rows if "wikitext" in name else c4)
+    )
+    options = {"windows": None, "protocol": "gptq"}
+    expected = tokenizer("\n\n".join(WIKITEXT))["input_ids"]
+    assert (expected[0] == BOS) == adds_bos
+    windows = evaluation_windows("wikitext2", tokenizer, seqlen=16, **options)
+    assert windows.tokens.flatten().tolist() == expected[: len(expected) // 16 * 16]
+    assert 'joined by "\\n\\n", special tokens as the tokenizer adds them' in windows.protocol
+
+    expected = tokenizer(" ".join(texts[:1100]))["input_ids"]
+    whole = evaluation_windows("c4", tokenizer, seqlen=64, **options)
+    assert whole.tokens.flatten().tolist() == expected[: len(expected) // 64 * 64]
+    assert 'the first 1100 documents joined by " "' in whole.protocol
+    capped = evaluation_windows("c4", tokenizer, seqlen=16, **options)
+    assert capped.tokens.flatten().tolist() == expected[: 256 * 16]
+    assert len(evaluation_windows("c4", tokenizer, seqlen=16, windows=3, protocol="gptq").tokens) == 3
+
+
+def test_all_of_a_hub_data_set_is_its_first_1100_documents(tmp_path, tokenizer, monkeypatch):
+    texts = [f"text {number}" for number in range(1300)]
+    path = write_json_lines(tmp_path / "c4.json.gz", [{"text": text} for text in texts])
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(path))
+    everything = evaluation_windows("c4", tokenizer, windows=None, seqlen=1)
+    assert decode(tokenizer, everything.tokens) == "\n\n".join(texts[:1100])
+    assert "the first 1100 documents" in everything.protocol
+    more = evaluation_windows("c4", tokenizer, windows=len(everything.tokens) + 100, seqlen=1)
+    assert decode(tokenizer, more.tokens).startswith("\n\n".join(texts[:1105]))
 
 
 class LocalFileSystem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import matgptq
 from matgptq import checkpoint as checkpoint_module
-from matgptq.checkpoint import CheckpointWriter, check_destination, open_checkpoint
+from matgptq.checkpoint import CheckpointWriter, check_destination, open_checkpoint, replace_scales
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, UnsupportedModelError
 from matgptq.format import FORMAT_VERSION, Settings, parse_settings, with_bits
 from matgptq.nested_linear import nested_layers
@@ -595,3 +596,75 @@ def test_the_record_says_how_it_was_made(make_checkpoint):
     layers = [layer["name"] for layer in report["layers"]]
     assert set(layers) == set(open_checkpoint(out).layers) == set(nested_layers(matgptq.load(out)))
     assert report["fallbacks"]["smaller group size"] == 2
+
+
+def new_scales(path: Path, bits: int = 2) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.full((layer.out_features, layer.in_features // layer.group_size), 0.5 + bits)
+        for name, layer in open_checkpoint(path).layers.items()
+    }
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 30_000])
+def test_replaced_scales(
+    exchange: bool, shard_bytes: int, make_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:  # a system that cannot swap two names in one step
+        monkeypatch.setattr("matgptq.checkpoint.ctypes.CDLL", lambda _: object())
+    path = tmp_path / "out"
+    matgptq.quantize(
+        make_checkpoint("llama")[0], path, dataset=token_ids(), group_size=GROUP_SIZE, shard_bytes=shard_bytes
+    )
+    (path / "allocations").mkdir()
+    (path / "allocations" / "small.json").write_text("{}")
+    links = shutil.copytree(path, tmp_path / "links", copy_function=os.link)
+    (tmp_path / "name").symlink_to("out")
+    before = everything_under(path)
+    scales = new_scales(path)
+    replace_scales(tmp_path / "name", 2, scales, {"steps": 3})
+
+    assert everything_under(links) == before  # whoever shares our files keeps the old ones
+    changed = {name for name, content in everything_under(path).items() if before[name] != content}
+    assert everything_under(path).keys() == before.keys()
+    assert {"config.json", "report.json"} <= changed
+    opened = open_checkpoint(path)
+    assert opened.settings.refinement == {"2": {"steps": 3}}
+    assert changed - {"config.json", "report.json"} <= {
+        opened.tensors[f"{layer}.scales_2"].file.name for layer in scales
+    }
+    model = matgptq.load(path, bits=2)
+    for name, layer in nested_layers(model).items():
+        assert torch.equal(layer.scales_2.float(), scales[name])
+    assert (tmp_path / "name").is_symlink()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["links", "name", "out"]
+
+
+def test_new_scales_in_a_sharded_checkpoint_are_in_the_index(make_checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    matgptq.quantize(make_checkpoint("llama")[0], path, method="rtn", group_size=32, shard_bytes=30_000)
+    replace_scales(path, 4, new_scales(path, 4), {})
+    opened = open_checkpoint(path)
+    assert opened.settings.scale_bits == (3, 4, 8)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(opened.tensors)
+    assert index["metadata"]["total_size"] == sum(info.bytes for info in opened.tensors.values())
+    for layer in opened.layers:
+        stored = [read_tensor(f"{layer}.scales_{bits}", opened.tensors[f"{layer}.scales_{bits}"]) for bits in (3, 8)]
+        assert torch.equal(*stored)
+
+
+@pytest.mark.parametrize("place", ["save_file", "_exchange", "os.replace", "_sync"])
+def test_scales_that_cannot_be_written_leave_the_old_ones(
+    place: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = everything_under(checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"matgptq.checkpoint.{place}", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            replace_scales(checkpoint, 2, new_scales(checkpoint), {})
+    assert everything_under(checkpoint) == before
+    assert [each.name for each in checkpoint.parent.iterdir()] == [checkpoint.name]

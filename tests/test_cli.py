@@ -94,6 +94,15 @@ def test_dry_run_checks_what_a_run_would(source: Path, checkpoint: Path, tmp_pat
     assert "--force" in refuse("quantize", source, "-o", checkpoint, "--dry-run")
 
 
+def test_rotation_and_sink_weight(make_checkpoint, text: Path, tmp_path: Path) -> None:
+    source, out = make_checkpoint("llama-tied")[0], tmp_path / "out"
+    options = [source, "-o", out, "--rotate", "--sink-weight", 8, "--group-size", 32, "--dataset", text]
+    assert "no longer one tensor" in succeed("quantize", *options, "--dry-run")
+    assert "logits" in succeed("quantize", *options, "--nsamples", 2, "--seqlen", 32)
+    recipe = open_checkpoint(out).settings.recipe
+    assert (recipe["rotate"], recipe["sink_weight"]) == (True, 8.0)
+
+
 @pytest.mark.parametrize("method", ["paper", "rtn"])
 def test_other_methods(method: str, source: Path, text: Path, tmp_path: Path) -> None:
     succeed("quantize", source, "-o", tmp_path / "out", "--method", method, "--group-size", 32, "--dataset", text,
@@ -167,6 +176,23 @@ def test_unknown_architecture_is_named(tmp_path: Path) -> None:
     assert "gpt2" in refuse("quantize", tmp_path / "gpt2", "-o", tmp_path / "out")
 
 
+def test_results_are_recorded_unless_unwanted(checkpoint: Path, text: Path) -> None:
+    options = ("--bits", 3, "--text", text, "--windows", "all", "--seqlen", 64, "--stride", 60)
+    succeed("eval", checkpoint, *options, "--no-record")
+    assert not (checkpoint / "evaluation.json").exists()
+    assert "64 tokens from the start of text.txt" in succeed("eval", checkpoint, *options)
+    recorded = json.loads((checkpoint / "evaluation.json").read_text())["texts"]
+    assert [row["bits"] for row in recorded[0]["results"]] == [3]
+    (checkpoint / "evaluation.json").write_text("damaged")
+    assert "not recorded" in succeed("eval", checkpoint, *options)  # and the table is shown
+
+
+def test_options_of_texts_and_tasks_do_not_mix(checkpoint: Path, text: Path) -> None:
+    assert "--limit means nothing to a text" in refuse("eval", checkpoint, "--limit", 3)
+    assert "--text means nothing to tasks" in refuse("eval", checkpoint, "--tasks", "piqa", "--text", text)
+    assert "--windows must be" in refuse("eval", checkpoint, "--windows", "some")
+
+
 def test_allocation_files(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "allocation.txt"
     file.write_text("model.layers.0.mlp.down_proj: 6\n")
@@ -175,7 +201,52 @@ def test_allocation_files(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     assert "model.layers.9" in refuse("eval", checkpoint, "--allocation", file, "--text", text)
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "info", "bench", "import-reference"])
+def test_search(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    small = ("--dataset", text, "--tokens", 256, "--seqlen", 16, "--generations", 1)
+    table, plot = tmp_path / "table.json", tmp_path / "pareto.png"
+    shown = succeed("search", checkpoint, "--sweep", "3:4:0.5", "--json", table, "--plot", plot, *small)
+    assert "3.5bpw" in shown
+    assert "stopped, 1 generations are done" in shown
+    assert [found["target"] for found in json.loads(table.read_text())["found"]] == [
+        "3 bits per weight", "3.5 bits per weight", "4 bits per weight"
+    ]  # fmt: skip
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    succeed(
+        "search", checkpoint, "--target-size", open_checkpoint(checkpoint).served_bytes(5), "--save", "five", *small
+    )
+    shown = succeed("info", checkpoint, "--json", table)
+    assert "five" in shown
+    assert list(json.loads(table.read_text())["allocations"]) == ["3.5bpw", "3bpw", "4bpw", "five"]
+    succeed("eval", checkpoint, "--allocation", "3.5bpw", "--text", text, "--windows", 1, "--seqlen", 32)
+    assert "the quick" in succeed(
+        "generate", checkpoint, "--allocation", "five", "--prompt", "the quick", "--max-new-tokens", 3
+    )
+    assert "has 3.5bpw, 3bpw, 4bpw, five" in refuse("generate", checkpoint, "--allocation", "six", "--prompt", "the")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ((), "one of --target-bits, --target-size and --sweep"),
+        (("--target-bits", "3", "--sweep", "3:4:1"), "one of --target-bits"),
+        (("--target-bits", "2.0"), "scales included"),
+        (("--target-bits", "lots"), "number"),
+        (("--target-size", "1KB"), "not quantized"),
+        (("--sweep", "3-4"), "FIRST:LAST:STEP"),
+        (("--target-bits", "3.5", "--widths", "a"), "--widths"),
+        (("--target-bits", "3.5", "--tokens", "10"), "too few"),
+        (("--target-bits", "3.5", "--dataset", "missing.txt"), "missing.txt"),
+    ],
+)
+def test_bad_searches(options: tuple[str, ...], reason: str, checkpoint: Path) -> None:
+    assert reason in refuse("search", checkpoint, *options)
+    assert not (checkpoint / "allocations").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["quantize", "refine", "eval", "generate", "search", "info", "bench", "import-reference", "card", "push"],
+)
 def test_help_has_examples(command: str) -> None:
     assert f"matgptq {command}" in succeed(command, "--help")
 

@@ -8,11 +8,13 @@ import math
 import pytest
 import torch
 from tiny_models import VOCAB
+from transformers import AutoModelForCausalLM
 
 import matgptq
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import AllocationError, CalibrationError, ConfigurationError, SourceError
 from matgptq.evaluation import Divergence
+from matgptq.source import load_tokenizer
 
 
 @pytest.mark.parametrize("positions", [1, 5, 255, 256, 257, 600])
@@ -96,6 +98,49 @@ def test_allocation(checkpoint, windows) -> None:
     assert len(matgptq.evaluate(checkpoint, allocation=mixed, text=windows).results) == 1
     with pytest.raises(AllocationError, match="nowhere"):
         matgptq.evaluate(checkpoint, allocation={"nowhere": 4}, text=windows)
+
+
+@pytest.mark.parametrize("stride", [None, 1, 7, 15])
+def test_windows_that_overlap_are_scored_at_their_end(checkpoint, source, tmp_path, stride) -> None:
+    """Each token after the first window counts once, with at least seqlen - stride tokens before it."""
+    text = "".join(chr(97 + n * n % 26) for n in range(60))
+    (tmp_path / "a.txt").write_text(text)
+    options = {"text": tmp_path / "a.txt", "seqlen": 16, "stride": stride, "windows": "all", "reference": source}
+    evaluation = matgptq.evaluate(checkpoint, (3,), **options)
+    ids = load_tokenizer(checkpoint)(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    model, full = matgptq.load(checkpoint, bits=3), AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    losses, kl = [], []
+    for number, start in enumerate(range(0, len(ids) - 15, stride or 16)):
+        window = ids[start : start + 16]
+        keep = 15 if stride is None or number == 0 else stride
+        with torch.no_grad():
+            p, q = (each(window[None]).logits[0, :-1].log_softmax(-1)[-keep:] for each in (full, model))
+        losses.append(-q.gather(1, window[-keep:, None]))
+        kl.append((p.exp() * (p - q)).sum(-1))
+    assert len(torch.cat(losses)) == (45 if stride is None else 15 + (len(losses) - 1) * stride)
+    (result,) = evaluation.results
+    assert result.perplexity == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-4)
+    assert result.kl == pytest.approx(float(torch.cat(kl).mean()), rel=1e-3)
+
+
+def test_texts_are_refused_before_a_model_is_loaded(checkpoint, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
+    for options, error in (
+        ({"text": tmp_path / "missing.txt"}, CalibrationError),
+        ({"stride": 4}, ConfigurationError),  # of text that the model writes
+        ({"protocol": "gptq"}, ConfigurationError),
+        ({"seqlen": 65}, ConfigurationError),
+    ):
+        with pytest.raises(error):
+            matgptq.evaluate(checkpoint, (8,), **options)
+
+
+def test_protocols_decide_how_many_windows(checkpoint, tmp_path) -> None:
+    """A figure that is to compare with a published one takes all of the text, also on a CPU."""
+    (tmp_path / "a.txt").write_text("x" * 100)
+    for options, count in (({}, 4), ({"windows": "all"}, 6), ({"protocol": "gptq"}, 6), ({"windows": 2}, 2)):
+        protocol = matgptq.evaluate(checkpoint, (8,), text=tmp_path / "a.txt", seqlen=16, **options).protocol
+        assert protocol.startswith(f"{count} windows of 16 tokens")
 
 
 def test_refusals(checkpoint, tmp_path, windows) -> None:

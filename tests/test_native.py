@@ -98,6 +98,7 @@ def test_every_code_at_every_width(isa: str, bits: int, resident: bool) -> None:
     # One-hot activations read single weights back through the product kernels, with and without rounding them.
     expected = slicing.dequantize(codes, scales, bits)
     assert torch.equal(native.matmul(torch.eye(64), weight, bits).T, expected)
+    assert torch.equal(torch.stack([native.matmul(row, weight, bits) for row in torch.eye(64)]).T, expected)
     assert torch.allclose(native.matmul(torch.eye(64), weight, bits, activations="int8").T, expected, rtol=1e-6)
 
 
@@ -119,6 +120,20 @@ def test_batches(batch: int, dtype: torch.dtype) -> None:
         else:
             exact = native.matmul(x.float(), weight, bits, bias)
             assert torch.equal(y, exact.to(torch.bfloat16))
+
+
+@needs_library
+@pytest.mark.parametrize(("in_features", "groups"), [(192, 6), (192, 3), (256, 2), (288, 3), (45, 1), (301, 1)])
+def test_one_row(isa: str, in_features: int, groups: int) -> None:
+    # Tiles of 16 rows are taken in pairs; every way to have one left over, and rows that are padding.
+    for out_features in (1, 16, 31, 33, 48, 79, 96):
+        codes, scales = make_weight(out_features, in_features, groups, out_features)
+        parent = native.pack_parent(codes, scales)
+        x = torch.randn(1, in_features)
+        for bits in slicing.WIDTHS:
+            w = slicing.dequantize(codes, scales, bits)
+            assert_product(native.matmul(x, parent, bits), x, w)
+            assert_product(native.matmul(x, native.pack_slice(codes, scales, bits)), x, w)
 
 
 @needs_library
@@ -189,6 +204,8 @@ def test_non_finite_activations_propagate(isa: str, activations: native.Activati
         expected = x @ slicing.dequantize(codes, scales, bits).T
         assert torch.isfinite(y[[0, 2]]).all()
         torch.testing.assert_close(y[1], expected[1], equal_nan=True)
+        alone = native.matmul(x[1], weight, bits, activations=activations)
+        torch.testing.assert_close(alone, expected[1], equal_nan=True)
 
 
 @needs_library
@@ -238,12 +255,13 @@ def test_weights_that_share_an_input(activations: native.Activations) -> None:
     assert arena.nbytes == sum((weight.nbytes + 63) // 64 * 64 for weight in weights)
     del arena
     gc.collect()
-    x = torch.randn(3, 256)
     biases = [None, torch.randn(17), None]
     widths = [2, 8, 5]
-    together = native.matmul_many(x, weights, widths, biases, activations=activations, num_threads=3)
-    for y, weight, bits, bias in zip(together, weights, widths, biases, strict=True):
-        assert torch.equal(y, native.matmul(x, weight, bits, bias, activations=activations, num_threads=1))
+    for batch in (1, 3):
+        x = torch.randn(batch, 256)
+        together = native.matmul_many(x, weights, widths, biases, activations=activations, num_threads=3)
+        for y, weight, bits, bias in zip(together, weights, widths, biases, strict=True):
+            assert torch.equal(y, native.matmul(x, weight, bits, bias, activations=activations, num_threads=1))
 
 
 @needs_library

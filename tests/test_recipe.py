@@ -23,14 +23,37 @@ def test_defaults_of_the_own_method():
         scale_min_shrink=0.45,
         compensation="per-width",
         column_order="hessian",
-        coordinate_passes=1,
+        coordinate_passes=2,
         refit=True,
         refit_bits=(2, 3, 4, 5, 6, 7, 8),
         refit_in_loop=True,
         damping=0.01,
-        sink_weight=64.0,
+        sink_weight=1.0,
+        saliency=1.0,
+        rotate=False,
+        tuned_bits=(),
         seed=0,
     )
+
+
+def test_qualities():
+    fast, balanced, best = (make_recipe(quality=quality) for quality in ("fast", "balanced", "best"))
+    assert balanced == make_recipe()
+    assert (fast.coordinate_passes, fast.saliency, fast.sink_weight) == (0, 0, 64)
+    assert best == dataclasses.replace(balanced, rotate=True, tuned_bits=best.tuned_bits)
+    assert {2, 3} <= set(best.tuned_bits)
+    # What is asked for beats what the quality chose.
+    assert make_recipe(quality="best", rotate=False, tuned_bits=[4]) == dataclasses.replace(balanced, tuned_bits=(4,))
+    json.dumps(best.to_dict())
+
+
+def test_qualities_are_checked():
+    with pytest.raises(ConfigurationError, match="fast, balanced, best, not 'good'"):
+        make_recipe(quality="good")
+    with pytest.raises(ConfigurationError, match="paper has only one"):
+        make_recipe("paper", quality="best")
+    with pytest.raises(ConfigurationError, match="tuned_bits"):
+        make_recipe(tuned_bits=(3, 2))
 
 
 def test_defaults_of_the_published_method():
@@ -39,6 +62,7 @@ def test_defaults_of_the_published_method():
     assert recipe.bit_weights == (1.0, 1.0, 1.0, 1.0)
     assert recipe.compensation == "mean"
     assert recipe.sink_weight == 1
+    assert recipe.saliency == 0
     _assert_plain(recipe)
 
 

@@ -93,16 +93,17 @@ def test_a_solve_cannot_ruin_the_sink(method, bits, measured, tmp_path) -> None:
     model.save_pretrained(tmp_path / "source")
     make_tokenizer().save_pretrained(tmp_path / "source")
     kl = {}
-    for weight in (1.0, 64.0):
-        out = tmp_path / f"weight-{weight:g}"
+    for weight, saliency in ((1.0, 0.0), (64.0, 0.0), (1.0, 1.0)):
+        out = tmp_path / f"weight-{weight:g}-{saliency:g}"
         options = {"method": method, "bits": bits, "group_size": 32, "dataset": token_ids(8, seqlen, seed=1)}
-        matgptq.quantize(tmp_path / "source", out, sink_weight=weight, **options)
+        matgptq.quantize(tmp_path / "source", out, sink_weight=weight, saliency=saliency, **options)
         with torch.no_grad():
             logits = matgptq.load(out, bits=measured)(text).logits
-        kl[weight] = (
+        kl[weight, saliency] = (
             torch.nn.functional.kl_div(
                 logits.log_softmax(-1), full.logits.log_softmax(-1), log_target=True, reduction="sum"
             ).item()
             / text.numel()
         )
-    assert kl[64] < 0.2 * kl[1]
+    assert kl[64, 0] < 0.2 * kl[1, 0]
+    assert kl[1, 1] < 0.5 * kl[1, 0]  # gradients find the sink by themselves

@@ -238,7 +238,7 @@ ABLATIONS = {
     "mean compensation": {"compensation": "mean", "coordinate_passes": 0},
     "column_order": {"column_order": "natural"},
     "no pass": {"coordinate_passes": 0},
-    "two passes": {"coordinate_passes": 2},
+    "one pass": {"coordinate_passes": 1},
     "refit": {"refit": False},
     "refit_in_loop": {"refit_in_loop": False},
     "damping": {"damping": 1.0},

@@ -165,15 +165,16 @@ void test_same_bits_in_both_forms(const std::vector<std::string>& sets) {
         for (const std::string& set : sets) {
             matgptq_set_isa(set.c_str());
             where = set + " bits " + std::to_string(bits);
-            for (int activations : {MATGPTQ_INT8, MATGPTQ_EXACT}) {
-                const auto a = multiply(parent, bits, x, 4, 256, 48, nullptr, activations, 1);
-                const auto b = multiply(packed, bits, x, 4, 256, 48, nullptr, activations, 2);
-                // Sums of exact activations may be taken in another order; int8 sums are integers.
-                bool same = true;
-                for (size_t i = 0; i < a.size(); ++i)
-                    same &= activations == MATGPTQ_INT8 ? a[i] == b[i] : std::abs(a[i] - b[i]) < 1e-4f;
-                check(same, "resident parent and packed slice agree");
-            }
+            for (int activations : {MATGPTQ_INT8, MATGPTQ_EXACT})
+                for (int64_t batch : {1, 4}) {
+                    const auto a = multiply(parent, bits, x, batch, 256, 48, nullptr, activations, 1);
+                    const auto b = multiply(packed, bits, x, batch, 256, 48, nullptr, activations, 2);
+                    // Sums of exact activations may be taken in another order; int8 sums are integers.
+                    bool same = true;
+                    for (size_t i = 0; i < a.size(); ++i)
+                        same &= activations == MATGPTQ_INT8 ? a[i] == b[i] : std::abs(a[i] - b[i]) < 1e-4f;
+                    check(same, "resident parent and packed slice agree");
+                }
         }
         check(matgptq_weight_bytes_read(packed, bits) < matgptq_weight_bytes_read(parent, bits) || bits == 8,
               "a packed slice reads less");
@@ -248,7 +249,37 @@ void test_activations(const std::vector<std::string>& sets) {
                         ok &= got == bad * w;
                 }
                 check(ok, "non-finite activations reach their row and no other");
+                // One row alone may take another path.
+                for (int bits = 2; bits <= 8; ++bits) {
+                    x.assign(128, 0.5f);
+                    x[70] = bad;
+                    const auto alone = multiply(weight, bits, x, 1, 128, 35, nullptr, activations, 1);
+                    ok = true;
+                    for (int64_t o = 0; o < 35; ++o) {
+                        const float w = data.weight(bits, o, 70), got = alone[static_cast<size_t>(o)];
+                        ok &= std::isnan(bad) || w == 0.0f ? std::isnan(got) : got == bad * w;
+                    }
+                    check(ok, "non-finite activations in a row alone");
+                }
             }
+        // Finite as long as the sums of x * (u_r - 2^(r-1)) are.
+        for (int bits = 2; bits <= 8; ++bits) {
+            std::vector<float> x(128, 0.0f);
+            x[3] = x[7] = x[11] = 8e37f / static_cast<float>(1 << (bits - 1));
+            x[15] = -x[3];
+            const auto y = multiply(weight, bits, x, 1, 128, 35, nullptr, MATGPTQ_EXACT, 1);
+            bool close = true;
+            for (int64_t o = 0; o < 35; ++o) {
+                double sum = 0, magnitude = 0;
+                for (int64_t i : {3, 7, 11, 15}) {
+                    const double term = static_cast<double>(x[static_cast<size_t>(i)]) * data.weight(bits, o, i);
+                    sum += term;
+                    magnitude += std::abs(term);
+                }
+                close &= std::abs(y[static_cast<size_t>(o)] - sum) <= 2e-6 * magnitude;
+            }
+            check(close, "large activations");
+        }
         // bfloat16 in and out, rows with gaps, and pointers of odd alignment.
         std::vector<unsigned char> x_bytes(5 * 131 * 2 + 1), y_bytes(5 * 37 * 2 + 1), wide(5 * 131 * 4 + 1),
             y_wide(5 * 37 * 4 + 1);
@@ -315,20 +346,22 @@ void test_shared_input(const std::vector<std::string>& sets) {
         matgptq_set_isa(set.c_str());
         where = set;
         for (int activations : {MATGPTQ_EXACT, MATGPTQ_INT8})
-            for (int threads : {0, 1, 2, 5}) {
-                std::vector<float> y[4];
-                matgptq_product products[4];
-                for (int i = 0; i < 4; ++i) {
-                    y[i].resize(static_cast<size_t>(3 * cases[i]->out));
-                    products[i] = {weights[i], bits[i], nullptr, y[i].data(), cases[i]->out};
+            for (int threads : {0, 1, 2, 5})
+                for (int64_t batch : {1, 3}) {
+                    std::vector<float> y[4];
+                    matgptq_product products[4];
+                    for (int i = 0; i < 4; ++i) {
+                        y[i].resize(static_cast<size_t>(batch * cases[i]->out));
+                        products[i] = {weights[i], bits[i], nullptr, y[i].data(), cases[i]->out};
+                    }
+                    check(!matgptq_matmul(x.data(), MATGPTQ_FLOAT32, 384, batch, 384, products, 4, MATGPTQ_FLOAT32,
+                                          activations, threads),
+                          "shared input status");
+                    for (int i = 0; i < 4; ++i)
+                        check(y[i] == multiply(weights[i], bits[i], x, batch, 384, cases[i]->out, nullptr, activations,
+                                               1),
+                              "products that share x equal products alone");
                 }
-                check(!matgptq_matmul(x.data(), MATGPTQ_FLOAT32, 384, 3, 384, products, 4, MATGPTQ_FLOAT32, activations,
-                                      threads),
-                      "shared input status");
-                for (int i = 0; i < 4; ++i)
-                    check(y[i] == multiply(weights[i], bits[i], x, 3, 384, cases[i]->out, nullptr, activations, 1),
-                          "products that share x equal products alone");
-            }
     }
     // Callers from several threads: one has the pool, the others work alone.
     const auto expected = multiply(weights[2], 5, x, 3, 384, 100, nullptr, MATGPTQ_EXACT, 1);

@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 from matgptq.registration import register_when_imported
 
 if TYPE_CHECKING:
+    from matgptq.allocation_search import search
     from matgptq.evaluation import evaluate
     from matgptq.exporting import export
     from matgptq.loading import load
+    from matgptq.model_card import write_card
+    from matgptq.publishing import push
     from matgptq.quantization import quantize
     from matgptq.reference_import import import_reference
+    from matgptq.refinement import refine
+    from matgptq.task_evaluation import evaluate_tasks
     from matgptq.transformers_integration import MatGPTQConfig
     from matgptq.verification import verify
 
@@ -23,20 +28,30 @@ __all__ = [
     "MatGPTQConfig",
     "__version__",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "import_reference",
     "load",
+    "push",
     "quantize",
+    "refine",
+    "search",
     "verify",
+    "write_card",
 ]
 
 _HOME = {
     "quantize": "matgptq.quantization",
     "load": "matgptq.loading",
     "evaluate": "matgptq.evaluation",
+    "evaluate_tasks": "matgptq.task_evaluation",
+    "write_card": "matgptq.model_card",
+    "push": "matgptq.publishing",
     "export": "matgptq.exporting",
     "verify": "matgptq.verification",
     "import_reference": "matgptq.reference_import",
+    "refine": "matgptq.refinement",
+    "search": "matgptq.allocation_search",
     "MatGPTQConfig": "matgptq.transformers_integration",
 }
 

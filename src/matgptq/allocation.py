@@ -1,9 +1,10 @@
-"""A width for every layer, as a file or a mapping."""
+"""A width for every layer, as a mapping, as a record of how it was found, and as a file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,53 @@ from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.slicing import check_bits
 
 
-def read_allocation(file: str | Path) -> dict[str, int]:
+@dataclass(frozen=True)
+class Allocation:
+    """An allocation that was searched for.
+
+    Attributes:
+        name: of its file.
+        checkpoint: ``Checkpoint.identity`` of the one that it was made for.
+        target: the budget, in words.
+        bits: average width of the codes.
+        bits_per_weight: with all scales that serving reads.
+        bytes: size of the whole model as served, exactly.
+        slack_bits: what is left of the budget.
+        fitness: how it scores on text that the search did not see; see ``matgptq.search``.
+        found: method, settings, seed and cost of the search; a record.
+        layers: ``{layer: width}``.
+    """
+
+    name: str
+    checkpoint: str
+    target: str
+    bits: float
+    bits_per_weight: float
+    bytes: int
+    slack_bits: int
+    fitness: Mapping[str, Any]
+    found: Mapping[str, Any]
+    layers: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def format_lines(widths: Mapping[str, int]) -> str:
+    """The text format of the published reference: one ``layer: bits`` a line."""
+    return "".join(f"{layer}: {bits}\n" for layer, bits in widths.items())
+
+
+def read_allocation(file: str | Path, checkpoint: str | None = None) -> dict[str, int]:
     """Read ``{layer: bits}`` from JSON (``{"layers": {...}}`` or the mapping itself) or from ``layer: bits`` lines.
 
+    Args:
+        file: of one of these forms.
+        checkpoint: identity of the checkpoint that it is to be used with; a file that names another one is refused.
+
     Raises:
-        AllocationError: the file cannot be read, or a line or a width is wrong; names it.
+        AllocationError: the file cannot be read, a line or a width is wrong, or it belongs to another checkpoint.
     """
     file = Path(file)
     try:
@@ -23,14 +66,7 @@ def read_allocation(file: str | Path) -> dict[str, int]:
     except (OSError, UnicodeDecodeError) as error:
         raise AllocationError(f"{file}: cannot be read: {error}") from error
     if text.lstrip().startswith("{"):
-        try:
-            # Objects become lists of pairs, so that a layer named twice is seen.
-            record = json.loads(text, object_pairs_hook=list)
-        except ValueError as error:
-            raise AllocationError(f"{file}: not valid JSON: {error}") from error
-        pairs: list[tuple[str, Any]] = next((value for key, value in record if key == "layers"), record)
-        if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-            raise AllocationError(f'{file}: "layers" must map layers to widths')
+        pairs = _json_pairs(text, file, checkpoint)
     else:
         pairs = []
         for number, line in enumerate(text.splitlines(), 1):
@@ -48,6 +84,27 @@ def read_allocation(file: str | Path) -> dict[str, int]:
             raise AllocationError(f"{file}: layer {layer} is named twice")
         widths[layer] = _width(layer, bits, str(file))
     return widths
+
+
+def _json_pairs(text: str, file: Path, checkpoint: str | None) -> list[tuple[str, Any]]:
+    try:
+        # Objects become lists of pairs, so that a layer named twice is seen.
+        record = json.loads(text, object_pairs_hook=list)
+    except ValueError as error:
+        raise AllocationError(f"{file}: not valid JSON: {error}") from error
+    pairs: list[tuple[str, Any]] = record
+    for key, value in record:
+        if key == "layers":
+            pairs = value
+            made_for = dict(record).get("checkpoint", checkpoint)
+            if checkpoint is not None and made_for != checkpoint:
+                raise AllocationError(
+                    f"{file}: was made for another checkpoint ({made_for}, this one is {checkpoint}); search again, or "
+                    "give its 'layer: bits' lines if it is meant to be used here"
+                )
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise AllocationError(f'{file}: "layers" must map layers to widths')
+    return pairs
 
 
 def complete_allocation(widths: Mapping[str, int], layers: Iterable[str], default_bits: int) -> dict[str, int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,11 +77,14 @@ class BlockInputs:
         arguments: keyword arguments of each block (masks, position embeddings); the same for all batches, which
             have one shape and no padding.
         weight: of each token in the Hessians.
+        token_weights: ``[n, seqlen]`` further weights for the groups of layers that share an input, by the full name
+            of the first layer; a group that is not there counts all tokens alike.
     """
 
     hidden: list[Tensor]
     arguments: list[dict[str, Any]]
     weight: float = 1.0
+    token_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -90,7 +94,13 @@ class BlockInputs:
 
 @torch.no_grad()
 def capture_inputs(
-    model: Any, blocks: Sequence[Block], windows: Tensor, *, batch: int = 1, weight: float = 1.0
+    model: Any,
+    blocks: Sequence[Block],
+    windows: Tensor,
+    *,
+    batch: int = 1,
+    weight: float = 1.0,
+    token_weights: Mapping[str, Tensor] | None = None,
 ) -> BlockInputs:
     """Record what enters the blocks without running them: each block hands its input on untouched.
 
@@ -100,6 +110,7 @@ def capture_inputs(
         windows: int64 ``[n, seqlen]`` token ids.
         batch: windows that are run together, divides n.
         weight: of each token in the Hessians.
+        token_weights: see ``BlockInputs``.
     """
     hidden: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
@@ -126,26 +137,52 @@ def capture_inputs(
     finally:
         for block in blocks:
             block.module.__dict__.pop("forward", None)
-    return BlockInputs(hidden, arguments, weight)
+    return BlockInputs(hidden, arguments, weight, token_weights or {})
 
 
-@torch.no_grad()
 def run_block(block: Block, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Output of one block for one batch of windows."""
+    """Output of one block for one batch of windows; differentiable."""
     output: Tensor | tuple[Tensor, ...] = block.module(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
 
 
-@contextmanager
-def _observe(layer: nn.Linear, total: Tensor, weight: float) -> Iterator[None]:
-    def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
-        accumulate_hessian(total, positional[0], weight)
+@torch.no_grad()
+def complete(model: Any, blocks: Sequence[Block], hidden: Tensor) -> Tensor:
+    """What the base model makes of the last block's output, ``[1, seqlen, hidden]``: the states that enter the head."""
 
-    handle = layer.register_forward_pre_hook(hook)
+    def skip(passed: Tensor, *_: Any, **__: Any) -> Tensor:
+        return passed
+
+    nothing = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=model.get_input_embeddings().weight.device)
     try:
-        yield
+        for block in blocks:
+            block.module.forward = skip
+        blocks[-1].module.forward = lambda *_, **__: hidden.to(nothing.device)
+        states: Tensor = model.base_model(input_ids=nothing, use_cache=False).last_hidden_state
     finally:
-        handle.remove()
+        for block in blocks:
+            block.module.__dict__.pop("forward", None)
+    return states
+
+
+def _accumulate(
+    block: Block, stream: BlockInputs, index: int, observed: Mapping[str, nn.Linear], totals: Mapping[str, Tensor],
+    tick: Callable[[], None],
+) -> None:  # fmt: skip
+    """Run a block over one stream and add what the observed layers see to their totals, all by full name."""
+    batch = slice(0, 0)  # windows that are being run; a layer may see them flattened
+
+    def show(name: str, _: nn.Module, positional: tuple[Tensor, ...]) -> None:
+        weights = stream.token_weights.get(name)
+        accumulate_hessian(totals[name], positional[0], stream.weight, None if weights is None else weights[batch])
+
+    with ExitStack() as stack:
+        for name, layer in observed.items():
+            stack.callback(layer.register_forward_pre_hook(partial(show, name)).remove)
+        for hidden in stream.hidden:
+            batch = slice(batch.stop, batch.stop + len(hidden))
+            run_block(block, hidden, stream.arguments[index])
+            tick()
 
 
 @torch.no_grad()
@@ -165,24 +202,22 @@ def collect_hessians(block: Block, inputs: Sequence[BlockInputs], index: int, ti
         UnsupportedModelError: an activation is not finite; names the layer that receives it.
     """
     # All layers of a group see the same input, one of them is enough.
-    observed = [group[0][1] for group in block.inputs]
-    totals = [torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device) for layer in observed]
+    observed = {f"{block.name}.{group[0][0]}": group[0][1] for group in block.inputs}
+    totals = {
+        name: torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+        for name, layer in observed.items()
+    }
     for stream in inputs:
-        with ExitStack() as stack:
-            for layer, total in zip(observed, totals, strict=True):
-                stack.enter_context(_observe(layer, total, stream.weight))
-            for hidden in stream.hidden:
-                run_block(block, hidden, stream.arguments[index])
-                tick()
+        _accumulate(block, stream, index, observed, totals, tick)
     weight = sum(stream.weight * stream.tokens for stream in inputs)
-    for group, total in zip(block.inputs, totals, strict=True):
+    for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
             raise UnsupportedModelError(
-                f"the inputs of {block.name}.{group[0][0]} are not finite during calibration; "
+                f"the inputs of {name} are not finite during calibration; "
                 "use a dtype with more range (--dtype bfloat16 or float32)"
             )
         total.mul_(2 / weight)
-    return totals
+    return [*totals.values()]
 
 
 @torch.no_grad()

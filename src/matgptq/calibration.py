@@ -10,19 +10,21 @@ was measured on them.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from matgptq.errors import CalibrationError
+from matgptq.errors import CalibrationError, ConfigurationError
 from matgptq.self_text import Progress, check_counts, generate_windows
 from matgptq.text_sources import Document, Reader, TextSource, open_source
 
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TokenRows = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
+
+# How a text becomes windows: ``plain`` adds no special tokens; ``gptq`` follows the code of the GPTQ papers.
+TextProtocol = Literal["plain", "gptq"]
 
 SELF = "self"
 # Evaluation on a model's own text must not see the text that it was calibrated on, which has the plain seed. The
@@ -50,10 +55,13 @@ class Windows:
     Attributes:
         tokens: token ids, ``torch.int64`` ``[windows, seqlen]``, on the CPU.
         protocol: one line for the reader of a result: window, source, order, joins, special tokens.
+        stride: windows overlap, and all but the first are scored on their last ``stride`` tokens only; ``None``: no
+            overlap.
     """
 
     tokens: Tensor
     protocol: str
+    stride: int | None = None
 
 
 def load_windows(
@@ -106,7 +114,7 @@ def load_windows(
     joins = "joined by EOS" if tokenizer.eos_token_id is not None else "joined without a separator"
     return Windows(
         tokens,
-        f"{len(tokens)} windows of {seqlen} tokens from {source.name}: documents shuffled with seed {seed}, the "
+        f"{len(tokens)} windows of {seqlen} tokens from {source.title}: documents shuffled with seed {seed}, the "
         f"tokenizer's special tokens, {joins}, packed without padding",
     )
 
@@ -117,49 +125,100 @@ def evaluation_windows(
     *,
     windows: int | None,
     seqlen: int,
+    stride: int | None = None,
+    protocol: TextProtocol = "plain",
     seed: int = 0,
     model: nn.Module | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Windows:
-    """Windows for evaluation: the text from its start, in windows that do not overlap, no special tokens added.
+    """Windows for evaluation: the text from its start, tokenized as one string, the remainder left out.
 
-    The text is a ``.txt`` file exactly as it is; for ``wikitext2`` the rows of the test split joined by two newlines,
-    as in the GPTQ papers; otherwise the documents in file order joined by two newlines. It is tokenized as one
-    string with ``add_special_tokens=False`` and cut every ``seqlen`` tokens; the remainder is left out. Data sets of
-    the hub give their test or validation split where they have one. ``self`` generates other text than
-    ``load_windows`` does with the same seed.
+    The text is a ``.txt`` file exactly as it is; for ``wikitext2`` the rows of the test split joined by two newlines;
+    otherwise the documents in file order joined by two newlines. Data sets of the hub give their test or validation
+    split where they have one, and of their documents the first 1100 if all windows are asked for. ``self`` generates
+    other text than ``load_windows`` does with the same seed.
+
+    With the protocol ``plain`` no special tokens are added; on ``wikitext2`` and ``c4`` this is how EvoPress
+    (arXiv 2410.14649) measures, and MatGPTQ with it. ``gptq`` is the code of the GPTQ papers (arXiv 2210.17323, its
+    ``c4-new``): the tokenizer adds its special tokens, a BOS before the whole text for most models, and the first
+    1100 documents of C4 are joined by blanks, of which the first 256 windows count.
 
     Args:
         dataset, tokenizer, model, cache_dir, progress: as for ``load_windows``.
         windows: number of windows, or ``None`` for all that the text fills (not with ``self``).
         seqlen: tokens in a window.
+        stride: tokens from the start of a window to the start of the next, ``None`` for windows that do not overlap.
+        protocol: ``plain`` or ``gptq``.
         seed: of ``self`` only.
 
     Raises:
         CalibrationError: the text cannot be read, is malformed or too short, or the ids do not fit the model.
-        ConfigurationError: ``windows`` or ``seqlen`` is not positive.
+        ConfigurationError: ``windows`` or ``seqlen`` is not positive, ``stride`` is not from 1 to ``seqlen``, an
+            unknown protocol, or an option that has no meaning for ``self`` or for token ids.
     """
     check_counts(windows, seqlen)
+    check_cut(dataset, seqlen, stride, protocol)
+    if stride == seqlen:
+        stride = None
     if not isinstance(dataset, (str, Path)):
         return _given_windows(dataset, tokenizer, windows, seqlen, model)
     if dataset == SELF:
         return _self_windows(tokenizer, windows, seqlen, seed + _SELF_EVALUATION_SEED, model, cache_dir, progress)
 
     source = open_source(dataset, split="test")
-    if source.whole_text is not None:
-        text_is, ids = source.whole_text_is, _tokenize_text(tokenizer, source.whole_text())
-    else:
-        needed = math.inf if windows is None else windows * seqlen
-        text_is, ids = 'documents in file order joined by "\\n\\n"', _tokenize_joined(tokenizer, source, needed)
-    tokens, available = pack_windows([ids], nsamples=windows, seqlen=seqlen, progress=progress)
-    _check_enough(source.name, tokens, available, windows, seqlen)
+    text_is, ids = _evaluation_tokens(source, tokenizer, protocol, windows, seqlen, stride or seqlen)
+    tokens, available = pack_windows([ids], nsamples=windows, seqlen=seqlen, stride=stride, progress=progress)
+    _check_enough(source.name, tokens, available, windows, seqlen, stride)
     _check_vocabulary(tokens, source.name, tokenizer, model)
+    added = "no special tokens added" if protocol == "plain" else "special tokens as the tokenizer adds them"
+    overlap = (
+        "no overlap"
+        if stride is None
+        else f"a window every {stride} tokens, of which all but the first are scored on their last {stride} tokens"
+    )
     return Windows(
         tokens,
-        f"{len(tokens)} windows of {seqlen} tokens from the start of {source.name}: {text_is}, no special tokens "
-        f"added, no overlap",
+        f"{len(tokens)} windows of {seqlen} tokens from the start of {source.title}: {text_is}, {added}, {overlap}",
+        stride,
     )
+
+
+def check_cut(dataset: str | Path | TokenRows, seqlen: int, stride: int | None, protocol: TextProtocol) -> None:
+    """Refuse options of ``evaluation_windows`` that contradict each other; raises ``ConfigurationError``."""
+    if protocol not in get_args(TextProtocol):
+        raise ConfigurationError(f"protocol must be {' or '.join(get_args(TextProtocol))}, not {protocol!r}")
+    if stride is not None and not 1 <= stride <= seqlen:
+        raise ConfigurationError(f"stride must be from 1 to the {seqlen} tokens of a window, not {stride}")
+    is_text = isinstance(dataset, (str, Path)) and dataset != SELF
+    if not is_text and (stride is not None or protocol != "plain"):
+        raise ConfigurationError("stride and protocol are ways to cut a text; 'self' and token ids are cut already")
+
+
+def _evaluation_tokens(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: TextProtocol,
+    windows: int | None,
+    seqlen: int,
+    stride: int,
+) -> tuple[str, list[int]]:
+    """What the text is, in words, and its tokens: all of them, or at least as many as the windows need."""
+    special = protocol == "gptq"
+    if source.whole_text is not None:
+        return source.whole_text_is, _tokenize_text(tokenizer, source.whole_text(), special)
+    count = source.evaluation_documents
+    first = "documents" if count is None else f"the first {count} documents"
+    if special:
+        texts = [_document_text(tokenizer, each) for each in islice(source.documents(), count)]
+        ids = _tokenize_text(tokenizer, source.gptq_separator.join(texts), special)
+        if source.gptq_windows is not None:
+            ids = ids[: source.gptq_windows * seqlen]
+        return f"{first} joined by {json.dumps(source.gptq_separator)}", ids
+    if windows is None:
+        return f'{first} joined by "\\n\\n"', _tokenize_joined(tokenizer, islice(source.documents(), count), math.inf)
+    needed = seqlen + (windows - 1) * stride
+    return 'documents in file order joined by "\\n\\n"', _tokenize_joined(tokenizer, source.documents(), needed)
 
 
 def first_tokens(windows: Tensor, count: int, bos: int | None, seed: int) -> Tensor:
@@ -185,16 +244,22 @@ def first_tokens(windows: Tensor, count: int, bos: int | None, seed: int) -> Ten
 
 
 def pack_windows(
-    documents: Iterable[Sequence[int]], *, nsamples: int | None, seqlen: int, progress: Progress | None = None
+    documents: Iterable[Sequence[int]],
+    *,
+    nsamples: int | None,
+    seqlen: int,
+    stride: int | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, int]:
-    """Concatenate token sequences and cut the result every ``seqlen`` tokens.
+    """Concatenate token sequences and cut windows of ``seqlen`` tokens from the result, one every ``stride`` tokens.
 
-    No more of ``documents`` is consumed than ``nsamples`` windows need.
+    No more of ``documents`` is consumed than ``nsamples`` windows need. Without a stride windows do not overlap.
 
     Returns:
         The windows, ``torch.int64`` ``[at most nsamples, seqlen]``, and the number of tokens consumed.
     """
-    wanted = None if nsamples is None else nsamples * seqlen
+    stride = seqlen if stride is None else stride
+    wanted = None if nsamples is None else seqlen + (nsamples - 1) * stride
     stream: list[int] = []
     for ids in documents:
         stream.extend(ids)
@@ -203,23 +268,25 @@ def pack_windows(
                 progress(min(len(stream), wanted), wanted)
             if len(stream) >= wanted:
                 break
-    count = len(stream) // seqlen
-    if nsamples is not None:
-        count = min(count, nsamples)
-    tokens = torch.tensor(stream[: count * seqlen], dtype=torch.int64)
-    return tokens.reshape(count, seqlen), len(stream)
+    if len(stream) < seqlen:
+        return torch.empty(0, seqlen, dtype=torch.int64), len(stream)
+    tokens = torch.tensor(stream[:wanted], dtype=torch.int64).unfold(0, seqlen, stride).contiguous()
+    return tokens, len(stream)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_enough(name: str, tokens: Tensor, available: int, windows: int | None, seqlen: int) -> None:
+def _check_enough(
+    name: str, tokens: Tensor, available: int, windows: int | None, seqlen: int, stride: int | None = None
+) -> None:
     wanted = 1 if windows is None else windows
     if len(tokens) >= wanted:
         return
+    needed = seqlen + (wanted - 1) * (stride or seqlen)
     fit = f"take at most {len(tokens)} windows, or " if len(tokens) else ""
     raise CalibrationError(
-        f"{name}: too little text: {available} tokens, but {wanted} windows of {seqlen} need {wanted * seqlen}; "
+        f"{name}: too little text: {available} tokens, but {wanted} windows of {seqlen} need {needed}; "
         f"{fit}make the windows shorter, or give a longer text"
     )
 
@@ -288,9 +355,9 @@ def _document_text(tokenizer: PreTrainedTokenizerBase, document: Document) -> st
         raise CalibrationError(f"{document.where}: the chat template rejects these messages: {error}") from error
 
 
-def _tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
     # verbose=False: being longer than the model's context is no fault of a text that is cut into windows.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
 
 
@@ -305,11 +372,11 @@ def _tokenize_document(tokenizer: PreTrainedTokenizerBase, document: Document) -
     return ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
 
 
-def _tokenize_joined(tokenizer: PreTrainedTokenizerBase, source: TextSource, needed: float) -> list[int]:
+def _tokenize_joined(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], needed: float) -> list[int]:
     """Tokens of the documents joined by two newlines: all of them, or enough that the first ``needed`` are final."""
     texts: list[str] = []
     characters, enough = 0, needed * _CHARACTERS_PER_TOKEN
-    for document in source.documents():
+    for document in documents:
         texts.append(_document_text(tokenizer, document))
         characters += len(texts[-1])
         if characters >= enough:

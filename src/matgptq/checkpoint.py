@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import functools
+import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,10 +36,10 @@ from matgptq.format import (
     parse_settings,
     scales_name,
 )
-from matgptq.nested_weight import NestedWeight
+from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.size import layer_bits
-from matgptq.slicing import WIDTHS
-from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_headers, read_json
+from matgptq.slicing import MIN_BITS, WIDTHS
+from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_headers, read_json, read_tensor
 
 REPORT_NAME = "report.json"
 EXPORT_NAME = "matgptq_export.json"  # in the directory of an export: what it is
@@ -72,7 +77,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         try:
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            staging = self._beside("partial")
+            staging = _beside(self.destination, "partial")
             staging.mkdir()  # not mkdtemp, which makes directories private: the user's umask decides
             self._staging = staging
         except OSError as error:
@@ -90,9 +95,6 @@ class CheckpointWriter:
         elif self._replaced is not None and os.path.lexists(self._replaced):
             _remove(self._replaced)
         self._replaced = None
-
-    def _beside(self, role: str) -> Path:
-        return self.destination.with_name(f".{self.destination.name}.{role}-{secrets.token_hex(4)}")
 
     @property
     def staging(self) -> Path:
@@ -121,9 +123,8 @@ class CheckpointWriter:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON side file."""
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         with disk_errors(self.destination):
-            (self.staging / name).write_text(text, encoding="utf-8")
+            _write_json(self.staging / name, value)
 
     def copy_file(self, name: str, file: Path) -> None:
         """Copy a side file to a place relative to the checkpoint."""
@@ -141,7 +142,7 @@ class CheckpointWriter:
                 _sync(file)
             _sync(self.staging)
             if os.path.lexists(self.destination):
-                self._replaced = self._beside("replaced")
+                self._replaced = _beside(self.destination, "replaced")
                 os.rename(self.destination, self._replaced)
             os.rename(self.staging, self.destination)
             self._staging = None
@@ -173,6 +174,10 @@ class CheckpointWriter:
         (self.staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def _beside(destination: Path, role: str) -> Path:
+    return destination.with_name(f".{destination.name}.{role}-{secrets.token_hex(4)}")
+
+
 def check_destination(destination: Path, *, force: bool) -> None:
     """Refuse a destination that stands, unless ``force`` may replace it; see ``CheckpointWriter``."""
     if not os.path.lexists(destination):  # a dangling link is in the way, too
@@ -193,6 +198,24 @@ def is_checkpoint(directory: Path) -> bool:
         return False
     record = config.get("quantization_config")
     return isinstance(record, dict) and record.get("quant_method") in (QUANT_METHOD, SLICE_METHOD)
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Write a file of a checkpoint that stands: the new content at once or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
+    try:
+        try:
+            partial.write_text(text, encoding="utf-8")
+            _sync(partial)
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be written: {error}") from error
 
 
 def _remove(path: Path) -> None:
@@ -274,6 +297,27 @@ class Checkpoint:
         own = {f"{layer}.{name}" for layer in self.layers for name in names}
         return sum(info.bytes for name, info in self.tensors.items() if name not in own)
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """16 hexadecimal digits that another quantization of the same model does not share.
+
+        A hash of names, shapes and the first row of the codes and of every set of scales of each layer: a few
+        megabytes to read at most. How the tensors are spread over files makes no difference, nor the default width.
+        """
+        own = sorted(
+            f"{layer}.{name}" for layer in self.layers for name in (CODES, *map(scales_name, self.settings.scale_bits))
+        )
+        digest = hashlib.sha256()
+        with ExitStack() as stack:
+            files = {info.file for info in map(self.tensors.__getitem__, own)}
+            handles = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
+            for name in own:
+                info = self.tensors[name]
+                row = handles[info.file].get_slice(name)[:1].contiguous().view(torch.uint8)
+                digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+                digest.update(row.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def widths(self, bits: int | Mapping[str, int]) -> dict[str, int]:
         """Width of each layer for a uniform width or an allocation (which must name every layer).
 
@@ -350,3 +394,108 @@ def open_checkpoint(path: str | Path, *, slices: bool = False) -> Checkpoint:
     if unknown:
         raise CheckpointError(f"{path}: config.json names layer {unknown[0]}, which has no codes")
     return Checkpoint(path, config, settings, tensors, layers)
+
+
+def replace_scales(path: str | Path, bits: int, scales: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Give one width of a checkpoint new scales. At every moment the directory holds either the old or the new ones.
+
+    Only the files that hold scales of that width are written again, beside the checkpoint; the others are linked. A
+    width without scales of its own gets them, and the next smaller width, if it read the same ones as this, gets
+    copies of those, so that no other width changes.
+
+    Args:
+        path: the checkpoint.
+        bits: the width.
+        scales: ``{layer: [out, groups]}`` storable, of every layer.
+        record: of how they came about, for ``refinement`` in ``config.json`` and ``report.json``.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or cannot be written; it is then as it was.
+    """
+    directory = Path(path).resolve()  # a link to a checkpoint goes on pointing to it
+    checkpoint = open_checkpoint(directory)
+    new = {f"{layer}.{scales_name(bits)}": scales[layer].detach().cpu() for layer in checkpoint.layers}
+    own = checkpoint.settings.scale_bits
+    below = bits - 1
+    if bits not in own and below >= MIN_BITS and below not in own:
+        shared = scales_name(scale_source(own)[bits])
+        for layer in checkpoint.layers:
+            name = f"{layer}.{shared}"
+            new[f"{layer}.{scales_name(below)}"] = read_tensor(name, checkpoint.tensors[name])
+        own = (*own, below)
+    settings = dataclasses.replace(
+        checkpoint.settings,
+        scale_bits=tuple(sorted({*own, bits})),
+        refinement={**checkpoint.settings.refinement, str(bits): dict(record)},
+    )
+    staging = _beside(directory, "partial")
+    try:
+        with disk_errors(directory):
+            shutil.copytree(directory, staging, copy_function=_link_or_copy, symlinks=True)
+            _write_tensors(staging, checkpoint, new)
+            _write_json(staging / "config.json", {**checkpoint.config, "quantization_config": settings.to_dict()})
+            if (directory / REPORT_NAME).is_file():
+                report = read_json(directory / REPORT_NAME)
+                _write_json(staging / REPORT_NAME, {**report, "refinement": dict(settings.refinement)})
+            for file in (*staging.iterdir(), staging):
+                _sync(file)
+            _exchange(staging, directory)
+            _sync(directory.parent)
+    except SourceError as error:
+        raise CheckpointError(str(error)) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _write_tensors(staging: Path, checkpoint: Checkpoint, new: Mapping[str, Tensor]) -> None:
+    """Put tensors into the shards of a linked copy: where one of that name was, or else beside its layer's codes."""
+    by_file: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in new.items():
+        place = name if name in checkpoint.tensors else f"{name.rpartition('.')[0]}.{CODES}"
+        by_file.setdefault(checkpoint.tensors[place].file.name, {})[name] = tensor.to(torch.float16).contiguous()
+    for file, tensors in by_file.items():
+        kept = {name: info for name, info in checkpoint.tensors.items() if info.file.name == file}
+        together = {name: read_tensor(name, info) for name, info in kept.items()}
+        # Beside and then in its place: what lies there is the very file of the old checkpoint.
+        save_file({**together, **tensors}, staging / f"{file}.new", metadata={"format": "pt"})
+        os.replace(staging / f"{file}.new", staging / file)
+    if (staging / INDEX_NAME).is_file():
+        index = read_json(staging / INDEX_NAME)
+        added = {name: file for file, tensors in by_file.items() for name in tensors if name not in checkpoint.tensors}
+        index["weight_map"] = dict(sorted({**index["weight_map"], **added}.items()))
+        size = sum(info.bytes for info in checkpoint.tensors.values())
+        index["metadata"] = {
+            **index.get("metadata", {}),
+            "total_size": size + sum(new[name].numel() * 2 for name in added),
+        }
+        _write_json(staging / INDEX_NAME, index)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Replace a file that may be a hard link; the other name keeps the old content."""
+    beside = file.with_name(f"{file.name}.new")
+    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, file)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two directories, in one step where the system can."""
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if renameat2 and renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0:
+        return
+    aside = _beside(second, "replaced")
+    os.rename(second, aside)
+    try:
+        os.rename(first, second)
+    except BaseException:
+        os.rename(aside, second)
+        raise
+    os.rename(aside, first)

@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from matgptq.commands import bench, evaluate, export, generate, import_reference, info, quantize, verify
+from matgptq.commands import (
+    bench,
+    evaluate,
+    export,
+    generate,
+    import_reference,
+    info,
+    publish,
+    quantize,
+    refine,
+    search,
+    verify,
+)
 from matgptq.commands.options import err_console
 from matgptq.errors import MatGPTQError
 
@@ -20,10 +32,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=quantize.EPILOG)(quantize.quantize)
+app.command(epilog=refine.EPILOG)(refine.refine)
 app.command(name="eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=info.EPILOG)(info.info)
+app.command(epilog=publish.CARD_EPILOG)(publish.card)
+app.command(epilog=publish.PUSH_EPILOG)(publish.push)
 app.command(epilog=bench.EPILOG)(bench.bench)
+app.command(epilog=search.EPILOG)(search.search)
 app.command(epilog=export.EPILOG)(export.export)
 app.command(epilog=verify.EPILOG)(verify.verify)
 app.command(name="import-reference", epilog=import_reference.EPILOG)(import_reference.import_reference)

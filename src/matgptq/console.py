@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -21,24 +22,32 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from matgptq import kernels, native
+from matgptq import figures, kernels, native
+from matgptq.allocation_search import Search
 from matgptq.checkpoint import Checkpoint
 from matgptq.evaluation import Evaluation
+from matgptq.figures import megabytes
 from matgptq.nested_weight import scale_source
 from matgptq.plan import Plan
+from matgptq.refinement import Refinement
 from matgptq.report import LayerReport, Report
 from matgptq.slicing import WIDTHS
 from matgptq.speed import Speed
+from matgptq.task_evaluation import TaskEvaluation
 from matgptq.verification import Verification
-
-MEGABYTE = 1_000_000
 
 
 class ProgressBars:
-    """Draws stages on standard error; on anything but a terminal each stage is one line."""
+    """Draws stages on standard error; on anything but a terminal each stage is one line.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: to draw on.
+        live: draw bars if it is a terminal. Off while something else draws bars of its own.
+    """
+
+    def __init__(self, console: Console, *, live: bool = True) -> None:
         self._console = console
+        self._live = live and console.is_terminal
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -48,7 +57,7 @@ class ProgressBars:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._live,
         )
         self._task: TaskID | None = None
 
@@ -66,7 +75,7 @@ class ProgressBars:
     def start(self, stage: str, total: int) -> None:
         """Begin a stage."""
         self._finish()
-        if not self._console.is_terminal:
+        if not self._live:
             self._console.print(f"{stage} ...")
         self._task = self._bars.add_task(stage, total=total)
 
@@ -84,11 +93,6 @@ class ProgressBars:
             task = self._bars.tasks[self._task]
             self._bars.update(self._task, completed=task.total)
             self._task = None
-
-
-def megabytes(count: int) -> str:
-    """A size as people read it."""
-    return f"{count / MEGABYTE:,.1f} MB"
 
 
 def plan_table(plan: Plan, stored_bytes: int) -> Table:
@@ -195,13 +199,83 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             f"{result.bits:g}",
             f"{result.bits_per_weight:.3f}",
             megabytes(result.bytes),
-            _perplexity(result.perplexity),
-            "-" if result.kl is None else f"{result.kl:.4f}",
-            "-" if result.top1 is None else f"{result.top1:.1%}",
+            figures.perplexity(result.perplexity),
+            figures.divergence(result.kl),
+            figures.share(result.top1),
         )
     if evaluation.reference_perplexity is not None:
         table.add_section()
-        table.add_row("full", "", "", _perplexity(evaluation.reference_perplexity), "0", "100%")
+        table.add_row("full", "", "", figures.perplexity(evaluation.reference_perplexity), "0", "100%")
+    return table
+
+
+def task_table(evaluation: TaskEvaluation) -> Table:
+    """Scores of the tasks asked for: one row for each metric, one column for each width."""
+    caption = f"{evaluation.protocol}; value ± standard error"
+    table = Table(title="tasks by width", caption=caption, caption_justify="left")
+    for column in ("task", "shots", "metric"):
+        table.add_column(column)
+    columns = [(f"{result.bits:g} bits", result.scores) for result in evaluation.results]
+    if evaluation.reference_scores is not None:
+        columns.append(("full", evaluation.reference_scores))
+    for label, _ in columns:
+        table.add_column(label, justify="right")
+    for task in evaluation.shown:
+        name, shots = task, str(columns[0][1][task][next(iter(columns[0][1][task]))].shots)
+        for metric in columns[0][1][task]:
+            cells = (scores[task][metric] for _, scores in columns)
+            table.add_row(name, shots, metric, *(figures.score(cell.value, cell.stderr) for cell in cells))
+            name = shots = ""
+    return table
+
+
+def refinement_table(results: Sequence[Refinement]) -> Table:
+    """What tuning the scales brought."""
+    table = Table(title="scales tuned", caption="KL to the full model on held-out text", caption_justify="left")
+    for column in ("bits", "KL before", "KL after", "steps", "sec"):
+        table.add_column(column, justify="right")
+    for result in results:
+        after = f"{result.kl_after:.4f}" if result.kl_after < result.kl_before else "not better, left as it was"
+        table.add_row(str(result.bits), f"{result.kl_before:.4f}", after, str(result.steps), f"{result.seconds:.0f}")
+    return table
+
+
+def search_table(search: Search) -> Table:
+    """What a search found, beside uniform widths."""
+    measure = "KL" if search.fitness == "kl" else "perplexity"
+    caption = f"{measure} on text that the search did not see. {search.protocol}"
+    table = Table(title="allocations", caption=caption, caption_justify="left")
+    for column in ("name", "bits", "bits per weight", "size", "left", measure):
+        table.add_column(column, justify="left" if column == "name" else "right")
+    for results in (search.found, search.uniform):
+        for result in results:
+            table.add_row(
+                result.name,
+                f"{result.bits:.3f}",
+                f"{result.bits_per_weight:.3f}",
+                megabytes(result.bytes),
+                f"{result.slack_bits / 8:,.0f} B" if result.target else "",
+                f"{result.loss:.4f}" if search.fitness == "kl" else figures.perplexity(math.exp(min(result.loss, 700))),
+            )
+        table.add_section()
+    return table
+
+
+def allocations_table(records: Mapping[str, Mapping[str, Any]], identity: str) -> Table:
+    """Allocations that lie with a checkpoint."""
+    table = Table(title="allocations")
+    for column in ("name", "bits", "bits per weight", "size", "fitness", "method"):
+        table.add_column(column, justify="left" if column in ("name", "method") else "right")
+    for name, record in records.items():
+        fitness, foreign = record["fitness"], record["checkpoint"] != identity
+        table.add_row(
+            f"{name} (of another checkpoint)" if foreign else name,
+            f"{record['bits']:.3f}",
+            f"{record['bits_per_weight']:.3f}",
+            megabytes(record["bytes"]),
+            f"{fitness['measure']} {fitness['value']:.4f}",
+            record["found"]["method"],
+        )
     return table
 
 
@@ -223,10 +297,6 @@ def verification_table(verification: Verification) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-
-
-def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
 def recipe_lines(settings: Mapping[str, object]) -> str:

@@ -39,3 +39,11 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, stored: str | 
     if name not in _DTYPES:
         raise ConfigurationError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
     return _DTYPES[name]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are faster than float32 ones there."""
+    if device.type == "cpu":
+        # Without matrix tiles a CPU emulates them.
+        return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -31,3 +31,7 @@ class ExportError(MatGPTQError, ValueError):
 
 class AllocationError(MatGPTQError, ValueError):
     """A width, or an allocation of widths to layers, that the checkpoint cannot serve."""
+
+
+class UploadError(MatGPTQError, OSError):
+    """The Hugging Face Hub refuses an upload, or cannot be reached."""

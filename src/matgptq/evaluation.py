@@ -6,21 +6,22 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from matgptq.allocation import complete_allocation, read_allocation
-from matgptq.calibration import SELF, Windows, evaluation_windows
+from matgptq.allocation_store import find_allocation
+from matgptq.calibration import SELF, TextProtocol, Windows, check_cut, evaluation_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import ConfigurationError, SourceError
 from matgptq.kernels import Activations
-from matgptq.loading import load
+from matgptq.loading import load, load_config
 from matgptq.progress import Progress, Silent
 from matgptq.slicing import check_widths
 from matgptq.source import load_tokenizer, open_source
+from matgptq.text_sources import open_source as open_text
 
 DEFAULT_WIDTHS = (2, 3, 4, 6, 8)
 DEFAULT_SEQLEN = 2048
@@ -63,12 +64,14 @@ class Evaluation:
         protocol: how the text became windows.
         reference: the full-precision model compared with, if any.
         reference_perplexity: its perplexity on the same windows.
+        settings: of the quantized model: what else changes its figures.
     """
 
     results: list[Result]
     protocol: str
     reference: str | None = None
     reference_perplexity: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,8 +116,10 @@ def evaluate(
     *,
     allocation: Mapping[str, int] | str | Path | None = None,
     text: str | Path | Tensor = SELF,
-    windows: int | None = None,
+    windows: int | Literal["all"] | None = None,
     seqlen: int | None = None,
+    stride: int | None = None,
+    protocol: TextProtocol = "plain",
     reference: str | Path | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -128,12 +133,15 @@ def evaluate(
     Args:
         path: checkpoint directory.
         bits: widths, 2..8; default 2,3,4,6,8 (of a slice, what it holds), or none if an allocation is given.
-        allocation: ``{layer: bits}`` or a file with one, measured after the widths; layers that it does not name
-            get the checkpoint's default width.
+        allocation: ``{layer: bits}``, the name of a stored allocation or a file, measured after the widths; layers
+            that it does not name get the checkpoint's default width.
         text: a text file, a hub data set, ``self`` (written by the reference model, or else by the parent), or int64
             token ids ``[n, seqlen]``.
-        windows: how many; default all of the text, 4 on a CPU.
+        windows: how many, or ``all``; default all of the text, on a CPU 4 if the protocol is ``plain``.
         seqlen: tokens per window; default 2048 or the model's context.
+        stride: tokens from one window to the next, for windows that overlap: all but the first are then scored on
+            their last ``stride`` tokens. Default: no overlap.
+        protocol: ``plain`` or ``gptq``; see ``matgptq.calibration.evaluation_windows``.
         reference: the full-precision model; default the one that the checkpoint was made from, if it is still there.
         device, dtype: of both models.
         activations, head_bits: of the quantized model; see ``matgptq.load``.
@@ -145,17 +153,10 @@ def evaluate(
     """
     progress = progress or Silent()
     checkpoint = open_checkpoint(path, slices=True)
-    candidates: list[int | dict[str, int]]
-    if bits is not None:
-        candidates = [*check_widths(bits)]
-    elif allocation is not None:
-        candidates = []
-    else:
-        candidates = [*(checkpoint.widths_held if checkpoint.settings.is_slice else DEFAULT_WIDTHS)]
-    if allocation is not None:
-        named = read_allocation(allocation) if isinstance(allocation, str | Path) else allocation
-        candidates.append(complete_allocation(named, checkpoint.layers, checkpoint.settings.bits))
+    candidates = choose_candidates(checkpoint, bits, allocation)
     run_device = resolve_device(device)
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    chosen = _settle_text(text, windows, seqlen, stride, protocol, config, run_device, progress)
     progress.start("load the models", 1)
     model = load(
         path,
@@ -166,45 +167,84 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     full, reference_name = _load_reference(checkpoint, reference, run_device, dtype, trust_remote_code, progress)
-    tokens = _windows(path, text, windows, seqlen, model, full, progress)
+    progress.start("evaluation text", 1)
+    tokens = chosen.read(path, full if full is not None else model)
 
     sums = [Divergence() for _ in candidates]
     full_sum = Divergence()
     progress.start("evaluate", len(tokens.tokens) * (len(candidates) + (full is not None)))
     with torch.inference_mode():
-        for window in tokens.tokens.to(run_device):
-            targets = window[1:]
+        for number, window in enumerate(tokens.tokens.to(run_device)):
+            scored = tokens.stride if tokens.stride is not None and number else len(window) - 1
+            targets = window[-scored:]
             reference_logits = None
             if full is not None:
-                reference_logits = _logits(full, window)
+                reference_logits = _logits(full, window, scored)
                 full_sum.add(reference_logits, targets, None)
                 progress.advance()
             for candidate, divergence in zip(candidates, sums, strict=True):
                 model.set_bits(candidate)
-                divergence.add(_logits(model, window), targets, reference_logits)
+                divergence.add(_logits(model, window, scored), targets, reference_logits)
                 progress.advance()
     results = [
         _result(checkpoint, candidate, divergence, full is not None)
         for candidate, divergence in zip(candidates, sums, strict=True)
     ]
     return Evaluation(
-        results, tokens.protocol, reference_name, full_sum.perplexity if reference_name is not None else None
+        results,
+        tokens.protocol,
+        reference_name,
+        full_sum.perplexity if reference_name is not None else None,
+        served_settings(model, activations, head_bits),
     )
 
 
-def _logits(model: Any, window: Tensor) -> Tensor:
-    """``[seqlen - 1, vocabulary]`` logits that predict tokens 1.. of the window."""
-    logits: Tensor = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, :-1]
+def served_settings(model: Any, activations: Activations, head_bits: int | None) -> dict[str, Any]:
+    """What else than the width changes the figures of a quantized model."""
+    return {"dtype": str(model.dtype).removeprefix("torch."), "activations": activations, "head_bits": head_bits}
+
+
+def choose_candidates(
+    checkpoint: Checkpoint, bits: Iterable[int] | None, allocation: Mapping[str, int] | str | Path | None
+) -> list[int | dict[str, int]]:
+    """What to measure, in order: widths, then the allocation completed by the checkpoint's default width.
+
+    Raises:
+        AllocationError: the allocation names a layer that the checkpoint does not have.
+        ConfigurationError: a width outside 2..8.
+    """
+    candidates: list[int | dict[str, int]]
+    if bits is not None:
+        candidates = [*check_widths(bits)]
+    elif allocation is not None:
+        candidates = []
+    else:
+        candidates = [*(checkpoint.widths_held if checkpoint.settings.is_slice else DEFAULT_WIDTHS)]
+    if allocation is not None:
+        candidates.append(find_allocation(checkpoint, allocation))
+    return candidates
+
+
+def average_bits(checkpoint: Checkpoint, candidate: int | Mapping[str, int]) -> float:
+    """Width of the codes, for an allocation the average over the weights; an int if it is the same everywhere."""
+    if isinstance(candidate, int):
+        return candidate
+    widths = checkpoint.widths(candidate)
+    code_bits = sum(layer.out_features * layer.in_features * widths[name] for name, layer in checkpoint.layers.items())
+    return code_bits / checkpoint.quantized_weights
+
+
+def _logits(model: Any, window: Tensor, scored: int) -> Tensor:
+    """``[scored, vocabulary]`` logits that predict the last ``scored`` tokens of the window."""
+    logits: Tensor = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, -scored - 1 : -1]
     return logits
 
 
 def _result(
     checkpoint: Checkpoint, candidate: int | Mapping[str, int], divergence: Divergence, compared: bool
 ) -> Result:
-    widths = checkpoint.widths(candidate)
-    code_bits = sum(layer.out_features * layer.in_features * widths[name] for name, layer in checkpoint.layers.items())
     return Result(
-        bits=candidate if isinstance(candidate, int) else code_bits / checkpoint.quantized_weights,
+        bits=average_bits(checkpoint, candidate),
         bits_per_weight=checkpoint.bits_per_weight(candidate),
         bytes=checkpoint.served_bytes(candidate),
         perplexity=divergence.perplexity,
@@ -237,29 +277,56 @@ def _load_reference(
         return None, None
 
 
-def _windows(
-    path: str | Path,
-    text: str | Path | Tensor,
-    windows: int | None,
+@dataclass(frozen=True)
+class _Text:
+    """What to measure on, every default settled."""
+
+    dataset: str | Path | Tensor
+    windows: int | None
+    seqlen: int
+    stride: int | None
+    protocol: TextProtocol
+
+    def read(self, path: str | Path, model: Any) -> Windows:
+        """The windows; ``model`` writes the text if it is ``self``."""
+        tokenizer = None if isinstance(self.dataset, Tensor) else load_tokenizer(path)
+        return evaluation_windows(
+            self.dataset,
+            tokenizer,
+            windows=self.windows,
+            seqlen=self.seqlen,
+            stride=self.stride,
+            protocol=self.protocol,
+            model=model,
+        )
+
+
+def _settle_text(
+    dataset: str | Path | Tensor,
+    windows: int | Literal["all"] | None,
     seqlen: int | None,
-    model: Any,
-    full: Any,
+    stride: int | None,
+    protocol: TextProtocol,
+    config: Any,
+    device: torch.device,
     progress: Progress,
-) -> Windows:
-    if isinstance(text, Tensor):
-        return evaluation_windows(text, None, windows=windows, seqlen=seqlen or text.shape[1], model=model)
-    on_cpu = model.device.type == "cpu"
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if seqlen is None:
-        wanted = CPU_SELF_SEQLEN if on_cpu and str(text) == SELF else DEFAULT_SEQLEN
-        seqlen = min(wanted, longest or wanted)
-    elif longest is not None and seqlen > longest:
-        raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
-    if windows is None and (on_cpu or str(text) == SELF):
-        windows = CPU_WINDOWS
-        progress.note(f"{windows} windows of {seqlen} tokens (--windows, --seqlen)")
-    progress.start("evaluation text", 1)
-    tokenizer = load_tokenizer(path)
-    return evaluation_windows(
-        text, tokenizer, windows=windows, seqlen=seqlen, model=full if full is not None else model
-    )
+) -> _Text:
+    """Fill in the defaults and refuse what can be refused before a model is loaded."""
+    count = None if windows == "all" else windows
+    if isinstance(dataset, Tensor):
+        seqlen = seqlen or dataset.shape[-1]
+    else:
+        on_cpu = device.type == "cpu"
+        longest = getattr(config, "max_position_embeddings", None)
+        if seqlen is None:
+            wanted = CPU_SELF_SEQLEN if on_cpu and str(dataset) == SELF else DEFAULT_SEQLEN
+            seqlen = min(wanted, longest or wanted)
+        elif longest is not None and seqlen > longest:
+            raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
+        if windows is None and (str(dataset) == SELF or (on_cpu and protocol == "plain")):
+            count = CPU_WINDOWS
+            progress.note(f"{count} windows of {seqlen} tokens (--windows, --seqlen)")
+        if str(dataset) != SELF:
+            open_text(dataset, split="test")
+    check_cut(dataset, seqlen, stride, protocol)
+    return _Text(dataset, count, seqlen, stride, protocol)

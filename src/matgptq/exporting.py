@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from matgptq.allocation import complete_allocation, read_allocation
+from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import (
     DEFAULT_SHARD_BYTES,
     EXPORT_NAME,
@@ -22,6 +22,7 @@ from matgptq.checkpoint import (
 )
 from matgptq.devices import resolve_dtype
 from matgptq.errors import ConfigurationError
+from matgptq.evaluation_record import RECORD_NAME
 from matgptq.exports.compressed_tensors import CompressedTensors
 from matgptq.exports.dense import Dense
 from matgptq.exports.gguf_file import GGUF
@@ -39,6 +40,7 @@ FORMATS: dict[str, Callable[[Target], Export]] = {
     "matgptq-slice": MatGPTQSlice,
     "dense": Dense,
 }
+_ABOUT_THE_PARENT = (REPORT_NAME, RECORD_NAME)
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def export(
         format: ``compressed-tensors``, ``gptq``, ``gguf``, ``matgptq-slice`` or ``dense``; ``docs/export.md`` says who
             loads which.
         bits: width of all layers.
-        allocation: ``{layer: bits}``, or a file with one; layers that it does not name get ``bits``, or else the
-            checkpoint's default width.
+        allocation: ``{layer: bits}``, the name of a stored allocation, or a file; layers that it does not name get
+            ``bits``, or else the checkpoint's default width.
         dtype: of dense weights; ``auto`` is the model's own. float32 is exact, the others round once.
         force: replace a checkpoint or an export that stands at ``output``.
         shard_bytes: largest safetensors file.
@@ -123,7 +125,7 @@ def export(
     with CheckpointWriter(destination, force=force, shard_bytes=shard_bytes) as writer:
         exporter.write(writer, progress.advance)
         for name, file in side_files(checkpoint.path).items():
-            if name not in (REPORT_NAME, EXPORT_NAME):
+            if name not in _ABOUT_THE_PARENT:
                 writer.copy_file(name, file)
         writer.write_json(
             EXPORT_NAME,
@@ -137,11 +139,11 @@ def export(
 def _widths(
     checkpoint: Checkpoint, bits: int | None, allocation: Mapping[str, int] | str | Path | None
 ) -> dict[str, int]:
-    if bits is None and allocation is None:
+    if allocation is not None:
+        return find_allocation(checkpoint, allocation, bits)
+    if bits is None:
         raise ConfigurationError("say what to export: --bits, or --allocation")
-    default = checkpoint.settings.bits if bits is None else check_bits(bits)
-    named = read_allocation(allocation) if isinstance(allocation, str | Path) else allocation or {}
-    return complete_allocation(named, checkpoint.layers, default)
+    return dict.fromkeys(checkpoint.layers, check_bits(bits))
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:

@@ -44,6 +44,7 @@ class Settings:
         recipe: how the checkpoint was made; a record, read by nothing.
         calibration: with what text; a record.
         source: the full-precision model it was made from; ``eval`` compares with it unless told otherwise.
+        refinement: ``{width: how its scales were tuned afterwards}``; a record.
         layer_bits: of a slice, which holds one width of each layer: the layers whose width is not ``bits``. None for
             a parent, which holds them all. A slice has neither ``target_bits`` nor ``scale_bits``.
     """
@@ -57,6 +58,7 @@ class Settings:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
+    refinement: Mapping[str, Any] = field(default_factory=dict)
     layer_bits: Mapping[str, int] | None = None
 
     @property
@@ -100,6 +102,7 @@ class Settings:
             "recipe": dict(self.recipe),
             "calibration": dict(self.calibration),
             "source": self.source,
+            "refinement": dict(self.refinement),
         }
 
 
@@ -138,6 +141,7 @@ def parse_settings(record: Mapping[str, Any], where: str) -> Settings:
             recipe=_mapping(record, "recipe"),
             calibration=_mapping(record, "calibration"),
             source=_text(record, "source"),
+            refinement=_mapping(record, "refinement"),
             layer_bits={str(layer): check_bits(bits) for layer, bits in _mapping(record, "layer_bits").items()}
             if is_slice
             else None,

@@ -11,17 +11,19 @@ from torch import Tensor
 DAMPING_STEPS = 4
 
 
-def accumulate_hessian(total: Tensor, inputs: Tensor, weight: float = 1.0) -> None:
-    """Add ``weight * X^T X`` to ``total`` in place.
+def accumulate_hessian(total: Tensor, inputs: Tensor, weight: float = 1.0, row_weights: Tensor | None = None) -> None:
+    """Add ``weight * X^T diag(row_weights) X`` to ``total`` in place.
 
     Args:
         total: float32 or float64 ``[in, in]`` running sum.
         inputs: ``[..., in]`` activations of any float dtype; products are formed in ``total``'s dtype, because a
             sum of tens of thousands of bfloat16 products would lose the small eigenvalues.
-        weight: of these rows.
+        weight: of all these rows.
+        row_weights: one more weight for each row; None for ones.
     """
     rows = inputs.reshape(-1, inputs.shape[-1]).to(total.dtype)
-    total.addmm_(rows.T, rows, alpha=weight)
+    weighted = rows if row_weights is None else rows * row_weights.reshape(-1, 1).to(total)
+    total.addmm_(weighted.T, rows, alpha=weight)
 
 
 @dataclass(frozen=True)

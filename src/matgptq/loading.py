@@ -10,6 +10,7 @@ import torch
 
 from matgptq import native
 from matgptq.allocation import complete_allocation, read_allocation
+from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
@@ -39,7 +40,8 @@ def load(
         path: a checkpoint directory, or the hub id of one; or a slice that was exported from one, which serves no
             other width.
         bits: width of all layers, 2..8; default: the one that ``config.json`` names.
-        allocation: ``{layer: bits}``, or a file with one; layers that it does not name get ``bits``.
+        allocation: ``{layer: bits}``, the name of an allocation that lies with the checkpoint (``matgptq.search``), or
+            a file; layers that it does not name get ``bits``.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: of activations and of everything that is not quantized; ``auto`` is float32 on the CPU and the
             checkpoint's own on a GPU.
@@ -60,28 +62,25 @@ def load(
         CheckpointError: damaged or foreign files.
         AllocationError: unknown layers or widths, or a width that a slice does not hold.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     import matgptq.transformers_integration  # noqa: F401 - registers the format
 
     for width in (bits, head_bits):
         if width is not None:
             check_bits(width)
-    if isinstance(allocation, str | Path):
-        allocation = read_allocation(allocation)
     local = Path(path).expanduser()
     if local.exists():
         checkpoint = open_checkpoint(local, slices=True)  # names what is wrong before transformers gets to see it
         if allocation is not None:
-            complete_allocation(allocation, checkpoint.layers, checkpoint.settings.bits)
+            allocation = find_allocation(checkpoint, allocation, bits)
         path = local
+    elif isinstance(allocation, str | Path):
+        allocation = read_allocation(allocation)
     if activations not in get_args(Activations):
         raise ConfigurationError(f"activations must be exact or int8, not {activations!r}")
     target = resolve_device(device)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: transformers cannot read its config: {error}") from error
+    config = load_config(path, trust_remote_code=trust_remote_code)
     record = getattr(config, "quantization_config", None)
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: has no quantization_config, so it is not a matgptq checkpoint")
@@ -104,6 +103,16 @@ def load(
         if head_bits is not None:
             pack_head(model, head_bits, activations)
     return model
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint as transformers reads it; raises ``SourceError`` when it cannot."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: transformers cannot read its config: {error}") from error
 
 
 def _check_held(path: str | Path, settings: Settings, bits: int | None, allocation: Mapping[str, int]) -> None:

@@ -138,16 +138,17 @@ class NestedLinear(nn.Module):
         scales = {own: getattr(self, scales_name(own)) for own in self.scale_bits}
         if self._packed is None:
             return NestedWeight(self.codes, scales)
-        if not self._recoverable(self._packed):
+        if not self.is_complete:
             raise ConfigurationError("only one slice is in memory; load with resident=True to get at the parent")
         spread = scales[PARENT_BITS].float().repeat_interleave(self.group_size, 1)
         # Exact: a weight is a product of 8 by 8 significant bits.
         levels = native.dequantize_rows(self._packed, self._packed.widths[-1]).div_(spread).round_()
         return NestedWeight((levels + ZERO_POINT).to(torch.uint8), scales)
 
-    def _recoverable(self, packed: native.Weight) -> bool:
-        """Whether the packed form holds all that the files hold."""
-        return packed.resident
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that the files hold is still in memory."""
+        return self._packed is None or self._packed.resident
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[out_features, in_features]`` weights at the width in use."""
@@ -237,7 +238,9 @@ class SlicedLinear(NestedLinear):
         """Pack the slice for the native kernels; there are no other planes that could stay resident."""
         super().pack(arena, resident=False)
 
-    def _recoverable(self, packed: native.Weight) -> bool:
+    @property
+    def is_complete(self) -> bool:
+        """Always: a slice is all that the files hold."""
         return True
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:

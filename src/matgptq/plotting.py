@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matgptq.allocation_search import Search
 from matgptq.errors import ConfigurationError
 from matgptq.evaluation import Result
+from matgptq.slicing import MIN_BITS, PARENT_BITS, WIDTHS
 
 MEGABYTE = 1_000_000
 
@@ -23,18 +26,11 @@ def plot_widths(results: Sequence[Result], file: str | Path, title: str) -> None
     Raises:
         ConfigurationError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigurationError('plots need matplotlib: pip install "matgptq[plot]"') from None
     ordered = sorted(results, key=lambda result: result.bits_per_weight)
     bits = [result.bits_per_weight for result in ordered]
     compared = all(result.kl is not None for result in ordered)
     quality = [result.kl if compared else result.perplexity for result in ordered]
-    # An object of our own, not pyplot: no global state and no display.
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(8, 4.8)
     axes: Any = figure.add_subplot()
     axes.plot(bits, quality, "o-", color="tab:blue", label="KL" if compared else "perplexity")
     axes.set_yscale("log")
@@ -49,6 +45,67 @@ def plot_widths(results: Sequence[Result], file: str | Path, title: str) -> None
     sizes.set_ylim(bottom=0)
     sizes.set_ylabel("size of the model as served, MB", color="tab:orange")
     axes.set_title(title)
+    _save(figure, file)
+
+
+def plot_search(search: Search, file: str | Path, title: str) -> None:
+    """Loss against size of all allocations beside uniform widths, and a map of the chosen widths.
+
+    Args:
+        search: of one budget or many.
+        file, title: as for ``plot_widths``; it raises the same errors.
+    """
+    kinds = list(dict.fromkeys(kind for _, kind in search.groups))
+    found = sorted(search.found, key=lambda each: each.bytes)
+    figure = _figure(14, max(5.0, 1.2 * len(kinds)))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.2))
+    axes = left.add_subplot()
+    for results, style, label in ((found, "o-", "width per layer"), (search.uniform, "s--", "uniform width")):
+        ordered = sorted(results, key=lambda each: each.bytes)
+        axes.plot([each.bytes / MEGABYTE for each in ordered], [each.loss for each in ordered], style, label=label)
+    for each in search.uniform:
+        axes.annotate(each.name, (each.bytes / MEGABYTE, each.loss), textcoords="offset points", xytext=(6, 6))
+    axes.set_yscale("log")
+    axes.margins(x=0.1)
+    axes.set_xlabel("size of the model as served, MB")
+    measure = "KL to the full model" if search.fitness == "kl" else "negative log-likelihood"
+    axes.set_ylabel(f"{measure}, nats per token")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    axes.set_title(title)
+
+    blocks = 1 + max(block for block, _ in search.groups)
+    place = {group: index for index, group in enumerate(search.groups)}
+    maps = right.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, kind in zip(maps, kinds, strict=True):
+        widths = [
+            [each.widths[place[block, kind]] if (block, kind) in place else math.nan for block in range(blocks)]
+            for each in found
+        ]
+        image = axes.imshow(
+            widths, aspect="auto", origin="lower", vmin=MIN_BITS, vmax=PARENT_BITS, cmap="viridis", interpolation="none"
+        )
+        axes.set_title(kind, fontsize="small", loc="left", pad=2)
+        axes.set_yticks(range(len(found)), [f"{each.bits_per_weight:.2f}" for each in found], fontsize=6)
+    maps[-1].set_xlabel("block")
+    right.supylabel("bits per weight, scales included", fontsize="small")
+    right.colorbar(image, ax=list(maps), label="width", ticks=list(WIDTHS))
+    _save(figure, file)
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure of our own, not pyplot's: no global state and no display."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigurationError('plots need matplotlib: pip install "matgptq[plot]"') from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, file: str | Path) -> None:
     try:
         figure.savefig(file, dpi=140, format=None if Path(file).suffix else "png")
     except (OSError, ValueError) as error:

@@ -17,6 +17,8 @@ from matgptq.slicing import PARENT_BITS, WIDTHS, check_widths
 
 Method = Literal["matgptq", "paper", "gptq", "rtn"]
 METHODS: tuple[str, ...] = get_args(Method)
+Quality = Literal["fast", "balanced", "best"]
+QUALITIES: tuple[str, ...] = get_args(Quality)
 Grid = Literal["absmax", "minmax"]
 Compensation = Literal["per-width", "mean", "none"]
 ColumnOrder = Literal["hessian", "natural"]
@@ -55,8 +57,16 @@ class Recipe:
         sink_weight: how often a sequence's first position counts in the Hessians, every other position counting
             once; 1 for no difference. Models make an attention sink of it, with activations far larger than all
             others; every later token reads it, and it is one of thousands to the Hessian. More than 1 adds one-token
-            sequences to the calibration windows (``matgptq.calibration.first_tokens``).
-        seed: of the calibration windows and first tokens.
+            sequences to the calibration windows (``matgptq.calibration.first_tokens``). Where ``saliency`` weighs
+            tokens, it finds them by itself.
+        saliency: exponent of the weight that a token gets in a layer's Hessian: the norm of the gradient that the
+            model's predictions have in the layer's output there, to this power. 0 counts all tokens alike, 2 is the
+            Fisher information (``matgptq.saliency``). Costs one backward pass over the calibration windows.
+        tuned_bits: widths whose scales are tuned end to end once the checkpoint stands (``matgptq.refine``).
+        tuning_steps: steps of that tuning for each width.
+        rotate: spread outliers over all channels by rotating the weights before anything else, with the model left
+            the same function (``matgptq.rotated_model``).
+        seed: of the calibration windows, the first tokens and the rotation.
     """
 
     method: Method
@@ -75,6 +85,10 @@ class Recipe:
     refit_in_loop: bool = True
     damping: float = 0.01
     sink_weight: float = 64.0
+    saliency: float = 0.0
+    tuned_bits: tuple[int, ...] = ()
+    tuning_steps: int = 64
+    rotate: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,7 +117,13 @@ class Recipe:
             not self.refit_bits or (self.refit and self.refit_bits == check_widths(self.refit_bits)),
             "refit_bits must ascend without repeats, and needs refit",
         )
+        _require(
+            not self.tuned_bits or self.tuned_bits == check_widths(self.tuned_bits),
+            "tuned_bits must ascend without repeats",
+        )
+        _require(self.tuning_steps >= 1, "tuning_steps must be at least 1")
         _require(math.isfinite(self.damping) and self.damping >= 0, f"damping must be >= 0, not {self.damping}")
+        _require(0 <= self.saliency <= 2, f"saliency must lie in [0, 2], not {self.saliency}")
         _require(
             math.isfinite(self.sink_weight) and self.sink_weight >= 1,
             f"sink_weight must be at least 1 (first positions count like any other), not {self.sink_weight}",
@@ -132,6 +152,7 @@ class Recipe:
         record["target_bits"] = list(self.target_bits)
         record["bit_weights"] = list(self.bit_weights)
         record["refit_bits"] = list(self.refit_bits)
+        record["tuned_bits"] = list(self.tuned_bits)
         return record
 
 
@@ -172,13 +193,25 @@ _METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+# Gradients weigh first positions like all others, layer by layer; a fixed weight on top makes every width worse.
+_BALANCED: Mapping[str, Any] = {"coordinate_passes": 2, "saliency": 1.0, "sink_weight": 1.0}
+
+# How much time the method matgptq takes for quality; what each costs and brings is measured in the README.
+_QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"coordinate_passes": 0},
+    "balanced": _BALANCED,
+    "best": {**_BALANCED, "rotate": True, "tuned_bits": (2, 3, 4, 6, 8)},
+}
+
 DEFAULT_TARGET_BITS = (2, 3, 4, 8)
+DEFAULT_QUALITY: Quality = "balanced"
 
 
 def make_recipe(
     method: str = "matgptq",
     bits: Iterable[int] | None = None,
     bit_weights: Mapping[int, float] | Iterable[float] | None = None,
+    quality: str | None = None,
     **options: Any,
 ) -> Recipe:
     """The recipe of a method, with options of one's own.
@@ -190,13 +223,18 @@ def make_recipe(
             rounds to the parent's grid whatever widths are named, so its only target is 8.
         bit_weights: lambda_r as ``{width: weight}`` or in the order of ``bits`` as given. Default 2^r for
             ``matgptq``, equal for the others.
-        options: any other field of ``Recipe``.
+        quality: ``fast``, ``balanced`` (the default) or ``best``: ingredients of ``matgptq``; other methods have none.
+        options: any other field of ``Recipe``; each beats what the quality chose.
 
     Raises:
         ConfigurationError: a value out of range or a combination that makes no sense.
     """
     if method not in METHODS:
         raise ConfigurationError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if quality is not None and method != "matgptq":
+        raise ConfigurationError(f"quality is a choice of method matgptq; {method} has only one")
+    if quality is not None and quality not in QUALITIES:
+        raise ConfigurationError(f"quality must be one of {', '.join(QUALITIES)}, not {quality!r}")
     unknown = sorted(set(options) - {field.name for field in dataclasses.fields(Recipe)})
     if unknown:
         raise ConfigurationError(f"unknown recipe option {', '.join(unknown)}")
@@ -212,7 +250,9 @@ def make_recipe(
             f"the parent's {PARENT_BITS} bits must be among the target widths, add {PARENT_BITS} to {given}; "
             "a model of one width alone is method gptq"
         )
-    values: dict[str, Any] = {**_METHOD_DEFAULTS[method], **options}
+    chosen = _QUALITY_DEFAULTS[quality or DEFAULT_QUALITY] if method == "matgptq" else {}
+    values: dict[str, Any] = {**_METHOD_DEFAULTS[method], **chosen, **options}
+    values["tuned_bits"] = tuple(values.get("tuned_bits", ()))
     values["refit_bits"] = tuple(values.get("refit_bits", ())) if values.get("refit", True) else ()
     return Recipe(
         method=method,  # type: ignore[arg-type]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matgptq.refinement import Refinement
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Report:
         calibration: what text, how much of it.
         layers: in the order of the model.
         seconds: wall time by stage.
+        refinement: what tuning did to the scales of each width, by ``str(width)``.
     """
 
     output: str
@@ -51,6 +55,7 @@ class Report:
     calibration: Mapping[str, Any]
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    refinement: dict[str, Refinement] = field(default_factory=dict)
 
     @property
     def fallbacks(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken"]
 _CHAT_TEMPLATES = "additional_chat_templates"  # where transformers keeps templates beyond the first
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 # Weights in any format; every other file of the directory goes along with the checkpoint.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt"}
 
@@ -198,6 +200,16 @@ def load_tokenizer(directory: str | Path, *, gguf_file: str | None = None, trust
         return AutoTokenizer.from_pretrained(directory, **options)
     except Exception as error:  # transformers raises nearly anything here, depending on what file is absent
         raise SourceError(f"{directory}: no tokenizer can be loaded from it ({error})") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only be meant for the hub: ``owner/name``, and nothing here is called so."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()
+
+
+def public_name(name: str) -> str:
+    """What a model may be called outside of this machine: its hub id, or the last part of its path."""
+    return name if is_hub_id(name) else Path(name).name
 
 
 def open_source(model: str | Path, *, trust_remote_code: bool = False) -> ModelSource:

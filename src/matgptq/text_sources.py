@@ -28,6 +28,10 @@ from matgptq.errors import CalibrationError
 Split = Literal["train", "test"]
 Messages = list[dict[str, Any]]
 
+# How many documents of a data set of the hub evaluation takes where it is asked for all of its text. The GPTQ papers
+# and EvoPress (which MatGPTQ measures with) take so many of C4's validation split.
+EVALUATION_DOCUMENTS = 1100
+
 FILE_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 DATASET_NAMES = ("wikitext2", "c4", "fineweb-edu")
 END_OF_TEXT = "<|endoftext|>"
@@ -84,16 +88,24 @@ class TextSource:
 
     Attributes:
         name: what the user asked for, with the file that it stands for.
+        title: how records call it: a local file without its directory, which is nobody else's business.
         parts: readers of disjoint parts in file order. One part for a local file; a remote parquet file has one
             for each row group, so that those which are not needed are never downloaded.
         whole_text: the exact text for evaluation where it is not simply the documents joined, or ``None``.
         whole_text_is: what ``whole_text`` is, in words.
+        evaluation_documents: how many of the documents are all of the text for evaluation; ``None``: every one.
+        gptq_separator: what the code of the GPTQ papers puts between the documents of this source.
+        gptq_windows: how many windows of it that code takes at most.
     """
 
     name: str
+    title: str
     parts: Sequence[Reader]
     whole_text: Callable[[], str] | None = None
     whole_text_is: str = ""
+    evaluation_documents: int | None = None
+    gptq_separator: str = "\n\n"
+    gptq_windows: int | None = None
 
     def documents(self) -> Iterator[Document]:
         """All documents in file order."""
@@ -130,13 +142,13 @@ def open_source(dataset: str | Path, *, split: Split) -> TextSource:
 
 
 def _open_file(path: Path) -> TextSource:
-    name, lower = str(path), path.name.lower()
+    name, title, lower = str(path), path.name, path.name.lower()
     if lower.endswith(".txt"):
-        return TextSource(name, [lambda: _read_txt(path)], lambda: _decode_file(path), "the file as one string")
+        return TextSource(name, title, [lambda: _read_txt(path)], lambda: _decode_file(path), "the file as one string")
     if lower.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
-        return TextSource(name, [lambda: _read_json_lines(path)])
+        return TextSource(name, title, [lambda: _read_json_lines(path)])
     if lower.endswith(".parquet"):
-        return TextSource(name, [lambda: _read_parquet(path)])
+        return TextSource(name, title, [lambda: _read_parquet(path)])
     raise CalibrationError(f"{name}: unknown extension; matgptq reads {', '.join(FILE_SUFFIXES)}")
 
 
@@ -291,15 +303,25 @@ def _download(name: str, repository: str, filename: str) -> Path:
 def _open_known(name: str, split: Split) -> TextSource:
     if name == "wikitext2":
         path = _download(name, "Salesforce/wikitext", _WIKITEXT_FILES[split])
+        title = f"wikitext2 ({split})"
         return TextSource(
-            f"wikitext2 ({split})",
+            title,
+            title,
             [lambda: _read_wikitext_articles(path)],
             lambda: "\n\n".join(_wikitext_rows(path)),
             'all rows joined by "\\n\\n"',
         )
     if name == "c4":
         path = _download(name, "allenai/c4", _C4_FILES[split])
-        return TextSource(f"c4 ({_C4_FILES[split]})", [lambda: _read_json_lines(path)])
+        title = f"c4 ({_C4_FILES[split]})"
+        return TextSource(
+            title,
+            title,
+            [lambda: _read_json_lines(path)],
+            evaluation_documents=EVALUATION_DOCUMENTS,
+            gptq_separator=" ",
+            gptq_windows=256,
+        )
     filename = _FINEWEB_FILES[split]
     return _open_remote_parquet(f"fineweb-edu ({filename})", f"datasets/HuggingFaceFW/fineweb-edu/{filename}")
 
@@ -354,4 +376,5 @@ def _open_remote_parquet(name: str, remote_path: str) -> TextSource:
     if not groups:
         raise CalibrationError(f"{name}: the file is empty")
     # One reader a row group; `group=group` because a closure would see the last value of the loop only.
-    return TextSource(name, [lambda group=group: read_group(group) for group in range(groups)])  # type: ignore[misc]
+    parts: list[Reader] = [lambda group=group: read_group(group) for group in range(groups)]  # type: ignore[misc]
+    return TextSource(name, name, parts, evaluation_documents=EVALUATION_DOCUMENTS)

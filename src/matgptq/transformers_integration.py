@@ -18,7 +18,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from matgptq.errors import CheckpointError, SourceError
+from matgptq.errors import CheckpointError, ConfigurationError, SourceError
 from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
@@ -92,7 +92,19 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
                 if not scales.is_meta and not bool(torch.isfinite(scales).all()):
                     raise CheckpointError(f"layer {name}: {scales_name(bits)} holds NaN or Inf")
         model.set_bits = types.MethodType(_set_bits, model)
+        # What push_to_hub, and save_pretrained when it pushes, call once everything is saved.
+        model._upload_modified_files = types.MethodType(_upload, model)
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        """Called before ``save_pretrained`` writes anything; refuses a model that has no parent any more."""
+        for name, layer in nested_layers(model).items():
+            if not layer.is_complete:
+                raise ConfigurationError(
+                    f"layer {name} has only its slice in memory, so the checkpoint cannot be saved from here; "
+                    "load it with resident=True, or copy its directory"
+                )
+        return None, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """``save_pretrained`` writes the same format again."""
@@ -106,6 +118,14 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
 def _set_bits(model: Any, bits: int | Mapping[str, int]) -> None:
     """``model.set_bits(3)`` or ``model.set_bits({layer: width})``; see ``matgptq.nested_linear.set_bits``."""
     set_bits(model, bits)
+
+
+def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """Upload what was saved for it, with our model card and without paths of this machine."""
+    from matgptq.publishing import prepare_upload  # a verb, which stands above this file; needed by nothing else here
+
+    prepare_upload(working_dir, repo_id, model.name_or_path if Path(model.name_or_path).is_dir() else None)
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 
 def replace_linears(model: Any, settings: Settings, headers: Mapping[str, TensorInfo]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,7 +29,7 @@ def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     bits: Annotated[int | None, typer.Option(help="Width, 2 to 8. (default: the checkpoint's)")] = None,
-    allocation: Annotated[Path | None, typer.Option(metavar="FILE", help="A width per layer.")] = None,
+    allocation: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A width per layer.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,

@@ -32,8 +32,9 @@ def info(
 
 
 def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
+    from matgptq.allocation_store import stored_allocations
     from matgptq.checkpoint import open_checkpoint
-    from matgptq.console import recipe_lines, size_table
+    from matgptq.console import allocations_table, recipe_lines, size_table
 
     opened = open_checkpoint(checkpoint, slices=True)
     settings = opened.settings
@@ -50,8 +51,19 @@ def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
     }
     for name, fact in facts.items():
         out_console.print(f"[bold]{name}[/bold]: {fact}", highlight=False)
+    allocations = stored_allocations(opened)
+    if allocations:
+        out_console.print(allocations_table(allocations, opened.identity))
     records = [
         {"bits": bits, "bits_per_weight": opened.bits_per_weight(bits), "bytes": opened.served_bytes(bits)}
         for bits in opened.widths_held
     ]
-    write_json(json_file, {"quantization_config": settings.to_dict(), "widths": records})
+    write_json(
+        json_file,
+        {
+            "identity": opened.identity,
+            "quantization_config": settings.to_dict(),
+            "widths": records,
+            "allocations": allocations,
+        },
+    )

@@ -36,13 +36,13 @@ def examples(*lines: str) -> str:
     return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  [cyan]{line}[/cyan]" for line in lines)
 
 
-def parse_widths(text: str | None) -> tuple[int, ...] | None:
+def parse_widths(text: str | None, option: str = "--bits") -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigurationError(f"--bits must be widths separated by commas, like 2,3,4,8; not {text!r}") from None
+        raise ConfigurationError(f"{option} must be widths separated by commas, like 2,3,4,8; not {text!r}") from None
 
 
 def parse_bit_weights(text: str | None) -> dict[int, float] | tuple[float, ...] | None:
@@ -59,7 +59,7 @@ def parse_bit_weights(text: str | None) -> dict[int, float] | tuple[float, ...] 
         ) from None
 
 
-def progress_bars() -> ProgressBars:
+def progress_bars(*, live: bool = True) -> ProgressBars:
     from transformers.utils import logging
 
     from matgptq.console import ProgressBars
@@ -67,7 +67,7 @@ def progress_bars() -> ProgressBars:
     # Our bars take the place of transformers' own, which would write over them.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return ProgressBars(err_console)
+    return ProgressBars(err_console, live=live)
 
 
 def write_json(file: Path | None, value: Any) -> None:

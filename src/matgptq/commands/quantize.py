@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 EPILOG = examples(
     "matgptq quantize HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2",
     "matgptq quantize ./model -o out --bits 2,3,4,8 --group-size 64 --dataset c4 --nsamples 128",
+    "matgptq quantize ./model -o out --quality best",
     "matgptq quantize ./model -o out4 --method gptq --bits 4",
 )
 
@@ -36,6 +37,10 @@ def quantize(
     bits: Annotated[str | None, typer.Option(help="Target widths. (default: 2,3,4,8)")] = None,
     bit_weights: Annotated[
         str | None, typer.Option(help="Importance of each width: 4,8,16,256 or 2=4,8=256. (default: 2^width)")
+    ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(help="fast, balanced or best: time that matgptq takes for quality. (default: balanced)"),
     ] = None,
     group_size: Annotated[int, typer.Option(help="Input columns per scale; -1 for a whole row.")] = 128,
     method: Annotated[str, typer.Option(help="matgptq, paper, gptq (one width) or rtn.")] = "matgptq",
@@ -54,7 +59,13 @@ def quantize(
         float | None,
         typer.Option(help="Weight of first positions in the Hessians; 1: off. (default: 64; 1 for paper and rtn)"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    rotate: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotate/--no-rotate", help="Spread outliers by rotating the weights; unties the head. (default: in best)"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows, and of the rotation.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
@@ -65,19 +76,22 @@ def quantize(
 ) -> None:
     """Quantize MODEL once for all widths and write the checkpoint OUT."""
     widths, weights = parse_widths(bits), parse_bit_weights(bit_weights)
-    ingredients: dict[str, Any] = {} if sink_weight is None else {"sink_weight": sink_weight}
+    chosen: dict[str, Any] = {"sink_weight": sink_weight, "rotate": rotate}
+    ingredients = {name: value for name, value in chosen.items() if value is not None}
     ignored = tuple(filter(None, (part.strip() for part in ignore.split(","))))
     if dry_run:
         from matgptq.recipe import make_recipe
 
-        recipe = make_recipe(method, widths, weights, group_size=group_size, damping=damp, seed=seed, **ingredients)
+        recipe = make_recipe(
+            method, widths, weights, quality, group_size=group_size, damping=damp, seed=seed, **ingredients
+        )
         _dry_run(
             model, out, recipe, dataset, nsamples, seqlen, ignored, device, dtype, force, trust_remote_code
         )  # fmt: skip
         return
     import matgptq
     from matgptq.checkpoint import open_checkpoint
-    from matgptq.console import error_table, report_summary, size_table
+    from matgptq.console import error_table, refinement_table, report_summary, size_table
 
     with progress_bars() as progress:
         report = matgptq.quantize(
@@ -86,6 +100,7 @@ def quantize(
             method=method,
             bits=widths,
             bit_weights=weights,
+            quality=quality,
             group_size=group_size,
             dataset=dataset,
             nsamples=nsamples,
@@ -102,6 +117,8 @@ def quantize(
         )
     out_console.print(error_table(report.layers, every_layer=every_layer))
     out_console.print(size_table(open_checkpoint(out)))
+    if report.refinement:
+        out_console.print(refinement_table([*report.refinement.values()]))
     out_console.print(report_summary(report), highlight=False)
     out_console.print(f"saved to {out}", highlight=False)
     write_json(json_file, report.to_dict())

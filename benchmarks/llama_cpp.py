@@ -1,0 +1,213 @@
+"""Decoding beside llama.cpp: a random-weight model of Llama-3.2-1B's shape at 8, 4, 3 and 2 bits.
+
+    npm pack @node-llama-cpp/linux-x64@3.22.1 && tar xzf node-llama-cpp-linux-x64-3.22.1.tgz
+    python benchmarks/llama_cpp.py --llama-cpp package/bins/linux-x64 -o benchmarks/results/llama_cpp.json
+
+The npm package holds llama.cpp 0.5 prebuilt, with a CPU backend for each instruction set. It chooses one and rearranges
+weights for it (AMX, repacking) as it does in llama.cpp's own programs; it rounds activations to 8 bits.
+
+Types: all matrices of the blocks are Q8_0, Q4_0, Q3_K or Q2_K, which is the least that llama.cpp reads at that width.
+The embedding is tied to the head and has the type that llama-quantize gives it: Q8_0 beside Q8_0, otherwise Q6_K.
+Blocks are random bytes with small scales, codes are random, too: enough for timing, and nothing else is measured.
+
+Ours: packed slices and, once, the resident parent; exact and int8 activations; groups of 64; bfloat16 for the rest.
+
+    blocks          a vocabulary of 256, so that the head costs nothing
+    whole           the whole model; our head is tied to the embedding and stays bfloat16
+    whole, head 8   the whole model; our head is a matrix of its own, quantized and served at 8 bits
+
+The contestants of one width and part are in memory together and take turns; a step is greedy decoding of one token
+after a short prompt. Medians of the rounds are reported, and the median of the rounds' own ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType as Type
+from llama_library import Library, Model
+from llama_shape import GROUP_SIZE, VOCABULARY, write_checkpoint, write_gguf
+from machine import describe_machine
+
+import matgptq
+from matgptq import native
+from matgptq.kernels import Activations
+from matgptq.speed import _bytes_per_token, _product_seconds, _step_seconds
+
+TYPES = {8: Type.Q8_0, 4: Type.Q4_0, 3: Type.Q3_K, 2: Type.Q2_K}
+TARGETS = {8: 1.0, 4: 1.0, 3: 1.2, 2: 1.2}
+PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One way to serve our checkpoint."""
+
+    activations: Activations
+    resident: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"matgptq, {self.activations}{', resident parent' if self.resident else ''}"
+
+    def load(self, checkpoint: Path, bits: int, head_bits: int | None) -> Any:
+        return matgptq.load(
+            checkpoint,
+            bits,
+            {"lm_head": head_bits} if head_bits else None,
+            device="cpu",
+            dtype="bfloat16",
+            resident=self.resident,
+            activations=self.activations,
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of the model is measured."""
+
+    vocabulary: int
+    head_bits: int | None
+    ours: tuple[Ours, ...]
+
+
+PARTS = {
+    "blocks": Part(256, None, (Ours("int8"), Ours("exact"), Ours("int8", resident=True))),
+    "whole": Part(VOCABULARY, None, (Ours("int8"), Ours("exact"))),
+    "whole, head 8": Part(VOCABULARY, 8, (Ours("int8"), Ours("exact"))),
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something that decodes.
+
+    Attributes:
+        step: ``(decoding steps, threads) -> median seconds of one``.
+        model: ours, None for llama.cpp.
+        bytes_per_token: weights that a step reads.
+        buffers: where llama.cpp keeps them, MiB.
+    """
+
+    name: str
+    step: Callable[[int, int], float]
+    model: Any
+    bytes_per_token: int
+    buffers: dict[str, float]
+
+
+def load_ours(ours: Ours, part: Part, bits: int, checkpoint: Path) -> Contestant:
+    model = ours.load(checkpoint, bits, part.head_bits)
+    prompt = torch.tensor([PROMPT])
+
+    def step(steps: int, threads: int) -> float:
+        torch.set_num_threads(threads)
+        return _step_seconds(model, prompt, steps)
+
+    return Contestant(ours.name, step, model, _bytes_per_token(model), {})
+
+
+def load_theirs(library: Library, part: Part, bits: int, file: Path) -> Contestant:
+    model = Model(library, file)
+    return Contestant(
+        f"llama.cpp, {TYPES[bits].name}",
+        lambda steps, threads: model.step_seconds(PROMPT, steps, threads),
+        None,
+        file.stat().st_size,  # all of it but a header is weights that every step reads
+        model.buffers,
+    )
+
+
+def measure(contestants: list[Contestant], threads: int, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """A record for each contestant; the first is the one that the others are compared with."""
+    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    products: dict[str, list[float]] = {contestant.name: [] for contestant in contestants if contestant.model}
+    for _ in range(rounds):
+        for contestant in contestants:
+            seconds[contestant.name].append(contestant.step(steps, threads))
+            if contestant.model:
+                products[contestant.name].append(_product_seconds(contestant.model, 1))
+    records = []
+    for contestant in contestants:
+        mine = seconds[contestant.name]
+        ratio = statistics.median(a / b for a, b in zip(seconds[contestants[0].name], mine, strict=True))
+        record: dict[str, Any] = {
+            "contestant": contestant.name,
+            "step_ms": round(statistics.median(mine) * 1e3, 2),
+            "tokens_per_second": round(1 / statistics.median(mine), 2),
+            "ratio_to_llama_cpp": round(ratio, 3),
+            "bytes_per_token": contestant.bytes_per_token,
+        }
+        if contestant.model:
+            record["products_ms"] = round(statistics.median(products[contestant.name]) * 1e3, 2)
+        else:
+            record["buffers_mib"] = contestant.buffers
+        records.append(record)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-cpp", type=Path, required=True, metavar="DIR", help="where libllama*.so lies")
+    parser.add_argument(
+        "--files", type=Path, metavar="DIR", help="keep the model files there (8 GB), to use them again"
+    )
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--bits", default="8,4,3,2")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=16, help="tokens decoded by each contestant in a round")
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    if not native.available():
+        raise SystemExit(f"no native kernels: {native.reason()}")
+    library = Library(arguments.llama_cpp)
+    with tempfile.TemporaryDirectory() as temporary:
+        files = arguments.files or Path(temporary)
+        files.mkdir(parents=True, exist_ok=True)
+        records = []
+        for name, part in ((name, PARTS[name]) for name in arguments.parts):
+            checkpoint = files / f"matgptq-{part.vocabulary}{'-head' if part.head_bits else ''}"
+            if not checkpoint.exists():
+                write_checkpoint(checkpoint, part.vocabulary, head=part.head_bits is not None)
+            for bits in map(int, arguments.bits.split(",")):
+                head = Type.Q8_0 if bits == 8 else Type.Q6_K
+                file = files / f"{TYPES[bits].name}-{part.vocabulary}.gguf"
+                if not file.exists():
+                    write_gguf(file, TYPES[bits], head, part.vocabulary)
+                contestants = [load_theirs(library, part, bits, file)]
+                contestants += [load_ours(ours, part, bits, checkpoint) for ours in part.ours]
+                for threads in map(int, arguments.threads.split(",")):
+                    for record in measure(contestants, threads, arguments.rounds, arguments.steps):
+                        records.append({"part": name, "bits": bits, "threads": threads, **record})
+                        print(
+                            f"{name:14} {bits} bits  {threads} threads  {record['contestant']:32} "
+                            f"{record['step_ms']:8} ms  {record['tokens_per_second']:7} tokens/s  "
+                            f"{record['ratio_to_llama_cpp']:6} x llama.cpp (target {TARGETS[bits]})  "
+                            f"{record['bytes_per_token'] / 1e6:6.0f} MB  products {record.get('products_ms', '-')} ms",
+                            flush=True,
+                        )
+    result = {
+        "machine": describe_machine() | {"threads": None, "native": native.isa()},
+        "llama_cpp": {"version": library.version, "system": library.system},
+        "shape": "Llama-3.2-1B, random weights",
+        "group_size": GROUP_SIZE,
+        "targets": TARGETS,
+        "rounds": arguments.rounds,
+        "steps": arguments.steps,
+        "records": records,
+    }
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

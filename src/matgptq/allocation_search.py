@@ -1,0 +1,331 @@
+"""Find the width of every layer that loses least within a budget, for one budget or many at once.
+
+Method ``sensitivity`` measures what each group of layers loses alone, takes the exact optimum of the sum of these
+losses, and refines it by evolution on scores of the whole model. Method ``evolution`` is the published one, for
+comparison: evolution from uniform widths, without a table. Either way no candidate is ever over budget.
+
+The text is cut into windows. Most are the pool that candidates are scored on, in subsets drawn anew for each round;
+the rest is held out, and only winners are measured on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matgptq.allocation import Allocation
+from matgptq.allocation_store import check_name, save_allocation
+from matgptq.block_runner import block_modules
+from matgptq.budget import Budget, SearchSpace, bits_budget, size_budget
+from matgptq.calibration import SELF, Windows, load_windows
+from matgptq.checkpoint import Checkpoint, open_checkpoint
+from matgptq.devices import resolve_device, resolve_dtype
+from matgptq.errors import ConfigurationError
+from matgptq.families import find_family
+from matgptq.layer_groups import group_layers
+from matgptq.loading import load
+from matgptq.optimum import Genome
+from matgptq.progress import Progress, Silent
+from matgptq.run_log import RunLog
+from matgptq.scoring import Fitness, Scorer
+from matgptq.search_run import SearchRun
+from matgptq.search_settings import DEFAULT_SEQLEN, DEFAULT_TOKENS, Fuse, Method, SearchSettings, make_settings
+from matgptq.slicing import WIDTHS
+from matgptq.source import ModelSource, load_tokenizer, open_source
+from matgptq.teacher import observe
+
+DIRECTORY = "search"  # in the checkpoint: tables, states and the log
+LOG_NAME = "log.jsonl"
+# Calibration takes the plain seed; the search should not meet the same documents first.
+_SEED_OFFSET = 0x53454152
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An allocation or a uniform width, on text that the search did not see.
+
+    Attributes:
+        name: of the allocation; ``3 bits`` for a uniform width.
+        target: the budget in words; empty for a uniform width.
+        bits: average width of the codes.
+        bits_per_weight: with all scales that serving reads.
+        bytes: of the whole model as served.
+        slack_bits: what is left of the budget.
+        loss: KL to the full model, or negative log-likelihood, in nats per token.
+        widths: one for each group of ``Search.groups``.
+    """
+
+    name: str
+    target: str
+    bits: float
+    bits_per_weight: float
+    bytes: int
+    slack_bits: int
+    loss: float
+    widths: Genome
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found.
+
+    Attributes:
+        found: one for each budget, in their order.
+        uniform: uniform widths beside them: all for several budgets, the neighbours for a single one.
+        groups: ``(block, kind)`` of each group of layers.
+        fitness: ``kl`` or ``ppl``.
+        protocol: what text, and how it was cut.
+        tokens_scored: tokens that candidates were scored on, table included, final measurement not.
+        seconds: wall time by stage.
+    """
+
+    found: list[Measured]
+    uniform: list[Measured]
+    groups: list[tuple[int, str]]
+    fitness: Fitness
+    protocol: str
+    tokens_scored: int
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return dataclasses.asdict(self)
+
+
+def search(
+    path: str | Path,
+    target_bits: float | str | Iterable[float | str | Fraction] | None = None,
+    *,
+    target_size: int | str | None = None,
+    widths: Iterable[int] = WIDTHS,
+    fuse: Fuse = "serving",
+    fitness: Fitness = "kl",
+    method: Method = "sensitivity",
+    dataset: str | Path | Tensor = SELF,
+    tokens: int = DEFAULT_TOKENS,
+    seqlen: int | None = None,
+    generations: int | None = None,
+    offspring: int | None = None,
+    seed: int = 0,
+    save: str | None = None,
+    resume: bool = False,
+    reference: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    wandb_project: str | None = None,
+    progress: Progress | None = None,
+) -> Search:
+    """Find an allocation for each budget and save it with the checkpoint.
+
+    Args:
+        path: checkpoint directory; tables, states and the log go to ``search/`` in it, results to ``allocations/``.
+        target_bits: budget in bits per weight, every scale that serving reads included, or several.
+        target_size: budget in bytes of the whole model as served, or text like ``80MB``; instead of ``target_bits``.
+        widths: that a layer may have.
+        fuse: ``serving`` gives one width to the layers that serving engines fuse; ``none`` lifts that.
+        fitness: ``kl`` to the full model, or ``ppl``, which needs no full model.
+        method: ``sensitivity`` or ``evolution``; see the module.
+        dataset: text to search on, as for ``quantize``.
+        tokens: size of the pool; half as many are held out in addition.
+        seqlen: tokens in a window; default 512 or the model's context.
+        generations, offspring: of the evolution; default by method.
+        seed: of the text and the evolution. The same seed gives the same answer on the same machine.
+        save: name of the allocation, with several budgets the beginning of their names; default by budget.
+        resume: go on with an interrupted search of the same settings. Tables are taken up in any case.
+        reference: the full-precision model; default the one that the checkpoint was made from.
+        device, dtype: of both models; ``auto`` is bfloat16 on a CPU that multiplies it.
+        trust_remote_code: allow code in the models' directories to run.
+        wandb_project: log to Weights & Biases, too.
+        progress: receives stages and notes.
+
+    Raises:
+        AllocationError: no allocation fits a budget; says what could be reached.
+        ConfigurationError: an option is out of range, or the pool is too small.
+        MatGPTQError: other subclasses for checkpoint, reference and text.
+    """
+    progress = progress or Silent()
+    clock = _Clock()
+    checkpoint = open_checkpoint(path)
+    settings = make_settings(
+        method=method, fitness=fitness, fuse=fuse, widths=widths, seed=seed, tokens=tokens,
+        seqlen=_seqlen(checkpoint, seqlen), generations=generations, offspring=offspring,
+    )  # fmt: skip
+    family = find_family(str(checkpoint.config.get("model_type")))
+    groups = group_layers(checkpoint.layers, family, fuse=fuse == "serving")
+    space = SearchSpace(groups, settings.widths, checkpoint.other_bytes)
+    budgets = _budgets(space, target_bits, target_size)
+    names = _names(budgets, save)
+    source = _reference_source(checkpoint, reference, trust_remote_code) if fitness == "kl" else None
+    run_device = resolve_device(device)
+    run_dtype = _scoring_dtype(dtype, run_device, checkpoint)
+    identity: dict[str, Any] = {
+        "checkpoint": checkpoint.identity,
+        "reference": source and source.name,
+        "fitness": fitness,
+        "fuse": fuse,
+        "device": run_device.type,
+        "dtype": str(run_dtype).removeprefix("torch."),
+    }
+    described = {**dataclasses.asdict(settings), **identity}
+    with RunLog(checkpoint.path / DIRECTORY / LOG_NAME, described, wandb_project=wandb_project) as log:
+        progress.start("load the models", 1)
+        model = load(path, space.widths[-1], device=run_device, dtype=run_dtype, trust_remote_code=trust_remote_code)
+        full = None if source is None else source.load_model(run_dtype, run_device)
+        windows = _windows(path, dataset, settings, full or model, trust_remote_code, progress)
+        teacher = None
+        if full is not None:
+            progress.start("run the full model", len(windows.tokens))
+            teacher = observe(full, windows.tokens, progress.advance)
+            del full
+        scorer = Scorer(model, block_modules(model, family), groups, windows.tokens, teacher)
+        run = SearchRun(space, settings, scorer, identity, checkpoint.path / DIRECTORY, log, progress)
+        clock.lap("load")
+        losses = run.table() if method == "sensitivity" else None
+        clock.lap("table")
+        states = [run.refine(budget, losses, resume=resume) for budget in budgets]
+        clock.lap("refine")
+        uniform = [bits for bits in space.widths if len(budgets) > 1 or abs(bits - space.code_bits(states[0].best)) < 1]
+        values = run.held_out([*(state.best for state in states), *map(space.uniform, uniform)])
+        clock.lap("measure")
+        found = []
+        for budget, name, state, value in zip(budgets, names, states, values, strict=False):
+            found.append(_measured(space, state.best, value, name, budget))
+            how = {**described, "text": windows.protocol, "generation": state.generation}
+            fitness_record = {"measure": fitness, "value": value, "windows": settings.held_out}
+            save_allocation(checkpoint, _allocation(checkpoint, space, found[-1], fitness_record, how))
+            log.write("found", **dataclasses.asdict(found[-1]))
+    return Search(
+        found=found,
+        uniform=[
+            _measured(space, space.uniform(bits), value, f"{bits} bits")
+            for bits, value in zip(uniform, values[len(budgets) :], strict=True)
+        ],
+        groups=[(group.block, group.kind) for group in groups],
+        fitness=fitness,
+        protocol=windows.protocol,
+        tokens_scored=run.tokens_scored,
+        seconds=clock.laps,
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def _seqlen(checkpoint: Checkpoint, seqlen: int | None) -> int:
+    longest = int(checkpoint.config.get("max_position_embeddings") or DEFAULT_SEQLEN)
+    if seqlen is not None and seqlen > longest:
+        raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
+    return min(DEFAULT_SEQLEN, longest) if seqlen is None else seqlen
+
+
+def _budgets(
+    space: SearchSpace,
+    target_bits: float | str | Iterable[float | str | Fraction] | None,
+    target_size: int | str | None,
+) -> list[Budget]:
+    if (target_bits is None) == (target_size is None):
+        raise ConfigurationError("give a target: either bits per weight or a size")
+    if target_size is not None:
+        return [size_budget(space, target_size)]
+    assert target_bits is not None
+    targets = [target_bits] if isinstance(target_bits, int | float | str) else list(target_bits)
+    if not targets:
+        raise ConfigurationError("give at least one target")
+    return [bits_budget(space, target) for target in targets]
+
+
+def _names(budgets: Sequence[Budget], save: str | None) -> list[str]:
+    if save is not None and len(budgets) == 1:
+        return [check_name(save)]
+    return [check_name(f"{save}-{budget.label}" if save is not None else budget.label) for budget in budgets]
+
+
+def _reference_source(checkpoint: Checkpoint, reference: str | Path | None, trust_remote_code: bool) -> ModelSource:
+    named = reference if reference is not None else checkpoint.settings.source
+    if named is None:
+        raise ConfigurationError("the checkpoint does not name its full model: --reference MODEL, or --fitness ppl")
+    return open_source(named, trust_remote_code=trust_remote_code)
+
+
+def _scoring_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """bfloat16 where a CPU multiplies it several times as fast: it ranks allocations as float32 does."""
+    native_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if dtype == "auto" and device.type == "cpu" and native_bfloat16():
+        return torch.bfloat16
+    return resolve_dtype(dtype, device, checkpoint.config.get("dtype"))
+
+
+def _windows(
+    path: str | Path,
+    dataset: str | Path | Tensor,
+    settings: SearchSettings,
+    model: Any,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Windows:
+    count = settings.pool + settings.held_out
+    progress.start("search text", count)
+    done = 0
+
+    def report(tokens: int, total: int) -> None:
+        nonlocal done
+        reached = tokens * count // total
+        progress.advance(reached - done)
+        done = reached
+
+    return load_windows(
+        dataset,
+        None if isinstance(dataset, Tensor) else load_tokenizer(path, trust_remote_code=trust_remote_code),
+        nsamples=count,
+        seqlen=settings.seqlen,
+        seed=settings.seed + _SEED_OFFSET,
+        model=model,
+        progress=report,
+    )
+
+
+def _measured(space: SearchSpace, genome: Genome, loss: float, name: str, budget: Budget | None = None) -> Measured:
+    return Measured(
+        name=name,
+        target="" if budget is None else budget.name,
+        bits=space.code_bits(genome),
+        bits_per_weight=space.bits_per_weight(genome),
+        bytes=space.size(genome),
+        slack_bits=0 if budget is None else budget.bits - space.cost(genome),
+        loss=loss,
+        widths=genome,
+    )
+
+
+def _allocation(
+    checkpoint: Checkpoint, space: SearchSpace, found: Measured, fitness: Mapping[str, Any], how: Mapping[str, Any]
+) -> Allocation:
+    return Allocation(
+        name=found.name,
+        checkpoint=checkpoint.identity,
+        target=found.target,
+        bits=found.bits,
+        bits_per_weight=found.bits_per_weight,
+        bytes=found.bytes,
+        slack_bits=found.slack_bits,
+        fitness=fitness,
+        found=how,
+        layers=space.allocation(found.widths),
+    )

@@ -1,0 +1,72 @@
+"""Allocations that live with a checkpoint: ``OUT/allocations/NAME.json``, and ``NAME.txt`` for other programs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matgptq.allocation import Allocation, complete_allocation, format_lines, read_allocation
+from matgptq.atomic_files import write_text
+from matgptq.checkpoint import Checkpoint
+from matgptq.errors import AllocationError, ConfigurationError
+
+DIRECTORY = "allocations"
+
+
+def check_name(name: str) -> str:
+    """Return a name that can be a file's; raise ``ConfigurationError`` otherwise."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigurationError(f"an allocation's name is letters, digits, dots, dashes and underscores, not {name!r}")
+    return name
+
+
+def save_allocation(checkpoint: Checkpoint, allocation: Allocation) -> Path:
+    """Write both files, replacing those of that name; returns the JSON one.
+
+    Raises:
+        CheckpointError: the directory cannot be written.
+    """
+    file = checkpoint.path / DIRECTORY / f"{check_name(allocation.name)}.json"
+    write_text(file, json.dumps(allocation.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_text(file.with_suffix(".txt"), format_lines(allocation.layers))
+    return file
+
+
+def stored_allocations(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
+    """The records of all allocations that lie with a checkpoint, by name.
+
+    Raises:
+        AllocationError: one cannot be read.
+    """
+    records = {}
+    for file in sorted((checkpoint.path / DIRECTORY).glob("*.json")):
+        read_allocation(file)
+        records[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+    return records
+
+
+def find_allocation(
+    checkpoint: Checkpoint, allocation: Mapping[str, int] | str | Path, default_bits: int | None = None
+) -> dict[str, int]:
+    """A width for every layer from a mapping, the name of a stored allocation, or a file.
+
+    Layers that it does not name get ``default_bits``, or else the checkpoint's default width.
+
+    Raises:
+        AllocationError: there is no such name or file, it belongs to another checkpoint, or names unknown layers.
+    """
+    if isinstance(allocation, Mapping):
+        widths = dict(allocation)
+    else:
+        file = checkpoint.path / DIRECTORY / f"{allocation}.json"
+        if Path(allocation).name != str(allocation) or not file.exists():
+            file = Path(allocation)
+        if not file.exists():
+            names = sorted(each.stem for each in (checkpoint.path / DIRECTORY).glob("*.json"))
+            stored = f"has {', '.join(names)}" if names else "has none"
+            raise AllocationError(f"{allocation}: no such file, and no such allocation: {checkpoint.path} {stored}")
+        widths = read_allocation(file, checkpoint.identity)
+    return complete_allocation(widths, checkpoint.layers, default_bits or checkpoint.settings.bits)

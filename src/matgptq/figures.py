@@ -1,0 +1,30 @@
+"""How measured numbers are written for people, in the terminal and in a model card."""
+
+from __future__ import annotations
+
+MEGABYTE = 1_000_000
+
+
+def megabytes(count: int) -> str:
+    """A size."""
+    return f"{count / MEGABYTE:,.1f} MB"
+
+
+def perplexity(value: float) -> str:
+    """A perplexity; that of a broken model has an exponent."""
+    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+def divergence(value: float | None) -> str:
+    """A KL divergence; a dash if none was measured."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage; a dash if none was measured."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def score(value: float, stderr: float | None) -> str:
+    """A task's score and its standard error."""
+    return f"{value:.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")

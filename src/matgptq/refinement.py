@@ -1,0 +1,499 @@
+"""Tune the scales of some widths of a checkpoint after the solve: text, teacher, tuning, commit, and going on later.
+
+Progress lives in a directory beside the checkpoint, ``.OUT.refine``: what the run is, the teacher, and the state of
+each width. It goes away when all widths are done. The checkpoint itself changes once for each width, as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from matgptq.block_tuning import tune_blocks
+from matgptq.blocks import Block, capture_inputs, complete
+from matgptq.calibration import SELF, Windows, load_windows
+from matgptq.checkpoint import Checkpoint, open_checkpoint, replace_scales
+from matgptq.devices import resolve_device, resolve_dtype
+from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
+from matgptq.families import find_family
+from matgptq.format import scales_name
+from matgptq.loading import load
+from matgptq.nested_linear import nested_layers
+from matgptq.nested_weight import scale_source
+from matgptq.progress import Progress, Silent
+from matgptq.scale_tuning import (
+    ModelObjective,
+    ScaleVector,
+    Schedule,
+    TunedLinear,
+    TuningState,
+    fast_dtype,
+    tune,
+)
+from matgptq.self_text import model_fingerprint
+from matgptq.slicing import check_widths, slice_levels
+from matgptq.source import load_tokenizer, open_source, read_json, read_tensor
+from matgptq.teacher import Teacher, observe, output_head
+
+Scope = Literal["model", "block"]
+
+DEFAULT_WIDTHS = (2, 3)
+DEFAULT_STEPS: Mapping[Scope, int] = {"model": 128, "block": 16}
+DEFAULT_SEQLEN = 512
+DEFAULT_NSAMPLES = 128
+SELF_NSAMPLES = 32  # text that the model must write first is dear
+HELD_OUT = 4  # windows, beside those trained on
+
+
+def default_learning_rate(bits: int) -> float:
+    """Largest relative change of a scale in one step. The finer the slice, the less its scales may move."""
+    return 2.0**-bits * 0.016
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What tuning did to one width.
+
+    Attributes:
+        bits: the width.
+        kl_before, kl_after: mean KL(full || slice) in nats a token on text that tuning did not see, with the scales
+            as stored. The checkpoint has new scales exactly if the second is smaller.
+        steps: taken; fewer than asked for if the held-out text stopped it. For scope ``block``: blocks.
+        history: ``(steps taken, held-out KL)``.
+        seconds: of this call.
+    """
+
+    bits: int
+    kl_before: float
+    kl_after: float
+    steps: int
+    history: list[tuple[int, float]]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def refine(
+    path: str | Path,
+    bits: Iterable[int] = DEFAULT_WIDTHS,
+    *,
+    steps: int | None = None,
+    scope: Scope = "model",
+    dataset: str | Path | Tensor | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    reference: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[Refinement]:
+    """Tune the group scales of some widths of a checkpoint so that its predictions come closer to the full model's.
+
+    Codes and all other widths stay as they are. Interrupted, the same call goes on where it was; each width is
+    written as soon as it is done, and none is written that is not better on held-out text.
+
+    Args:
+        path: the checkpoint; changed in place.
+        bits: widths, 2..8. A width without scales of its own gets them.
+        steps: of Adam, for each width; default 128, or 16 for each block.
+        scope: ``model`` minimises the KL to the full model end to end. ``block`` matches the output of each block to
+            the full model's; it needs gradients of one block at a time only, and gains less.
+        dataset: as for ``matgptq.quantize``; default: the text that the checkpoint was calibrated with if it can be
+            read again, else ``self``.
+        nsamples: windows to train on; 4 more are held out. Default 128 or what a shorter text has, 32 for ``self``.
+        seqlen: tokens in a window, default 512.
+        learning_rate: largest relative change of a scale in a step; default by width.
+        seed: of the choice and order of windows.
+        reference: the full-precision model; default the one that the checkpoint was made from.
+        device, dtype: where and in what precision the models run; see ``matgptq.devices``.
+        trust_remote_code: allow code in the model's directory to run.
+        progress: receives stages and notes.
+
+    Returns:
+        What was done, by width.
+
+    Raises:
+        MatGPTQError: a subclass that says what is wrong; the checkpoint is then as it was, or has the new scales of
+            the widths that were done.
+    """
+    progress = progress or Silent()
+    checkpoint = open_checkpoint(path)
+    widths = check_widths(bits)
+    if scope not in get_args(Scope):
+        raise ConfigurationError(f"scope must be model or block, not {scope!r}")
+    steps = DEFAULT_STEPS[scope] if steps is None else steps
+    schedules = {
+        width: Schedule(steps, default_learning_rate(width) if learning_rate is None else learning_rate, seed=seed)
+        for width in widths
+    }
+    name = reference if reference is not None else checkpoint.settings.source
+    if name is None:
+        raise ConfigurationError(f"{path}: does not say what model it was made from; name it (--reference MODEL)")
+    run_device = resolve_device(device)
+    progress.start("load the full model", 1)
+    source = open_source(name, trust_remote_code=trust_remote_code)
+    run_dtype = resolve_dtype(dtype, run_device, source.stored_dtype or checkpoint.config.get("dtype"))
+    home = run_device if scope == "model" else torch.device("cpu")
+    full = source.load_model(run_dtype, home)
+    text = _load_text(checkpoint, full, dataset, nsamples, seqlen, seed, progress)
+
+    options = {
+        "bits": list(widths),
+        "schedule": [asdict(schedule) for schedule in schedules.values()],
+        "scope": scope,
+        "dtype": str(run_dtype),
+        "text": _digest(text.tokens),
+        "reference": model_fingerprint(full),
+    }
+    workspace = _Workspace(checkpoint, options, progress)
+    run = _Run(checkpoint, workspace, text, run_device, run_dtype, trust_remote_code, progress)
+    try:
+        run.observe(full, with_training=scope == "model")
+        whole = full if scope == "block" else None
+        del full  # scope "model" needs no more than its output head
+        results = [run.refine_width(width, schedules[width], whole) for width in widths]
+    except (KeyboardInterrupt, SystemExit):
+        progress.note(f"what is done is kept in {workspace.directory}; the same command goes on from there")
+        raise
+    workspace.remove()
+    return results
+
+
+class _Run:
+    """What all widths of one call share."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        workspace: _Workspace,
+        text: Windows,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool,
+        progress: Progress,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.workspace = workspace
+        self.text = text
+        self.device = device
+        self.dtype = dtype
+        self.trust_remote_code = trust_remote_code
+        self.progress = progress
+        self.training: Teacher | None = None
+        self.held_out: Teacher
+
+    def observe(self, full: Any, *, with_training: bool) -> None:
+        """Ask the full model about the windows, or read what it said when this run was interrupted."""
+        windows = self.text.tokens if with_training else self.text.tokens[-HELD_OUT:]
+        hidden = self.workspace.teacher_states()
+        if hidden is None:
+            self.progress.start("ask the full model", len(windows))
+            hidden = observe(full, windows, self.progress.advance).hidden
+            self.workspace.keep_teacher_states(hidden)
+        head = output_head(full)
+        self.held_out = Teacher(windows[-HELD_OUT:], hidden[-HELD_OUT:], head)
+        if with_training:
+            self.training = Teacher(windows[:-HELD_OUT], hidden[:-HELD_OUT], head)
+
+    def refine_width(self, bits: int, schedule: Schedule, full: Any) -> Refinement:
+        """Tune one width and write it; ``full`` is given for scope ``block``."""
+        started = time.monotonic()
+        state = self.workspace.state(bits)
+        if state is None or not state.finished:
+            student = load(
+                self.checkpoint.path,
+                bits,
+                device=self.device if full is None else "cpu",
+                dtype=self.dtype,
+                trust_remote_code=self.trust_remote_code,
+            ).requires_grad_(False)
+            tuner = self._tune_model if full is None else self._tune_blocks
+            state = tuner(student, full, bits, schedule, state)
+        if state.loss_after < state.loss_before and _digest(stored_scales(self.checkpoint.path, bits)) != _digest(
+            state.best
+        ):
+            self._write(bits, state, schedule, "model" if full is None else "block")
+        return Refinement(
+            bits=bits,
+            kl_before=state.loss_before,
+            kl_after=state.loss_after,
+            steps=state.step,
+            history=state.history,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    def _tune_model(
+        self, student: Any, _: Any, bits: int, schedule: Schedule, state: TuningState | None
+    ) -> TuningState:
+        assert self.training is not None
+        tuned = self._tunable(student)
+        objective = ModelObjective(student, output_head(student), self.training, self.held_out)
+        self.progress.start(f"tune {bits} bits", schedule.steps)
+        self.progress.advance(0 if state is None else state.step)
+        return tune(
+            ScaleVector(tuned),
+            len(self.training.windows),
+            objective.add_gradient,
+            objective.held_out_loss,
+            schedule,
+            state=state,
+            save=lambda present: self.workspace.keep_state(bits, present),
+            tick=self.progress.advance,
+        )
+
+    def _tune_blocks(
+        self, student: Any, full: Any, bits: int, schedule: Schedule, state: TuningState | None
+    ) -> TuningState:
+        blocks, full_blocks = _blocks(student), _blocks(full)
+        inputs, full_inputs = (
+            capture_inputs(model, each, self.text.tokens) for model, each in ((student, blocks), (full, full_blocks))
+        )
+        if not torch.allclose(inputs.hidden[0], full_inputs.hidden[0], rtol=1e-2, atol=1e-3):
+            raise UnsupportedModelError(
+                f"{self.checkpoint.path}: its blocks do not see what the full model's see (a rotated checkpoint?), so "
+                "their outputs cannot be matched; use --scope model"
+            )
+        start = stored_scales(self.checkpoint.path, bits)
+        present = state or TuningState.begin(start)
+
+        def save(done: Mapping[str, Tensor]) -> None:
+            present.step += 1
+            kept = {**by_layer(self.checkpoint, start), **done}
+            present.best = torch.cat([kept[name].flatten() for name in self.checkpoint.layers])
+            self.workspace.keep_state(bits, present)
+
+        finished = tuple(f"{block.name}." for block in blocks[: present.step])
+        self.progress.start(f"tune {bits} bits", len(blocks))
+        _, untuned = tune_blocks(
+            blocks,
+            full_blocks,
+            inputs,
+            full_inputs,
+            held_out=HELD_OUT,
+            schedule=schedule,
+            prepare=lambda block: self._tunable(student, f"{block.name}."),
+            finished={
+                name: scales
+                for name, scales in by_layer(self.checkpoint, present.best).items()
+                if name.startswith(finished)
+            },
+            save=save,
+            tick=self.progress.advance,
+            device=self.device,
+        )
+        head = output_head(full)
+        for step, hidden in ((0, untuned), (len(blocks), inputs.hidden[-HELD_OUT:])):
+            states = [complete(student, blocks, each)[0] for each in hidden]
+            present.history.append((step, self.held_out.mean_kl(states.__getitem__, head)))
+        present.finished = True
+        self.workspace.keep_state(bits, present)
+        return present
+
+    def _tunable(self, student: Any, prefix: str = "") -> dict[str, TunedLinear]:
+        """Replace the nested layers under a prefix; ``{layer: replacement}`` in the checkpoint's order."""
+        tuned = {}
+        nested = nested_layers(student)
+        for name in self.checkpoint.layers:
+            if not name.startswith(prefix):
+                continue
+            layer = nested[name]
+            weight = layer.nested_weight
+            levels = slice_levels(weight.codes, layer.bits, torch.int8)
+            scales = weight.scales_for(layer.bits).float()
+            tuned[name] = TunedLinear(levels, scales, layer.bias, fast_dtype(self.device, self.dtype))
+            student.set_submodule(name, tuned[name])
+        return tuned
+
+    def _write(self, bits: int, state: TuningState, schedule: Schedule, scope: str) -> None:
+        record = {
+            "scope": scope,
+            "steps": state.step,
+            "learning_rate": schedule.learning_rate,
+            "windows_per_step": schedule.windows_per_step,
+            "text": self.text.protocol,
+            "held_out_windows": HELD_OUT,
+            "kl_before": state.loss_before,
+            "kl_after": state.loss_after,
+        }
+        replace_scales(self.checkpoint.path, bits, by_layer(self.checkpoint, state.best), record)
+
+
+def _blocks(model: Any) -> list[Block]:
+    """The blocks of a model whose layers are of no concern here."""
+    path = find_family(model.config.model_type).blocks
+    return [Block(f"{path}.{index}", module, ()) for index, module in enumerate(model.get_submodule(path))]
+
+
+def by_layer(checkpoint: Checkpoint, flat: Tensor) -> dict[str, Tensor]:
+    """Cut one vector of all scales into ``{layer: [out, groups]}``."""
+    shapes = [(info.out_features, info.in_features // info.group_size) for info in checkpoint.layers.values()]
+    pieces = torch.split(flat, [rows * groups for rows, groups in shapes])
+    return {name: piece.view(shape) for name, piece, shape in zip(checkpoint.layers, pieces, shapes, strict=True)}
+
+
+def stored_scales(path: Path, bits: int) -> Tensor:
+    """All scales that a width reads, float32, as one vector in the order of the checkpoint's layers."""
+    checkpoint = open_checkpoint(path)
+    own = scales_name(scale_source(checkpoint.settings.scale_bits)[bits])
+    names = [f"{layer}.{own}" for layer in checkpoint.layers]
+    return torch.cat([read_tensor(name, checkpoint.tensors[name]).float().flatten() for name in names])
+
+
+def _load_text(
+    checkpoint: Checkpoint,
+    full: Any,
+    dataset: str | Path | Tensor | None,
+    nsamples: int | None,
+    seqlen: int | None,
+    seed: int,
+    progress: Progress,
+) -> Windows:
+    """Windows to train on, and after them those that are held out."""
+    longest = getattr(full.config, "max_position_embeddings", None)
+    if seqlen is None:
+        seqlen = dataset.shape[-1] if isinstance(dataset, Tensor) else min(DEFAULT_SEQLEN, longest or DEFAULT_SEQLEN)
+    if longest is not None and seqlen > longest:
+        raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
+    tokenizer = None if isinstance(dataset, Tensor) else load_tokenizer(checkpoint.path)
+
+    def read(name: str | Path | Tensor, count: int | None) -> Windows:
+        done = 0
+
+        def report(tokens: int, total: int) -> None:
+            nonlocal done
+            reached = tokens * (count or 1) // total if total else done
+            progress.advance(reached - done)
+            done = reached
+
+        progress.start("tuning text", count or 1)
+        text = load_windows(name, tokenizer, nsamples=count, seqlen=seqlen, seed=seed, model=full, progress=report)
+        if len(text.tokens) <= HELD_OUT:
+            raise CalibrationError(
+                f"too little text: {len(text.tokens)} windows of {seqlen} tokens, of which {HELD_OUT} are held out; "
+                "make the windows shorter, or give a longer text"
+            )
+        return text
+
+    def read_enough(name: str | Path | Tensor) -> Windows:
+        if nsamples is not None:
+            return read(name, nsamples + HELD_OUT)
+        if isinstance(name, Tensor):
+            return read(name, None)
+        if name == SELF:
+            return read(name, SELF_NSAMPLES + HELD_OUT)
+        try:
+            return read(name, DEFAULT_NSAMPLES + HELD_OUT)
+        except CalibrationError:  # a shorter text will do as well
+            return read(name, None)
+
+    if dataset is not None:
+        return read_enough(dataset)
+    recorded = checkpoint.settings.calibration.get("dataset")
+    try:
+        if isinstance(recorded, str) and recorded not in (SELF, "token ids"):
+            return read_enough(recorded)
+    except CalibrationError as error:
+        progress.note(
+            f"the text of the calibration cannot be used again, the model writes its own (--dataset): {error}"
+        )
+    return read_enough(SELF)
+
+
+def _digest(tensor: Tensor) -> str:
+    """Of the values as stored; scales in float32 are exact in float16."""
+    values = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+class _Workspace:
+    """What an interrupted run leaves beside the checkpoint.
+
+        run.json               what the run is, and a digest of the scales that each width started from
+        teacher.safetensors    what the full model says about the windows
+        state-<bits>.safetensors
+
+    Each file is replaced as a whole. A run that is another one, or a checkpoint that has other scales than this run
+    found or made, begins anew.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: Mapping[str, Any], progress: Progress) -> None:
+        path = checkpoint.path.resolve()
+        self.directory = path.with_name(f".{path.name}.refine")
+        present = {str(bits): _digest(stored_scales(path, bits)) for bits in options["bits"]}
+        if self.directory.exists():
+            changed = self._changed(options, present)
+            if not changed:
+                progress.note(f"going on with what {self.directory} holds")
+                return
+            progress.note(f"{self.directory} is of another run ({', '.join(changed)} changed): beginning anew")
+            self.remove()
+        try:
+            self.directory.mkdir()
+            self._replace("run.json", lambda file: file.write_text(json.dumps({**options, "start": present}, indent=2)))
+        except OSError as error:
+            raise CheckpointError(f"{self.directory}: cannot be written: {error}") from error
+
+    def _changed(self, options: Mapping[str, Any], present: Mapping[str, str]) -> list[str]:
+        try:
+            run = read_json(self.directory / "run.json")
+        except SourceError:
+            return ["run.json"]
+        # Through JSON, which has no tuples.
+        changed = [name for name, value in json.loads(json.dumps(options)).items() if run.get(name) != value]
+        if changed:
+            return changed
+        for bits, digest in present.items():
+            state = self.state(int(bits))
+            made = _digest(state.best) if state is not None and state.finished else None
+            if digest not in (run["start"].get(bits), made):
+                changed.append(f"scales of {bits} bits")
+        return changed
+
+    def _replace(self, name: str, write: Callable[[Path], object]) -> None:
+        beside = self.directory / f"{name}.new"
+        write(beside)
+        os.replace(beside, self.directory / name)
+
+    def _keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        try:
+            self._replace(name, lambda file: save_file(dict(tensors), file))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.directory / name}: cannot be written: {error}") from error
+
+    def _kept(self, name: str) -> dict[str, Tensor] | None:
+        file = self.directory / name
+        return load_file(file) if file.is_file() else None
+
+    def keep_teacher_states(self, hidden: Tensor) -> None:
+        self._keep("teacher.safetensors", {"hidden": hidden})
+
+    def teacher_states(self) -> Tensor | None:
+        kept = self._kept("teacher.safetensors")
+        return None if kept is None else kept["hidden"]
+
+    def keep_state(self, bits: int, state: TuningState) -> None:
+        self._keep(f"state-{bits}.safetensors", state.to_tensors())
+
+    def state(self, bits: int) -> TuningState | None:
+        kept = self._kept(f"state-{bits}.safetensors")
+        return None if kept is None else TuningState.from_tensors(kept)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)

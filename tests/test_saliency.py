@@ -1,0 +1,110 @@
+"""Weights of tokens from the gradients of the model's own predictions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import MODELS, build_model, token_ids
+
+from matgptq.blocks import capture_inputs, collect_hessians, find_blocks
+from matgptq.families import find_family
+from matgptq.saliency import token_saliency, token_weights
+
+
+def model_and_blocks(name, **overrides):
+    model = build_model(name, **overrides).eval()
+    return model, find_blocks(model, find_family(model.config.model_type))
+
+
+def expected_saliency(model, blocks, window, seed):
+    """By plain automatic differentiation of the whole model."""
+    outputs = {}
+    hooks = []
+    for block in blocks:
+        for name, layer in block.layers():
+
+            def keep(_, __, output, name=name):
+                output.retain_grad()
+                outputs[name] = output
+
+            hooks.append(layer.register_forward_hook(keep))
+    logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0]
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(seed))
+    torch.nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    return {name: output.grad.view(len(window), -1).square().sum(-1) for name, output in outputs.items()}
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_against_plain_differentiation(name, monkeypatch):
+    monkeypatch.setattr("matgptq.saliency.multiplies_bfloat16", lambda device: False)
+    model, blocks = model_and_blocks(name)
+    windows = token_ids()[:1, :12]
+    found = token_saliency(model, blocks, windows, seed=3)
+    expected = expected_saliency(model, blocks, windows[0], seed=3)
+    assert set(found) == set(expected)
+    for layer, values in expected.items():
+        torch.testing.assert_close(found[layer][0], values, rtol=1e-3, atol=1e-5 * float(values.max()))
+
+
+def test_the_model_is_left_as_it_was():
+    model, blocks = model_and_blocks("llama")
+    before = model(input_ids=token_ids()[:1, :8]).logits
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    ticks = []
+    token_saliency(model, blocks, token_ids()[:3, :8], 0, lambda: ticks.append(1))
+    assert len(ticks) == 3
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(model(input_ids=token_ids()[:1, :8]).logits, before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_same_seed_same_weights_under_autocast():
+    model, blocks = model_and_blocks("qwen2")
+    first, again, other = (token_saliency(model, blocks, token_ids()[:2, :8], seed) for seed in (0, 0, 1))
+    for name, values in first.items():
+        assert torch.equal(values, again[name])
+    assert any(not torch.equal(values, other[name]) for name, values in first.items())
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_token_weights(exponent):
+    _, blocks = model_and_blocks("llama")
+    generator = torch.Generator().manual_seed(0)
+    saliency = {name: torch.rand(2, 5, generator=generator) for block in blocks for name, _ in block.layers()}
+    weights = token_weights(saliency, blocks, exponent)
+    for block in blocks:
+        for group in block.inputs:
+            names = [f"{block.name}.{path}" for path, _ in group]
+            expected = sum(saliency[name] for name in names).pow(exponent / 2)
+            torch.testing.assert_close(weights[names[0]], expected / expected.mean())
+            assert weights[names[0]].mean() == pytest.approx(1)
+
+
+def test_a_layer_that_nothing_depends_on_counts_all_tokens_alike():
+    _, blocks = model_and_blocks("llama")
+    saliency = {name: torch.zeros(2, 5) for block in blocks for name, _ in block.layers()}
+    assert token_weights(saliency, blocks, 1.0) == {}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_weights_enter_the_hessian(name, batch):
+    model, blocks = model_and_blocks(name)
+    windows = token_ids()[:4, :6]
+    weights = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    block = blocks[0]
+    first = f"{block.name}.{block.inputs[0][0][0]}"
+    seen = []
+    handle = block.inputs[0][0][1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    with torch.no_grad():
+        for window in windows:
+            model(input_ids=window.unsqueeze(0), use_cache=False)
+    handle.remove()
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).double()
+    inputs = capture_inputs(model, blocks, windows, batch=batch, token_weights={first: weights})
+    hessians = collect_hessians(block, [inputs], 0, lambda: None)
+    expected = 2 / windows.numel() * (rows.T * weights.double().flatten()) @ rows
+    torch.testing.assert_close(hessians[0].double(), expected, rtol=1e-4, atol=1e-5 * float(expected.max()))

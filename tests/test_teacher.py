@@ -1,0 +1,116 @@
+"""The compact teacher against full logits, and the stated bound on the error of a KL."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import MODELS, VOCAB, build_model, token_ids
+from torch import nn
+
+from matgptq import teacher as teacher_module
+from matgptq.errors import UnsupportedModelError
+from matgptq.teacher import OutputHead, Teacher, chunks, kl_error_bound, last_hidden, observe, output_head
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_is_reproduced_from_its_hidden_states(name: str) -> None:
+    model = build_model(name, **({"final_logit_softcapping": 3.0} if name in ("gemma2", "gemma3_text") else {}))
+    windows = token_ids(2, 12)
+    teacher = observe(model, windows)
+    assert teacher.vocabulary == VOCAB
+    with torch.no_grad():
+        for index, window in enumerate(windows):
+            expected = torch.log_softmax(model(input_ids=window[None]).logits[0], -1)
+            assert torch.allclose(teacher.log_probabilities(index, slice(None)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_is_that_of_full_logits(dtype: torch.dtype) -> None:
+    full, other = build_model("llama", dtype), build_model("llama-biased", dtype)
+    windows = token_ids(3, 16)
+    teacher = observe(full, windows)
+    assert teacher.hidden.dtype == dtype
+    head = output_head(other)
+    expected = []
+    with torch.no_grad():
+        for index, window in enumerate(windows):
+            p, q = (torch.log_softmax(model(input_ids=window[None]).logits[0].double(), -1) for model in (full, other))
+            expected.append((p.exp() * (p - q)).sum(-1))
+            logits = other(input_ids=window[None]).logits[0]
+            assert torch.allclose(teacher.kl(index, logits).double(), expected[-1], rtol=1e-4, atol=1e-6)
+            assert torch.allclose(teacher.kl(index, logits[5:], first=5).double(), expected[-1][5:], rtol=1e-4)
+        found = teacher.mean_kl(lambda index: last_hidden(other, windows[index : index + 1])[0], head)
+    assert found == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
+
+
+def test_pieces_of_a_window_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, other = build_model("llama"), build_model("llama-biased")
+    windows = token_ids(2, 16)
+    teacher, head = observe(full, windows), output_head(other)
+    with torch.no_grad():
+        states = last_hidden(other, windows)
+    whole = teacher.mean_kl(states.__getitem__, head)
+    monkeypatch.setattr(teacher_module, "_CHUNK_ELEMENTS", 3 * VOCAB)
+    assert [piece.stop - piece.start for piece in chunks(16, VOCAB)] == [3, 3, 3, 3, 3, 1]
+    assert teacher.mean_kl(states.__getitem__, head) == pytest.approx(whole, rel=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    vocabulary=st.integers(2, 400),
+    spread=st.floats(0.1, 12),
+    distance=st.floats(1e-3, 4),
+    error=st.floats(1e-6, 0.5),
+)
+def test_bound_on_the_kl_error(seed: int, vocabulary: int, spread: float, distance: float, error: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise() -> torch.Tensor:
+        return torch.randn(8, vocabulary, generator=generator, dtype=torch.float64)
+
+    logits = noise() * spread
+    other = torch.log_softmax(logits + noise() * distance, -1)
+    exact = torch.log_softmax(logits, -1)
+    # Errors at the ends of the interval are the worst ones.
+    off = torch.log_softmax(logits + error * noise().sign(), -1)
+    kl, kl_off = ((p.exp() * (p - other)).sum(-1) for p in (exact, off))
+    for value, value_off in zip(kl.tolist(), kl_off.tolist(), strict=True):
+        assert abs(value_off - value) <= kl_error_bound(max(value, 0.0), error) + 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), hidden=st.integers(1, 96), vocabulary=st.integers(2, 700), size=st.floats(0.1, 30))
+def test_recomputed_logits_keep_the_bound(seed: int, hidden: int, vocabulary: int, size: float) -> None:
+    """What is cached is enough: the KL differs from the one in float64 by no more than rounding of logits allows."""
+    generator = torch.Generator().manual_seed(seed)
+    head = nn.Linear(hidden, vocabulary, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(vocabulary, hidden, generator=generator) / math.sqrt(hidden))
+    states = torch.randn(1, 5, hidden, generator=generator) * size
+    teacher = Teacher(torch.zeros(1, 5, dtype=torch.int64), states, OutputHead(head, None))
+    logits = states[0].double() @ head.weight.detach().double().T
+    others = logits + torch.randn(5, vocabulary, generator=generator)
+    p, q = torch.log_softmax(logits, -1), torch.log_softmax(others.float().double(), -1)
+    exact = (p.exp() * (p - q)).sum(-1)
+    error = float(hidden * 2**-23 * (states[0].abs() @ head.weight.detach().abs().T).max()) + 1e-5
+    for value, found in zip(exact.tolist(), teacher.kl(0, others.float()).tolist(), strict=True):
+        assert abs(found - value) <= kl_error_bound(max(value, 0.0), error) + 1e-5
+
+
+def test_an_unknown_treatment_of_logits_is_refused() -> None:
+    model = build_model("llama")
+    original = model.forward
+
+    def scaled(**arguments: object) -> object:
+        output = original(**arguments)
+        output.logits = output.logits * 3
+        return output
+
+    model.forward = scaled
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM"):
+        output_head(model)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from matgptq.allocation import complete_allocation, read_allocation
+from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import (
     DEFAULT_SHARD_BYTES,
     EXPORT_NAME,
@@ -92,8 +92,8 @@ def export(
         format: ``compressed-tensors``, ``gptq``, ``gguf``, ``matgptq-slice`` or ``dense``; ``docs/export.md`` says who
             loads which.
         bits: width of all layers.
-        allocation: ``{layer: bits}``, or a file with one; layers that it does not name get ``bits``, or else the
-            checkpoint's default width.
+        allocation: ``{layer: bits}``, the name of a stored one, or a file; layers that it does not name get ``bits``,
+            or else the checkpoint's default width.
         dtype: of dense weights; ``auto`` is the model's own. float32 is exact, the others round once.
         force: replace a checkpoint or an export that stands at ``output``.
         shard_bytes: largest safetensors file.
@@ -140,8 +140,7 @@ def _widths(
     if bits is None and allocation is None:
         raise ConfigurationError("say what to export: --bits, or --allocation")
     default = checkpoint.settings.bits if bits is None else check_bits(bits)
-    named = read_allocation(allocation) if isinstance(allocation, str | Path) else allocation or {}
-    return complete_allocation(named, checkpoint.layers, default)
+    return find_allocation(checkpoint, allocation or {}, default)
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:

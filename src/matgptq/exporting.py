@@ -94,8 +94,8 @@ def export(
         format: ``compressed-tensors``, ``gptq``, ``gguf``, ``matgptq-slice`` or ``dense``; ``docs/export.md`` says who
             loads which.
         bits: width of all layers.
-        allocation: ``{layer: bits}``, the name of a stored allocation, or a file; layers that it does not name get
-            ``bits``, or else the checkpoint's default width.
+        allocation: ``{layer: bits}``, the name of a stored one, or a file; layers that it does not name get ``bits``,
+            or else the checkpoint's default width.
         dtype: of dense weights; ``auto`` is the model's own. float32 is exact, the others round once.
         force: replace a checkpoint or an export that stands at ``output``.
         shard_bytes: largest safetensors file.
@@ -139,11 +139,10 @@ def export(
 def _widths(
     checkpoint: Checkpoint, bits: int | None, allocation: Mapping[str, int] | str | Path | None
 ) -> dict[str, int]:
-    if allocation is not None:
-        return find_allocation(checkpoint, allocation, bits)
-    if bits is None:
+    if bits is None and allocation is None:
         raise ConfigurationError("say what to export: --bits, or --allocation")
-    return dict.fromkeys(checkpoint.layers, check_bits(bits))
+    default = checkpoint.settings.bits if bits is None else check_bits(bits)
+    return find_allocation(checkpoint, allocation or {}, default)
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:

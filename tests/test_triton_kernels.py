@@ -66,6 +66,16 @@ def test_fused(bits, dtype, resident):
     check(result, x, weight.dequantize(bits), bias)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled code does not change with a constant")
+@pytest.mark.parametrize("bits", [3, 8])
+def test_both_orders_of_columns_are_the_same_product(bits, monkeypatch):
+    weight = make_weight(7, 96, 3)
+    x = normal(2, 96, dtype=torch.bfloat16)
+    for first in (True, False):  # one of the two is that of other versions of the compiler
+        monkeypatch.setattr(triton_products.triton_kernels._PAIRS_FIRST, "value", first)
+        check(triton_products.matmul(x, pack(weight), bits), x, weight.dequantize(bits))
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_dequantized_is_exact_for_every_code(bits):
     weight = make_weight(66, 64, 2, seed=bits)

@@ -24,6 +24,9 @@ import triton.language as tl
 
 # Triton's interpreter takes the bits of a bfloat16 for an integer, so there the same numbers are computed in float32.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# The compiler hands neighbours in pairs to the threads of a tensor core, or, up to 3.7, two pairs each where tensors
+# are joined. The order of columns is free as long as weights and activations agree: it is the one that moves nothing.
+_PAIRS_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8))
 
 
 @triton.jit
@@ -136,9 +139,10 @@ def _half(words, U: tl.constexpr, FIELD: tl.constexpr, ZERO: tl.constexpr, FACTO
 def _operand(
     words, U: tl.constexpr, FIELD: tl.constexpr, ZERO: tl.constexpr, FACTOR: tl.constexpr, dtype: tl.constexpr
 ):
-    """``[chunks, 64, 32]`` for the tensor cores, columns in the order c, e, t, b."""
+    """``[chunks, 64, 32]`` for the tensor cores, columns in the order c, e, t, b or c, t, e, b."""
     half = _half(words, U, FIELD, ZERO, FACTOR, dtype)
-    return half.permute(0, 3, 5, 1, 7, 6, 2, 4).reshape(half.shape[0], 64, 32)
+    half = half.permute(0, 3, 5, 1, 7, 2, 6, 4) if _PAIRS_FIRST else half.permute(0, 3, 5, 1, 7, 6, 2, 4)
+    return half.reshape(half.shape[0], 64, 32)
 
 
 @triton.jit
@@ -150,11 +154,12 @@ def _dot(weights, activations, total):
 
 @triton.jit
 def _multiply(words, activations, total, U: tl.constexpr, BITS: tl.constexpr, FIELD: tl.constexpr):
-    """``total [units, 64, n]`` plus the product of 32 columns with ``activations [n / 8, units, 8, 32]``."""
+    """``total [units, 64, n]`` plus the product of 32 columns with ``activations [n / 8 * units * n % 8, 32]``."""
     dtype: tl.constexpr = activations.dtype
-    UNITS: tl.constexpr = activations.shape[1]
-    cut = activations.reshape(activations.shape[0], UNITS, 8, 4, 2, 2, 2)  # n / 8, units, n % 8, t, c, e, b
-    cut = cut.permute(1, 4, 5, 3, 6, 0, 2).reshape(UNITS, 32, activations.shape[0] * 8)
+    UNITS: tl.constexpr = total.shape[0]
+    cut = activations.reshape(total.shape[2] // 8, UNITS, 8, 4, 2, 2, 2)  # n / 8, units, n % 8, t, c, e, b
+    cut = cut.permute(1, 4, 3, 5, 6, 0, 2) if _PAIRS_FIRST else cut.permute(1, 4, 5, 3, 6, 0, 2)
+    cut = cut.reshape(UNITS, 32, total.shape[2])
     if FIELD < BITS:  # 16 * (high nibble - 8) + low nibble
         total = _dot(_operand(words[4:], U, 4, 8, 16, dtype), cut, total)
         return _dot(_operand(words[:4], U, 4, 0, 1, dtype), cut, total)
@@ -173,12 +178,13 @@ def _group(half, columns, GROUP_HALVES: tl.constexpr):
 
 @triton.jit
 def _load_scales(scales, block, blocks, group):
-    """``[units, g, t, 2 * i + h]``, the scales of one block of rows and one group for each unit."""
-    g = tl.arange(0, 8)[None, :, None, None]
-    t = tl.arange(0, 4)[None, None, :, None]
-    rows = tl.arange(0, 8)[None, None, None, :]
-    # The four threads t of a row read the same scales, so the axis t is there to say who they are.
-    return tl.load(scales + (group * blocks + block)[:, None, None, None] * 64 + g * 8 + rows + t * 0)
+    """``[units * g * t, 2 * i + h]``: the scales of ``block`` and ``group``, which name each thread's own.
+
+    The four threads t of a row read the same ones.
+    """
+    g = tl.arange(0, block.shape[0]) // 4 % 8
+    offsets = (group * blocks + block) * 64 + g * 8
+    return tl.load(scales + offsets[:, None] + tl.arange(0, 8)[None, :])
 
 
 @triton.jit
@@ -248,53 +254,66 @@ def fused(
     out += tile.to(tl.int64) * N * rows
     batch -= tile * N
 
-    unit = tl.arange(0, UNITS)
-    block = tl.minimum(program * BLOCKS + unit % BLOCKS, blocks - 1)
+    # The unit of each thread's words, activations and scales. What threads load has two axes, the second of neighbours:
+    # of more axes, compilers differ in which one goes to threads.
+    w_unit = tl.arange(0, UNITS)
+    x_unit = tl.arange(0, TILES * UNITS * 8) // 8 % UNITS
+    s_unit = tl.arange(0, UNITS * 32) // 32
+    w_block = tl.minimum(program * BLOCKS + w_unit % BLOCKS, blocks - 1)
+    s_block = tl.minimum(program * BLOCKS + s_unit % BLOCKS, blocks - 1)
+    n = tl.arange(0, TILES * UNITS * 8) // (8 * UNITS) * 8 + tl.arange(0, TILES * UNITS * 8) % 8
+    k = tl.arange(0, 32)[None, :]
     within = tl.arange(0, 128)[None, :]
-    n = tl.arange(0, TILES)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
-    k = tl.arange(0, 32)[None, None, None, :]
     first = split * steps * CHUNKS
     last = tl.minimum(first + steps * CHUNKS, chunks)
     sums = tl.zeros((UNITS, 64, N), tl.float32)
     for start in range(first, last, CHUNKS):
         # Chunks past the end read the last one again and multiply it by activations of zero.
-        chunk = start + unit // BLOCKS
-        at = tl.minimum(chunk, last - 1)
-        words = _load_slice(planes, (block * chunks + at)[:, None] * 128 + within, stride, BITS, RESIDENT, FIELD)
-        column = at[None, :, None, None] * 64 + k
-        live = (chunk < last)[None, :, None, None] & (n < batch)
+        w_chunk = tl.minimum(start + w_unit // BLOCKS, last - 1)
+        x_chunk = tl.minimum(start + x_unit // BLOCKS, last - 1)
+        s_chunk = tl.minimum(start + s_unit // BLOCKS, last - 1)
+        offsets = (w_block * chunks + w_chunk)[:, None] * 128 + within
+        words = _load_slice(planes, offsets, stride, BITS, RESIDENT, FIELD)
+        column = x_chunk[:, None] * 64 + k
+        live = ((start + x_unit // BLOCKS < last) & (n < batch))[:, None]
+        place = x + (n * columns)[:, None] + column
         if RAGGED:
-            x0 = tl.load(x + n * columns + column, mask=live & (column < columns), other=0.0)
-            x1 = tl.load(x + n * columns + column + 32, mask=live & (column + 32 < columns), other=0.0)
+            x0 = tl.load(place, mask=live & (column < columns), other=0.0)
+            x1 = tl.load(place + 32, mask=live & (column + 32 < columns), other=0.0)
         else:
-            x0 = tl.load(x + n * columns + column, mask=live, other=0.0)
-            x1 = tl.load(x + n * columns + column + 32, mask=live, other=0.0)
+            x0 = tl.load(place, mask=live, other=0.0)
+            x1 = tl.load(place + 32, mask=live, other=0.0)
         if GROUP_HALVES == 0:
             sums = _multiply(words, x1, _multiply(words, x0, sums, 0, BITS, FIELD), 1, BITS, FIELD)
         elif GROUP_HALVES % 2 == 0:
-            scale = _load_scales(scales, block, blocks, at // (GROUP_HALVES // 2))
+            scale = _load_scales(scales, s_block, blocks, s_chunk // (GROUP_HALVES // 2))
             part = _multiply(words, x0, tl.zeros((UNITS, 64, N), tl.float32), 0, BITS, FIELD)
             sums += _apply_scales(_multiply(words, x1, part, 1, BITS, FIELD), scale)
         else:
-            scale0 = _load_scales(scales, block, blocks, _group(2 * at, columns, GROUP_HALVES))
-            scale1 = _load_scales(scales, block, blocks, _group(2 * at + 1, columns, GROUP_HALVES))
+            scale0 = _load_scales(scales, s_block, blocks, _group(2 * s_chunk, columns, GROUP_HALVES))
+            scale1 = _load_scales(scales, s_block, blocks, _group(2 * s_chunk + 1, columns, GROUP_HALVES))
             sums += _apply_scales(_multiply(words, x0, tl.zeros((UNITS, 64, N), tl.float32), 0, BITS, FIELD), scale0)
             sums += _apply_scales(_multiply(words, x1, tl.zeros((UNITS, 64, N), tl.float32), 1, BITS, FIELD), scale1)
 
     result = _sum_units(sums, BLOCKS)
     if splits > 1:
+        SIZE: tl.constexpr = BLOCKS * 64 * N
+        GATHER: tl.constexpr = 4096 // SIZE if SIZE < 4096 else 1
         slot = program * tl.num_programs(0) + tile
-        place = partial + slot * (BLOCKS * 64 * N)
-        place += tl.arange(0, N)[None, :] * (BLOCKS * 64) + tl.arange(0, BLOCKS * 64)[:, None]
-        stretch = tl.num_programs(1) * tl.num_programs(0) * (BLOCKS * 64 * N)
-        tl.store(place + split * stretch, result)
+        lane = tl.arange(0, N)[None, :]
+        own = partial + slot * SIZE + lane * (BLOCKS * 64) + tl.arange(0, BLOCKS * 64)[:, None]
+        stretch = tl.num_programs(1) * tl.num_programs(0) * SIZE
+        tl.store(own + split * stretch, result, mask=lane < batch)
         tl.debug_barrier()
         if tl.atomic_add(arrived + slot, 1) == splits - 1:
             # The last to arrive adds all parts up, in their order, so that the result does not depend on who it is.
             tl.store(arrived + slot, 0)
-            result = tl.load(place, cache_modifier=".cg")
-            for other in range(1, splits):
-                result += tl.load(place + other * stretch, cache_modifier=".cg")
+            result = tl.zeros((BLOCKS * 64, N), tl.float32)
+            for start in range(0, splits, GATHER):
+                for other in tl.static_range(GATHER):  # several loads on their way at a time
+                    present = lane < tl.where(start + other < splits, batch, 0)
+                    part = own + (start + other) * stretch
+                    result += tl.load(part, mask=present, other=0.0, cache_modifier=".cg")
             _finish(result, scales, bias, out, program, rows, batch, BITS, GROUP_HALVES, BIASED)
     else:
         _finish(result, scales, bias, out, program, rows, batch, BITS, GROUP_HALVES, BIASED)
@@ -343,23 +362,25 @@ def dequantize(
     UNITS: tl.constexpr,
 ):
     """``out [rows, columns]``: weights from block ``first`` on; a program takes UNITS chunks of a block of rows."""
-    unit = tl.arange(0, UNITS)
-    block = first + tl.program_id(0)
-    chunk = tl.program_id(1) * UNITS + unit
-    at = tl.minimum(chunk, chunks - 1)
-    offsets = (block * chunks + at)[:, None] * 128 + tl.arange(0, 128)[None, :]
     FIELD: tl.constexpr = 2 if BITS == 2 else (4 if BITS <= 4 else 8)
+    start = tl.program_id(1) * UNITS
+    block = first + tl.program_id(0)
+    w_chunk = tl.minimum(start + tl.arange(0, UNITS), chunks - 1)
+    s_chunk = tl.minimum(start + tl.arange(0, UNITS * 32) // 32, chunks - 1)
+    offsets = (block * chunks + w_chunk)[:, None] * 128 + tl.arange(0, 128)[None, :]
     words = _load_slice(planes, offsets, stride, BITS, RESIDENT, FIELD)
+    # As for loads, two axes: 2 * i + h, units and g in one, so that threads store what they hold.
+    line = tl.arange(0, UNITS * 64)
+    row = line // (UNITS * 8) * 8 + line % 8
+    column = (start + line // 8 % UNITS) * 64
+    live = (tl.program_id(0) * 64 + row < rows)[:, None]
     out += tl.program_id(0).to(tl.int64) * 64 * columns
-    row = tl.arange(0, 64)[None, :, None]
-    k = tl.arange(0, 32)[None, None, :]
     for u in tl.static_range(2):
-        group = _group(2 * at + u, columns, GROUP_HALVES)
-        scale = _load_scales(scales, block + unit * 0, blocks, group).to(tl.float32) * (1 << (8 - BITS))
-        scale = scale.reshape(UNITS, 8, 4, 4, 2).permute(0, 3, 4, 1, 2).reshape(UNITS, 4, 2, 8, 4, 1, 1, 1)
+        group = _group(2 * s_chunk + u, columns, GROUP_HALVES)
+        scale = _load_scales(scales, block + s_chunk * 0, blocks, group).to(tl.float32) * (1 << (8 - BITS))
+        scale = scale.reshape(UNITS, 8, 4, 4, 2).permute(3, 4, 0, 1, 2).reshape(4, 2, UNITS, 8, 4, 1, 1, 1)
         levels = _half(words, u, FIELD, 1 << (BITS - 1), 1, tl.float16)
-        levels = levels.permute(0, 3, 5, 1, 2, 7, 6, 4).to(tl.float32)  # units, i, h, g, t, c, e, b
-        weights = (levels * scale).to(out.dtype.element_ty).reshape(UNITS, 64, 32)
-        column = chunk[:, None, None] * 64 + 32 * u + k
-        live = (tl.program_id(0) * 64 + row < rows) & (column < columns)
-        tl.store(out + row * columns + column, weights, mask=live)
+        levels = levels.permute(3, 5, 0, 1, 2, 7, 6, 4).to(tl.float32)  # i, h, units, g, t, c, e, b
+        weights = (levels * scale).to(out.dtype.element_ty).reshape(UNITS * 64, 32)
+        k = column[:, None] + 32 * u + tl.arange(0, 32)[None, :]
+        tl.store(out + (row * columns)[:, None] + k, weights, mask=live & (k < columns))

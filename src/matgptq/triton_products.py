@@ -20,6 +20,7 @@ from matgptq.triton_tuning import Launch, Tuner, candidate_launches, default_lau
 
 _DEQUANTIZE_WARPS = 4
 _INTERPRETED_PROCESSORS = 1
+_launches: dict[tuple[int, int, torch.dtype, int], Launch] = {}  # chosen already; asked for with every product
 
 
 def matmul(
@@ -69,6 +70,7 @@ def dequantize_blocks(weight: PlaneWeight, bits: int, first: int, out: Tensor) -
             GROUP_HALVES=_group_halves(weight),
             UNITS=_DEQUANTIZE_WARPS,
             num_warps=_DEQUANTIZE_WARPS,
+            enable_fp_fusion=True,
         )
 
 
@@ -107,10 +109,15 @@ def _launch(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, out:
         BIASED=bias is not None,
         num_warps=launch.warps,
         num_stages=1,
+        enable_fp_fusion=True,
     )
 
 
 def _choose(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None) -> Launch:
+    key = weight.key, bits, x.dtype, len(x)
+    known = _launches.get(key)
+    if known is not None:
+        return known
     if interpreted():
         return default_launch(weight, len(x), _INTERPRETED_PROCESSORS)
     tuner, processors = _tuner(x.device.index)
@@ -123,7 +130,7 @@ def _choose(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None) -> L
     if launch is None:
         return default_launch(weight, len(x), processors)
     # Measured for a class of batches: the number of counters that this one needs may be another.
-    return launch.with_splits(weight, len(x), launch.splits)
+    return _launches.setdefault(key, launch.with_splits(weight, len(x), launch.splits))
 
 
 @functools.cache

@@ -84,6 +84,7 @@ def sweep(
             STRETCH=stretch,
             ROWS=_ROWS,
             num_warps=1,
+            enable_fp_fusion=True,
         )
         trail[last:].addmm_(pulled[last:, first:last], changes[: last - first], alpha=-1)
     return codes

@@ -79,7 +79,12 @@ def candidate_launches(weight: PlaneWeight, batch: int, processors: int) -> list
 def _shapes(batch: int) -> list[tuple[Launch, int]]:
     """Launches without splits, and how many such programs a multiprocessor holds at a time (by their registers)."""
     if batch <= 8:
-        return [(Launch(4, 8, 1, 1, 1), 4), (Launch(4, 4, 1, 1, 1), 6), (Launch(8, 8, 1, 1, 1), 3)]
+        return [
+            (Launch(4, 8, 1, 1, 1), 3),
+            (Launch(4, 4, 1, 1, 1), 5),
+            (Launch(8, 8, 1, 1, 1), 2),
+            (Launch(16, 16, 1, 1, 1), 1),
+        ]
     if batch <= 16:
         return [(Launch(4, 4, 1, 2, 1), 4), (Launch(4, 4, 2, 2, 1), 4), (Launch(8, 8, 2, 2, 1), 2)]
     # Many rows of x: programs of several blocks, which find each other's activations in their cache.

@@ -14,7 +14,8 @@ Ours: packed slices and, once, the resident parent; exact and int8 activations; 
 
     blocks          a vocabulary of 256, so that the head costs nothing
     whole           the whole model; our head is tied to the embedding and stays bfloat16
-    whole, head 8   the whole model; our head is a matrix of its own, quantized and served at 8 bits
+    whole, head 8   the whole model; our head is served at 8 bits (head_bits=8)
+    whole, head 6   the same at 6 bits, as llama.cpp's head is but for Q8_0
 
 The contestants of one width and part are in memory together and take turns; a step is greedy decoding of one token
 after a short prompt. Medians of the rounds are reported, and the median of the rounds' own ratios.
@@ -62,11 +63,11 @@ class Ours:
         return matgptq.load(
             checkpoint,
             bits,
-            {"lm_head": head_bits} if head_bits else None,
             device="cpu",
             dtype="bfloat16",
             resident=self.resident,
             activations=self.activations,
+            head_bits=head_bits,
         )
 
 
@@ -83,6 +84,7 @@ PARTS = {
     "blocks": Part(256, None, (Ours("int8"), Ours("exact"), Ours("int8", resident=True))),
     "whole": Part(VOCABULARY, None, (Ours("int8"), Ours("exact"))),
     "whole, head 8": Part(VOCABULARY, 8, (Ours("int8"), Ours("exact"))),
+    "whole, head 6": Part(VOCABULARY, 6, (Ours("int8"), Ours("exact"))),
 }
 
 
@@ -158,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-cpp", type=Path, required=True, metavar="DIR", help="where libllama*.so lies")
     parser.add_argument(
-        "--files", type=Path, metavar="DIR", help="keep the model files there (8 GB), to use them again"
+        "--files", type=Path, metavar="DIR", help="keep the model files there (9 GB), to use them again"
     )
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--bits", default="8,4,3,2")
@@ -175,11 +177,13 @@ def main() -> None:
         files.mkdir(parents=True, exist_ok=True)
         records = []
         for name, part in ((name, PARTS[name]) for name in arguments.parts):
-            checkpoint = files / f"matgptq-{part.vocabulary}{'-head' if part.head_bits else ''}"
+            checkpoint = files / f"matgptq-{part.vocabulary}"
             if not checkpoint.exists():
-                write_checkpoint(checkpoint, part.vocabulary, head=part.head_bits is not None)
+                write_checkpoint(checkpoint, part.vocabulary)
             for bits in map(int, arguments.bits.split(",")):
                 head = Type.Q8_0 if bits == 8 else Type.Q6_K
+                if head == Type.Q8_0 and part.head_bits == 6:
+                    continue  # fewer bits than llama.cpp's head has
                 file = files / f"{TYPES[bits].name}-{part.vocabulary}.gguf"
                 if not file.exists():
                     write_gguf(file, TYPES[bits], head, part.vocabulary)

@@ -44,19 +44,16 @@ BLOCK_SCALES = {
 }
 
 
-def write_checkpoint(path: Path, vocabulary: int, *, head: bool, layers: int = LAYERS) -> None:
-    """Write a checkpoint of that shape.
+def write_checkpoint(path: Path, vocabulary: int, layers: int = LAYERS) -> None:
+    """Write a checkpoint of that shape, its head tied to the embedding.
 
     Args:
         path: directory to create.
         vocabulary: rows of the embedding.
-        head: an output head of its own, quantized like every other matrix; otherwise it is tied to the embedding.
         layers: blocks.
     """
     generator = torch.Generator().manual_seed(0)
-    settings = Settings(
-        bits=8, target_bits=WIDTHS, scale_bits=(8,), group_size=GROUP_SIZE, ignore=() if head else ("lm_head",)
-    )
+    settings = Settings(bits=8, target_bits=WIDTHS, scale_bits=(8,), group_size=GROUP_SIZE, ignore=("lm_head",))
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -70,7 +67,7 @@ def write_checkpoint(path: Path, vocabulary: int, *, head: bool, layers: int = L
         "max_position_embeddings": CONTEXT,
         "rope_theta": ROPE_BASE,
         "rms_norm_eps": NORM_EPSILON,
-        "tie_word_embeddings": not head,
+        "tie_word_embeddings": True,
         "dtype": "bfloat16",
         "quantization_config": settings.to_dict(),
     }
@@ -91,8 +88,6 @@ def write_checkpoint(path: Path, vocabulary: int, *, head: bool, layers: int = L
                 writer.add_layer(f"model.layers.{layer}.{name}", weight(out_features, in_features))
             for name in NORMS:
                 writer.add(f"model.layers.{layer}.{name}.weight", norm.clone())
-        if head:
-            writer.add_layer("lm_head", weight(vocabulary, HIDDEN))
         writer.commit()
 
 

@@ -12,8 +12,11 @@ import torch
 
 from matgptq.allocation import complete_allocation, read_allocation
 from matgptq.checkpoint import (
+    CARD_MARK,
+    CARD_NAME,
     DEFAULT_SHARD_BYTES,
     EXPORT_NAME,
+    RECORD_NAME,
     REPORT_NAME,
     Checkpoint,
     CheckpointWriter,
@@ -123,7 +126,8 @@ def export(
     with CheckpointWriter(destination, force=force, shard_bytes=shard_bytes) as writer:
         exporter.write(writer, progress.advance)
         for name, file in side_files(checkpoint.path).items():
-            if name not in (REPORT_NAME, EXPORT_NAME):
+            own_card = name == CARD_NAME and CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
+            if name not in (REPORT_NAME, RECORD_NAME, EXPORT_NAME) and not own_card:  # those are about the parent
                 writer.copy_file(name, file)
         writer.write_json(
             EXPORT_NAME,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ import torch
 from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
+
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter then; it has to know before anything imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 MakeCheckpoint = Callable[..., tuple[Path, Path]]
 

@@ -18,11 +18,13 @@ from tiny_models import GROUP_SIZE, MODELS, build_model, make_tokenizer, save_mo
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from typer.testing import CliRunner
 
 import matgptq
 from matgptq import exporting
 from matgptq.bit_stream import pack_rows, row_bytes, unpack_rows
 from matgptq.checkpoint import EXPORT_NAME, LayerInfo, open_checkpoint
+from matgptq.cli import app
 from matgptq.errors import (
     AllocationError,
     CheckpointError,
@@ -101,6 +103,20 @@ def test_a_slice_is_a_symmetric_integer_weight(bits):
         sliced.regroup(48)
     every = torch.arange(1 << bits, dtype=torch.uint8)
     assert torch.equal(slice_codes(parent_of(every, bits), bits), every)
+
+
+def test_what_float16_and_bfloat16_hold_exactly():
+    weight = random_weight(16, 512, 64)
+    weight = NestedWeight(weight.codes, {8: weight.scales[8].clamp(-2, 2)})  # float16 ends at 65504
+    exact = {
+        dtype: [
+            bits
+            for bits in WIDTHS
+            if torch.equal(cut(weight, bits).dequantize(dtype).float(), cut(weight, bits).dequantize())
+        ]
+        for dtype in (torch.float16, torch.bfloat16)
+    }
+    assert exact == {torch.float16: [2, 3, 4], torch.bfloat16: [2]}
 
 
 # --- each format, layer by layer, at every width and group size -------------------------------------------------------
@@ -436,6 +452,34 @@ def test_verify_names_what_is_wrong(make_checkpoint, tmp_path):
     (tmp_path / "out" / EXPORT_NAME).write_text(json.dumps(record))
     with pytest.raises(ExportError, match=r"not made from .*unknown layer another"):
         verify(tmp_path / "out", checkpoint)
+
+
+def test_on_the_command_line(make_checkpoint, tmp_path):
+    _, checkpoint = make_checkpoint("llama")
+    runner = CliRunner()
+
+    def run(*arguments: object) -> Any:
+        return runner.invoke(app, [str(argument) for argument in arguments])
+
+    (tmp_path / "mixed.json").write_text(json.dumps(mixed(checkpoint)))
+    for format, what in [("gguf", ("--bits", 4)), ("matgptq-slice", ("--allocation", tmp_path / "mixed.json"))]:
+        output, table = tmp_path / format, tmp_path / "table.json"
+        shown = run("export", checkpoint, *what, "--format", format, "-o", output, "--json", table)
+        assert shown.exit_code == 0, shown.output
+        assert f"saved to {output}" in shown.output.replace("\n", "")
+        files = [file for file in output.iterdir() if file.suffix in (".gguf", ".safetensors")]
+        assert json.loads(table.read_text())["bytes"] == sum(file.stat().st_size for file in files)
+        shown = run("verify", output, "--against", checkpoint, "--json", table)
+        assert shown.exit_code == 0, shown.output
+        assert json.loads(table.read_text())["passed"] is True
+    assert "allocation" in run("info", tmp_path / "matgptq-slice").output
+    file = tmp_path / "gguf" / "model.gguf"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    shown = run("verify", tmp_path / "gguf", "--against", checkpoint)
+    assert shown.exit_code == 1
+    assert "NOT EQUAL" in shown.output
+    refused = run("export", checkpoint, "--bits", 5, "--format", "gptq", "-o", tmp_path / "no")
+    assert isinstance(refused.exception, ExportError)
 
 
 # --- our own slices ---------------------------------------------------------------------------------------------------

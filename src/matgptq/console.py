@@ -25,6 +25,7 @@ from rich.table import Table
 from matgptq import figures, kernels, native
 from matgptq.allocation_search import Search
 from matgptq.checkpoint import Checkpoint
+from matgptq.errors import ConfigurationError
 from matgptq.evaluation import Evaluation
 from matgptq.figures import megabytes
 from matgptq.nested_weight import scale_source
@@ -339,18 +340,31 @@ def speed_table(results: Sequence[Speed]) -> Table:
 def kernel_table() -> Table:
     """Which kernel computes a product on this machine, by form of the weight, activations and number of rows."""
     library = f"native library for {native.isa()}" if native.available() else native.reason()
-    table = Table(title="kernels", caption=f"{library}; MATGPTQ_KERNEL forces one", caption_justify="left")
+    gpu = kernels.obstacle(torch.device("cuda"), torch.float16) if torch.cuda.is_available() else "no GPU"
+    caption = f"{library}; Triton: {gpu or torch.cuda.get_device_name()}; MATGPTQ_KERNEL forces a kernel"
+    table = Table(title="kernels", caption=caption, caption_justify="left")
     for column in ("weight", "device", "activations", "1 row", "16 rows", "512 rows"):
         table.add_column(column)
-    forms = [(True, "cpu"), (False, "cpu")] + ([(False, "cuda")] if torch.cuda.is_available() else [])
-    for (packed, device), dtype, activations in itertools.product(
-        forms, (torch.float32, torch.bfloat16), ("exact", "int8")
-    ):
-        if activations == "int8" and not packed:
+    rows: list[tuple[kernels.Form, str, torch.dtype]] = [
+        (form, "cpu", dtype) for form in ("native", "codes") for dtype in (torch.float32, torch.bfloat16)
+    ]
+    if torch.cuda.is_available():
+        rows += [
+            (form, "cuda", dtype)
+            for form in ("planes", "codes")
+            for dtype in (torch.float16, torch.bfloat16, torch.float32)
+        ]
+    refused = None
+    for (form, device, dtype), activations in itertools.product(rows, ("exact", "int8")):
+        try:
+            names = [
+                kernels.choose(kernels.Product(form, device, dtype, count, activations)).name for count in (1, 16, 512)
+            ]
+        except ConfigurationError as error:
+            refused = error
             continue
-        products = [kernels.Product(packed, device, dtype, rows, activations) for rows in (1, 16, 512)]
         name = str(dtype).removeprefix("torch.") + (", int8 inside" if activations == "int8" else "")
-        table.add_row(
-            "packed" if packed else "codes", device, name, *(kernels.choose(product).name for product in products)
-        )
+        table.add_row("codes" if form == "codes" else "packed", device, name, *names)
+    if refused is not None and not table.row_count:
+        raise refused  # a kernel is forced that computes none of this
     return table

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from matgptq.allocation import complete_allocation, read_allocation
+from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import (
     CARD_MARK,
     CARD_NAME,
@@ -42,6 +42,7 @@ FORMATS: dict[str, Callable[[Target], Export]] = {
     "matgptq-slice": MatGPTQSlice,
     "dense": Dense,
 }
+_ABOUT_THE_PARENT = (REPORT_NAME, RECORD_NAME)
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ def export(
         format: ``compressed-tensors``, ``gptq``, ``gguf``, ``matgptq-slice`` or ``dense``; ``docs/export.md`` says who
             loads which.
         bits: width of all layers.
-        allocation: ``{layer: bits}``, or a file with one; layers that it does not name get ``bits``, or else the
-            checkpoint's default width.
+        allocation: ``{layer: bits}``, the name of a stored one, or a file; layers that it does not name get ``bits``,
+            or else the checkpoint's default width.
         dtype: of dense weights; ``auto`` is the model's own. float32 is exact, the others round once.
         force: replace a checkpoint or an export that stands at ``output``.
         shard_bytes: largest safetensors file.
@@ -127,7 +128,7 @@ def export(
         exporter.write(writer, progress.advance)
         for name, file in side_files(checkpoint.path).items():
             own_card = name == CARD_NAME and CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
-            if name not in (REPORT_NAME, RECORD_NAME, EXPORT_NAME) and not own_card:  # those are about the parent
+            if name not in _ABOUT_THE_PARENT and not own_card:
                 writer.copy_file(name, file)
         writer.write_json(
             EXPORT_NAME,
@@ -144,8 +145,7 @@ def _widths(
     if bits is None and allocation is None:
         raise ConfigurationError("say what to export: --bits, or --allocation")
     default = checkpoint.settings.bits if bits is None else check_bits(bits)
-    named = read_allocation(allocation) if isinstance(allocation, str | Path) else allocation or {}
-    return complete_allocation(named, checkpoint.layers, default)
+    return find_allocation(checkpoint, allocation or {}, default)
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:

@@ -3,6 +3,8 @@
     reference      PyTorch: dequantize the slice, multiply. Defines the result; runs anywhere
     native-fused   native library, few rows: codes are unpacked in registers, so a product costs the bytes of its width
     native-tiled   native library, many rows: stretches of rows are dequantized into cache and multiplied by PyTorch
+    triton-fused   GPU, few rows: as native-fused, on tensor cores
+    triton-tiled   GPU, many rows: as native-tiled
 
 A kernel says what it refuses and why; the first that refuses nothing runs. ``MATGPTQ_KERNEL=name`` forces one.
 """
@@ -19,24 +21,33 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from matgptq import native
+from matgptq import native, triton_layout, triton_support
 from matgptq.errors import ConfigurationError
 from matgptq.nested_weight import NestedWeight
+from matgptq.slicing import WIDTHS
+from matgptq.triton_layout import PlaneWeight
 
 Activations = Literal["exact", "int8"]
-AnyWeight = NestedWeight | native.Weight
+PackedWeight = native.Weight | PlaneWeight
+AnyWeight = NestedWeight | PackedWeight
+Form = Literal["codes", "native", "planes"]
 
 # Above this many rows PyTorch's matrix product on dequantized tiles wins; see benchmarks/results/cpu_kernels.json.
 # A float32 product has no matrix unit to run on and loses later than a bfloat16 one.
 FUSED_ROWS = {torch.float32: 32, torch.bfloat16: 16}
 _TILE_BYTES = 1 << 20  # a dequantized tile has to stay in the second-level cache until it has been multiplied
+# The same on a GPU. By reasoning, not yet by measurement: unpacking once for every 32 rows against writing and reading
+# the weights once in 16 bits.
+TRITON_FUSED_ROWS = 128
+_TRITON_TILE_BYTES = 64 << 20  # bounds the memory that a product takes beside its result
+_TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Product:
     """What is to be computed, as far as the choice of a kernel depends on it."""
 
-    packed: bool
+    form: Form
     device: str
     dtype: torch.dtype
     rows: int
@@ -67,10 +78,10 @@ def matmul(
 
     Args:
         x: floating ``[..., in]``, any leading shape, also empty.
-        weight: codes and scales, or their packed form (CPU).
+        weight: codes and scales, or their packed form.
         bits: width, 2..8; a packed slice holds only one.
         bias: floating ``[out]`` or None.
-        activations: ``exact``, or ``int8`` to round x to 8 bits per row and stretch of columns (packed weights only).
+        activations: ``exact``, or ``int8`` to round x to 8 bits per row and stretch of columns (CPU only).
 
     Returns:
         ``[..., out]`` in the dtype of ``x``.
@@ -78,11 +89,11 @@ def matmul(
     Raises:
         ConfigurationError: the kernel that ``MATGPTQ_KERNEL`` names refuses the product.
     """
-    if isinstance(weight, native.Weight) and torch.compiler.is_compiling():
+    if isinstance(weight, PackedWeight) and torch.compiler.is_compiling():
         result: Tensor = _packed_matmul(x, weight.key, bits, bias, activations)
         return result
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    product = Product(isinstance(weight, native.Weight), x.device.type, x.dtype, len(rows), activations)
+    product = Product(form_of(weight), x.device.type, x.dtype, len(rows), activations)
     result = choose(product).run(rows, weight, bits, bias, activations)
     return result.view(*x.shape[:-1], result.shape[1])
 
@@ -102,7 +113,7 @@ def matmul_shared(x: Tensor, operands: Sequence[Operand], *, activations: Activa
     """
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     packed = all(isinstance(operand.weight, native.Weight) for operand in operands)
-    if not packed or not fuses(Product(True, x.device.type, x.dtype, len(rows), activations)):
+    if not packed or not fuses(Product("native", x.device.type, x.dtype, len(rows), activations)):
         return [matmul(x, *operand, activations=activations) for operand in operands]
     results = native.matmul_many(
         rows,
@@ -139,17 +150,72 @@ def choose(product: Product) -> Kernel:
     return _choose(product, os.environ.get("MATGPTQ_KERNEL", ""))
 
 
-def _run_reference(x: Tensor, weight: AnyWeight, bits: int, bias: Tensor | None, activations: Activations) -> Tensor:
+def form_of(weight: AnyWeight) -> Form:
+    """How a weight lies in memory."""
+    if isinstance(weight, NestedWeight):
+        return "codes"
+    return "native" if isinstance(weight, native.Weight) else "planes"
+
+
+def dequantize(weight: AnyWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights ``[out, in]`` of one slice, whatever form the weight has."""
     if isinstance(weight, native.Weight):
-        dense = native.dequantize_rows(weight, bits).to(x.dtype)
-    else:
-        dense = weight.dequantize(bits, x.dtype)
-    return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        return native.dequantize_rows(weight, bits).to(dtype)
+    if isinstance(weight, PlaneWeight):
+        return triton_layout.dequantize(weight, bits, dtype)
+    return weight.dequantize(bits, dtype)
+
+
+def packed_form(device: torch.device) -> Literal["native", "planes"]:
+    """The form for which weights on a device are packed: on a CPU ``native``, unless a Triton kernel is forced."""
+    forced = os.environ.get("MATGPTQ_KERNEL", "").startswith("triton-")
+    return "planes" if device.type != "cpu" or forced else "native"
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why weights on a device cannot be packed for activations of a dtype; None if they can."""
+    if packed_form(device) == "planes":
+        return triton_support.obstacle(device.type)
+    if dtype not in FUSED_ROWS:
+        return f"the native kernels compute in float32 and bfloat16, not in {dtype}"
+    return None if native.available() else native.reason()
+
+
+def new_arena(device: torch.device) -> native.Arena | None:
+    """Memory for the packed weights of a model on a device, where their form uses one."""
+    return native.Arena() if packed_form(device) == "native" else None
+
+
+def pack(weight: NestedWeight, bits: int | None = None, *, arena: native.Arena | None = None) -> PackedWeight:
+    """Pack a weight in the form that its device calls for.
+
+    Args:
+        weight: codes and scales.
+        bits: pack this slice only; None keeps the whole parent.
+        arena: memory for the native form.
+
+    Raises:
+        ConfigurationError: no kernels for that device, or the group size is none that they take.
+    """
+    scales = {width: weight.scales_for(width) for width in (WIDTHS if bits is None else (bits,))}
+    if packed_form(weight.codes.device) == "planes":
+        half = {id(scale): scale.half() for scale in scales.values()}
+        placed = {width: half[id(scale)] for width, scale in scales.items()}
+        if bits is None:
+            return remember(triton_layout.pack_parent(weight.codes, placed))
+        return remember(triton_layout.pack_slice(weight.codes, placed[bits], bits))
+    if bits is None:
+        return remember(native.pack_parent(weight.codes, scales, arena=arena))
+    return remember(native.pack_slice(weight.codes, scales[bits], bits, arena=arena))
+
+
+def _run_reference(x: Tensor, weight: AnyWeight, bits: int, bias: Tensor | None, activations: Activations) -> Tensor:
+    return torch.nn.functional.linear(x, dequantize(weight, bits, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _refuses_natively(product: Product) -> str | None:
-    if not product.packed:
-        return "the weight is not packed (matgptq.load packs it)"
+    if product.form != "native":
+        return "the weight is not packed for it (matgptq.load packs it on a CPU)"
     if product.device != "cpu":
         return f"the activations are on {product.device}"
     if product.dtype not in FUSED_ROWS:
@@ -179,6 +245,44 @@ def _run_tiled(x: Tensor, weight: native.Weight, bits: int, bias: Tensor | None,
     return result if bias is None else result.add_(bias.to(x.dtype))
 
 
+def _refuses_on_gpu(product: Product) -> str | None:
+    if product.form != "planes":
+        return "the weight is not packed for it (matgptq.load packs it on a GPU)"
+    if product.activations != "exact":
+        return "multiplies exact activations only"
+    return triton_support.obstacle(product.device)
+
+
+def _refuses_on_tensor_cores(product: Product) -> str | None:
+    if product.dtype not in _TENSOR_CORE_DTYPES:
+        return f"activations of {product.dtype}; float16 and bfloat16 are supported"
+    return _refuses_on_gpu(product)
+
+
+def _many_rows_on_gpu(product: Product) -> str | None:
+    return f"tiles are faster for {product.rows} rows" if product.rows > TRITON_FUSED_ROWS else None
+
+
+def _run_triton_fused(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, _: Activations) -> Tensor:
+    from matgptq import triton_products
+
+    return triton_products.matmul(x, weight, bits, bias)
+
+
+def _run_triton_tiled(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, _: Activations) -> Tensor:
+    from matgptq import triton_products
+
+    result = x.new_empty(len(x), weight.out_features)
+    block = triton_layout.BLOCK_ROWS
+    step = max(block, _TRITON_TILE_BYTES // (weight.in_features * x.element_size()) // block * block)
+    tile = x.new_empty(min(step, weight.out_features), weight.in_features)
+    for start in range(0, weight.out_features, step):
+        rows = tile[: weight.out_features - start]
+        triton_products.dequantize_blocks(weight, bits, start // block, rows)
+        torch.mm(x, rows.T, out=result[:, start : start + len(rows)])
+    return result if bias is None else result.add_(bias.to(x.dtype))
+
+
 def _refuses_reference(product: Product) -> str | None:
     return None if product.activations == "exact" else "multiplies exact activations only"
 
@@ -196,13 +300,15 @@ def _no_drawback(product: Product) -> None:
 KERNELS: tuple[Kernel, ...] = (
     Kernel("native-fused", _refuses_natively, _many_rows, _run_fused),
     Kernel("native-tiled", _refuses_tiled, _no_drawback, _run_tiled),
+    Kernel("triton-fused", _refuses_on_tensor_cores, _many_rows_on_gpu, _run_triton_fused),
+    Kernel("triton-tiled", _refuses_on_gpu, _no_drawback, _run_triton_tiled),
     Kernel("reference", _refuses_reference, _no_drawback, _run_reference),
 )
 
-_packed: weakref.WeakValueDictionary[int, native.Weight] = weakref.WeakValueDictionary()
+_packed: weakref.WeakValueDictionary[int, PackedWeight] = weakref.WeakValueDictionary()
 
 
-def remember(weight: native.Weight) -> native.Weight:
+def remember(weight: PackedWeight) -> PackedWeight:
     """Make a packed weight known to compiled graphs, which can hold its key but not the object."""
     _packed[weight.key] = weight
     return weight

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from matgptq import native
+from matgptq import kernels
 from matgptq.allocation import complete_allocation, read_allocation
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import open_checkpoint
@@ -16,7 +16,7 @@ from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.families import find_family
 from matgptq.format import Settings, parse_settings
-from matgptq.kernels import FUSED_ROWS, Activations
+from matgptq.kernels import Activations
 from matgptq.nested_linear import nested_layers, pack_layers
 from matgptq.output_head import pack_head
 from matgptq.slicing import check_bits
@@ -46,7 +46,7 @@ def load(
         dtype: of activations and of everything that is not quantized; ``auto`` is float32 on the CPU and the
             checkpoint's own on a GPU.
         resident: keep all planes of the parent in memory, so that any width can be served. Otherwise only the slices
-            asked for stay, in the memory of their width, and widths are fixed. Needs the native kernels.
+            asked for stay, in the memory of their width, and widths are fixed. Needs packed weights.
         activations: ``exact``, or ``int8`` to round activations to 8 bits inside the products: faster on a CPU at
             batch 1, at a cost in quality that ``matgptq eval --activations int8`` measures.
         head_bits: serve the output head from a copy rounded to so many bits, 2..8; the head is read whole for every
@@ -58,7 +58,7 @@ def load(
         without reading the disk.
 
     Raises:
-        ConfigurationError: ``resident=False``, int8 activations or ``head_bits`` where the native kernels do not run.
+        ConfigurationError: ``resident=False``, int8 activations or ``head_bits`` where no kernels can do it.
         CheckpointError: damaged or foreign files.
         AllocationError: unknown layers or widths, or a width that a slice does not hold.
     """
@@ -137,21 +137,17 @@ def _shared_inputs(model: Any) -> list[tuple[str, ...]]:
 def _packs(
     device: torch.device, dtype: torch.dtype, resident: bool, activations: Activations, head_bits: int | None
 ) -> bool:
-    """Whether the native kernels serve this model; raises if something was asked for that only they can do."""
-    obstacle = None
-    if device.type != "cpu":
-        obstacle = f"the model is on {device}"
-    elif dtype not in FUSED_ROWS:
-        obstacle = f"the native kernels compute in float32 and bfloat16, not in {dtype}"
-    elif not native.available():
-        obstacle = native.reason()
-    if obstacle is None:
-        return True
+    """Whether kernels serve this model packed; raises if something was asked for that only they can do."""
+    obstacle = kernels.obstacle(device, dtype)
+    name = "native" if kernels.packed_form(device) == "native" else "Triton"
+    if activations != "exact" and name != "native":
+        raise ConfigurationError(f"activations={activations!r} needs the native kernels: the model is on {device}")
     wishes = {
         "resident=False": not resident,
         f"activations={activations!r}": activations != "exact",
         f"head_bits={head_bits}": head_bits is not None,
     }
-    for wish in (wish for wish, wanted in wishes.items() if wanted):
-        raise ConfigurationError(f"{wish} needs the native kernels: {obstacle}")
-    return False
+    for wish, wanted in wishes.items():
+        if wanted and obstacle is not None:
+            raise ConfigurationError(f"{wish} needs the {name} kernels: {obstacle}")
+    return obstacle is None

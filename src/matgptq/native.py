@@ -151,14 +151,14 @@ def reason() -> str:
 def solves(tensor: Tensor) -> bool:
     """Whether the solver's loops over this tensor run in the library: on the CPU, where there is one.
 
-    ``MATGPTQ_SOLVER=torch`` or ``=native`` forces one engine; both give the same codes but for ties.
+    ``MATGPTQ_SOLVER=torch``, ``=native`` or ``=triton`` forces one engine; all give the same codes but for ties.
     """
     wanted = os.environ.get("MATGPTQ_SOLVER", "auto")
-    if wanted not in ("auto", "torch", "native"):
-        raise ConfigurationError(f"MATGPTQ_SOLVER must be auto, torch or native, not {wanted!r}")
+    if wanted not in ("auto", "torch", "native", "triton"):
+        raise ConfigurationError(f"MATGPTQ_SOLVER must be auto, torch, native or triton, not {wanted!r}")
     if wanted == "native" and not available():
         raise ConfigurationError(f"MATGPTQ_SOLVER=native: {reason()}")
-    return wanted != "torch" and tensor.device.type == "cpu" and available()
+    return wanted in ("auto", "native") and tensor.device.type == "cpu" and available()
 
 
 def _require() -> ctypes.CDLL:
@@ -240,7 +240,10 @@ class Weight:
         group_size: input columns per scale.
         widths: widths that it serves, ascending.
         resident: true for the parent's 8 planes, false for a packed slice.
+        device: the CPU.
     """
+
+    device = torch.device("cpu")
 
     def __init__(
         self,

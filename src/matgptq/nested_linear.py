@@ -15,12 +15,13 @@ from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.shared_input import SharedInput
 from matgptq.sliced_weight import parent_of
 from matgptq.slicing import PARENT_BITS, ZERO_POINT, check_bits, slice_codes
+from matgptq.triton_layout import PlaneWeight, unpack
 
 
 class NestedLinear(nn.Module):
     """Linear layer over a ``NestedWeight``; the width can be changed at any time and costs nothing to change.
 
-    On the CPU the codes can be *packed* for the native kernels (``pack``): as a resident parent, which serves every
+    The codes can be *packed* for the kernels of their device (``pack``): as a resident parent, which serves every
     width, or as one slice, which takes only the memory of its width.
 
     Buffers:
@@ -49,7 +50,7 @@ class NestedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
-        self._scale_source = scale_source(scale_bits)
+        scale_source(scale_bits)  # refuses a set without the parent's own
         self.scale_bits = tuple(sorted(scale_bits))
         groups = in_features // group_size
         self.register_buffer(CODES, torch.full((out_features, in_features), 128, dtype=torch.uint8, device=device))
@@ -60,7 +61,7 @@ class NestedLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.activations: kernels.Activations = "exact"
-        self._packed: native.Weight | None = None
+        self._packed: kernels.PackedWeight | None = None
         self._shared: SharedInput | None = None
         self.set_bits(bits)
 
@@ -69,7 +70,7 @@ class NestedLinear(nn.Module):
 
         Every dtype that a model is cast to on the way (bfloat16, float32) holds them exactly.
         """
-        if self._packed is not None and fn(self.weight).device.type != "cpu":
+        if self._packed is not None and fn(self.weight).device != self._packed.device:
             self.unpack()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for own in self.scale_bits:
@@ -98,29 +99,22 @@ class NestedLinear(nn.Module):
         self._bits = bits
 
     @property
-    def packed(self) -> native.Weight | None:
+    def packed(self) -> kernels.PackedWeight | None:
         """The packed form, if there is one."""
         return self._packed
 
     def pack(self, arena: native.Arena | None = None, *, resident: bool = True) -> None:
-        """Pack the codes for the native kernels and let go of them.
+        """Pack the codes for the kernels of their device and let go of them.
 
         Args:
-            arena: memory to share with other layers.
+            arena: memory to share with other layers (CPU).
             resident: keep all planes, so that any width can be served; otherwise only the slice in use.
 
         Raises:
-            ConfigurationError: the library is not available or does not take the layer's group size.
+            ConfigurationError: there are no kernels, or they do not take the layer's group size.
         """
-        weight = self.nested_weight
-        if resident:
-            by_source = {own: weight.scales[own].float() for own in self.scale_bits}
-            scales = {bits: by_source[own] for bits, own in self._scale_source.items()}
-            packed = native.pack_parent(weight.codes, scales, arena=arena)
-        else:
-            packed = native.pack_slice(weight.codes, weight.scales_for(self._bits).float(), self._bits, arena=arena)
-        self._packed = kernels.remember(packed)
-        self.codes = torch.empty(0, dtype=torch.uint8)
+        self._packed = kernels.pack(self.nested_weight, None if resident else self._bits, arena=arena)
+        self.codes = self.codes.new_empty(0)
 
     def unpack(self) -> None:
         """Return to plain codes."""
@@ -138,22 +132,23 @@ class NestedLinear(nn.Module):
         scales = {own: getattr(self, scales_name(own)) for own in self.scale_bits}
         if self._packed is None:
             return NestedWeight(self.codes, scales)
-        if not self._recoverable(self._packed):
+        if not self.is_complete:
             raise ConfigurationError("only one slice is in memory; load with resident=True to get at the parent")
+        if isinstance(self._packed, PlaneWeight):
+            return NestedWeight(unpack(self._packed), scales)
         spread = scales[PARENT_BITS].float().repeat_interleave(self.group_size, 1)
         # Exact: a weight is a product of 8 by 8 significant bits.
         levels = native.dequantize_rows(self._packed, self._packed.widths[-1]).div_(spread).round_()
         return NestedWeight((levels + ZERO_POINT).to(torch.uint8), scales)
 
-    def _recoverable(self, packed: native.Weight) -> bool:
-        """Whether the packed form holds all that the files hold."""
-        return packed.resident
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that the files hold is still in memory."""
+        return self._packed is None or self._packed.resident
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[out_features, in_features]`` weights at the width in use."""
-        if self._packed is not None:
-            return native.dequantize_rows(self._packed, self._bits).to(dtype)
-        return self.nested_weight.dequantize(self._bits, dtype)
+        return kernels.dequantize(self.operand.weight, self._bits, dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs @ w_r^T + bias`` in the dtype of ``inputs``."""
@@ -237,7 +232,9 @@ class SlicedLinear(NestedLinear):
         """Pack the slice for the native kernels; there are no other planes that could stay resident."""
         super().pack(arena, resident=False)
 
-    def _recoverable(self, packed: native.Weight) -> bool:
+    @property
+    def is_complete(self) -> bool:
+        """Always: a slice is all that the files hold."""
         return True
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
@@ -261,25 +258,26 @@ def pack_layers(
     activations: kernels.Activations = "exact",
     shared: Iterable[Sequence[str]] = (),
 ) -> int:
-    """Pack all nested layers of a model on the CPU into one arena; returns how many.
+    """Pack all nested layers of a model, on a CPU into one arena; returns how many.
 
-    Layers whose shape the library does not take stay as they are and run on the reference kernel.
+    Layers whose group size the kernels do not take stay as they are and run on the reference kernel.
 
     Args:
-        model: has nested layers on the CPU.
+        model: has nested layers, all on one device.
         resident: keep all planes of the parent.
         activations: see ``matgptq.load``.
         shared: names of layers that multiply the same input, group by group; each group runs as one call.
     """
-    arena = native.Arena()
+    layers = nested_layers(model)
+    arena = kernels.new_arena(next(iter(layers.values())).codes.device) if layers else None
     packed = {}
-    for name, layer in nested_layers(model).items():
+    for name, layer in layers.items():
         if layer.group_size % 32 and layer.group_size != layer.in_features:
             continue
         layer.pack(arena, resident=resident)
         layer.activations = activations
         packed[name] = layer
-    for group in shared:
+    for group in shared if arena is not None else ():  # only the native library takes several weights in one call
         members = [packed[name] for name in group if name in packed]
         if len(members) > 1:
             together = SharedInput(members)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matgptq import kernels, native
+from matgptq import kernels
 from matgptq.errors import ConfigurationError
 from matgptq.grid import resolve_group_size
+from matgptq.nested_weight import NestedWeight
 from matgptq.recipe import make_recipe
-from matgptq.slicing import check_bits
+from matgptq.slicing import PARENT_BITS, check_bits
 from matgptq.solver import solve
 
 GROUP_SIZE = 64
@@ -44,7 +45,8 @@ class OutputHead(nn.Linear):
         pieces = [solve(weight[start : start + _ROWS], None, recipe, group_size).weight for start in starts]
         codes = torch.cat([piece.codes for piece in pieces])
         scales = torch.cat([piece.scales_for(bits) for piece in pieces])
-        self.packed = kernels.remember(native.pack_slice(codes, scales, bits, arena=native.Arena()))
+        rounded = NestedWeight(codes, {PARENT_BITS: scales})
+        self.packed = kernels.pack(rounded, bits, arena=kernels.new_arena(codes.device))
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits, in the dtype of ``input``."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from matgptq import cache
 from matgptq.errors import CalibrationError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -264,9 +265,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _default_cache_dir() -> Path:
-    if root := os.environ.get("MATGPTQ_CACHE"):
-        return Path(root).expanduser() / "self"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "matgptq" / "self"
+    return cache.cache_dir() / "self"
 
 
 def _read_cache(path: Path, key: str, nsamples: int, seqlen: int, vocabulary: int) -> Tensor | None:

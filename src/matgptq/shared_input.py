@@ -68,7 +68,7 @@ class SharedInput:
                 return result
         activations = member.activations
         rows = inputs.shape[:-1].numel()
-        if not kernels.fuses(kernels.Product(True, inputs.device.type, inputs.dtype, rows, activations)):
+        if not kernels.fuses(kernels.Product("native", inputs.device.type, inputs.dtype, rows, activations)):
             return None
         products = kernels.matmul_shared(inputs, [each.operand for each in self._members], activations=activations)
         results = {(id(each), each.bits): product for each, product in zip(self._members, products, strict=True)}

@@ -18,6 +18,7 @@ from matgptq.slicing import PARENT_BITS, WIDTHS, level_table
 from matgptq.sweep import SweepGrid, code_levels, compensate, descend
 
 _SWEEP_ELEMENTS = 1 << 21  # floats in one [in, copies * rows] temporary: bounds memory, and stays near the caches
+_SWEEP_ELEMENTS_ON_GPU = 1 << 27  # rows are what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def solve(weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: in
             return Solution(fallback, output_errors(weight, fallback, hessian), dead_columns, rounded_to_nearest=True)
 
     copies = 1 if recipe.compensation == "mean" else len(recipe.target_bits)
-    rows_per_piece = max(1, _SWEEP_ELEMENTS // (in_features * copies))
+    elements = _SWEEP_ELEMENTS if weight.device.type == "cpu" else _SWEEP_ELEMENTS_ON_GPU
+    rows_per_piece = max(1, elements // (in_features * copies))
     problem = _Problem(recipe, group_size, order, matrix, ordered, None if factor is None else factor.upper)
     pieces = [
         problem.solve(rows, piece_scales)

@@ -230,7 +230,7 @@ def _product_seconds(model: Any, batch: int) -> float:
 def _bytes_per_token(model: Any) -> int:
     """Bytes of weights that one step reads; of the embedding table only where the output head is tied to it."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    total: int = head.packed.bytes_read() if isinstance(head, OutputHead) else head.weight.nbytes
+    total: int = head.packed.bytes_read(head.bits) if isinstance(head, OutputHead) else head.weight.nbytes
     for module in model.modules():
         if isinstance(module, NestedLinear):
             total += _layer_bytes(module)

@@ -4,19 +4,21 @@ Both halves of the solver are this loop. In GPTQ's compensation (arXiv 2210.1732
 later columns by ``-(x_j - w_j) U_jk / U_jj``; in coordinate descent a change of column j moves the *minimisers* of
 the later columns by ``-(w_j' - w_j) H_jk / H_kk``. Rows never meet, so they may be cut into pieces at will.
 
-Two engines give the same codes but for ties: PyTorch operations on whole columns, which run anywhere, and the native
-library, which keeps a few rows in cache and is used for tensors on the CPU when it is there. ``MATGPTQ_SOLVER=torch``
-or ``=native`` forces one.
+Three engines give the same codes but for ties: PyTorch operations on whole columns, which run anywhere; the native
+library, which keeps a few rows in cache and is used for tensors on the CPU when it is there; and a Triton kernel, which
+keeps them in registers and is used on a GPU. ``MATGPTQ_SOLVER=torch``, ``=native`` or ``=triton`` forces one.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from matgptq import native
+from matgptq import native, triton_support
+from matgptq.errors import ConfigurationError
 from matgptq.rounding import cell_table, round_nested, round_shared, shared_table
 from matgptq.slicing import PARENT_BITS, slice_codes
 
@@ -65,6 +67,9 @@ def compensate(weight: Tensor, upper: Tensor, grid: SweepGrid) -> Tensor:
         base = weight.T.expand(grid.copies, -1, -1)
         return _sweep_natively(base, None, coupling, grid, compensating=True)
     columns, rows = weight.shape
+    if _solves_on_gpu(weight):
+        trail = weight.new_zeros(columns, grid.copies * rows)
+        return _sweep_on_gpu(weight, trail, coupling, upper.diagonal(), grid, compensating=True)
     rounder = _Rounder(grid)
     moved = torch.zeros(columns, grid.copies * rows, device=weight.device)  # what compensation added to the targets
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
@@ -98,6 +103,8 @@ def descend(current: Tensor, gradient: Tensor, hessian: Tensor, grid: SweepGrid)
     if native.solves(current):
         base, trail = (t.view(columns, copies, rows).permute(1, 2, 0) for t in (current, gradient))
         return _sweep_natively(base, trail / diagonal, hessian / diagonal, grid, compensating=False)
+    if _solves_on_gpu(current):
+        return _sweep_on_gpu(current, gradient, hessian, diagonal, grid, compensating=False)
     rounder = _Rounder(grid)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=current.device)
     changes = torch.empty(_STRETCH, copies * rows, device=current.device)
@@ -141,6 +148,38 @@ class _Rounder:
             return codes, levels * scales
         chosen = round_nested(position, self._weights[group], self._cells)
         return chosen.to(torch.uint8), self._cells.levels.index_select(1, chosen).mul_(scales)
+
+
+def _solves_on_gpu(tensor: Tensor) -> bool:
+    wanted = os.environ.get("MATGPTQ_SOLVER", "auto")
+    if wanted not in ("auto", "triton") or (wanted == "auto" and tensor.device.type != "cuda"):
+        return False
+    obstacle = triton_support.obstacle(tensor.device.type)
+    if obstacle is not None and wanted == "triton":
+        raise ConfigurationError(f"MATGPTQ_SOLVER=triton: {obstacle}")
+    return obstacle is None
+
+
+def _sweep_on_gpu(
+    base: Tensor, trail: Tensor, coupling: Tensor, diagonal: Tensor, grid: SweepGrid, *, compensating: bool
+) -> Tensor:
+    from matgptq import triton_sweep
+
+    widths = grid.target_bits
+    if grid.copies > 1:
+        cell_table(widths)  # refuses what the kernel does not know, a set of widths without the parent
+    return triton_sweep.sweep(
+        base,
+        trail,
+        coupling,
+        diagonal.contiguous(),
+        grid.scales,
+        torch.tensor(grid.group_of, dtype=torch.int32, device=base.device),
+        widths,
+        grid.bit_weights,
+        shared_table(widths, grid.bit_weights, base.device) if grid.copies == 1 else None,
+        compensating=compensating,
+    )
 
 
 def _sweep_natively(

@@ -99,7 +99,7 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
         """Called before ``save_pretrained`` writes anything; refuses a model that has no parent any more."""
         for name, layer in nested_layers(model).items():
-            if layer.packed is not None and not layer.packed.resident:
+            if not layer.is_complete:
                 raise ConfigurationError(
                     f"layer {name} has only its slice in memory, so the checkpoint cannot be saved from here; "
                     "load it with resident=True, or copy its directory"

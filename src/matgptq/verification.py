@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from matgptq.checkpoint import EXPORT_NAME, open_checkpoint
+from matgptq.devices import resolve_dtype
 from matgptq.errors import AllocationError, ExportError, SourceError
 from matgptq.exports.gguf_file import ARCHITECTURES, FILE_NAME, context_length
 from matgptq.exports.target import Target
@@ -120,7 +121,8 @@ def _read_record(directory: Path, against: Path) -> tuple[Target, str]:
         raise ExportError(str(error)) from error
     except AllocationError as error:
         raise ExportError(f"{directory}: not made from {against}: {error}") from error
-    return Target(checkpoint, widths, getattr(torch, str(config.get("dtype", "float32")))), str(format)
+    dtype = config.get("torch_dtype") or config.get("dtype")
+    return Target(checkpoint, widths, resolve_dtype(str(dtype), torch.device("meta"), None)), str(format)
 
 
 def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from matgptq.commands.options import (
 EPILOG = examples(
     "matgptq export out --bits 4 --format compressed-tensors -o out-w4",
     "matgptq export out --bits 4 --format gguf -o out-gguf",
-    "matgptq export out --allocation mixed.json --format matgptq-slice -o out-mixed",
+    "matgptq export out --allocation small --format matgptq-slice -o out-mixed",
 )
 
 
@@ -28,7 +28,9 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Directory to create.")],
     format: Annotated[str, typer.Option(help="compressed-tensors, gptq, gguf, matgptq-slice or dense.")],
     bits: Annotated[int | None, typer.Option(help="Width, 2 to 8.")] = None,
-    allocation: Annotated[Path | None, typer.Option(metavar="FILE", help="A width per layer.")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="A width per layer: stored with the checkpoint, or a file.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of dense weights. (auto: the model's own; float32: exact)")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an export that stands at DIR.")] = False,
     json_file: JsonOption = None,

@@ -43,12 +43,11 @@ class CompressedTensors(SafetensorsExport):
             name: WHOLE_ROW if info.group_size == info.in_features else kernel_group_size(name, [info.group_size])
             for name, info in target.checkpoint.layers.items()
         }
-        odd = sorted({bits for bits in target.widths.values() if bits not in (4, 8)})
-        if odd:
-            self.notes.append(
-                f"{', '.join(map(str, odd))} bits: transformers needs compressed-tensors 0.18, vLLM a CUDA GPU; "
-                "4 bits run everywhere"
-            )
+        widths = set(target.widths.values())
+        if widths & {3, 5, 6, 7}:
+            self.notes.append("3, 5, 6 and 7 bits: transformers needs compressed-tensors 0.18 or newer")
+        if widths - {4}:
+            self.notes.append("vLLM's CPU kernels serve 4 bits only")
 
     def layer_tensors(self, layer: str, weight: SlicedWeight) -> dict[str, Tensor]:
         """See the module's text."""

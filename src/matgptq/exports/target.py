@@ -60,8 +60,8 @@ class Target:
         """``config.json`` of the export, still without ``quantization_config``."""
         config = copy.deepcopy(dict(self.checkpoint.config))
         config.pop("quantization_config")
-        config.pop("torch_dtype", None)
-        return config | {"dtype": str(self.dtype).removeprefix("torch.")}
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        return config | {key: str(self.dtype).removeprefix("torch.")}
 
     @property
     def fused(self) -> list[tuple[str, ...]]:

@@ -1,0 +1,163 @@
+"""Products with packed weights on a GPU: how the kernels of ``triton_kernels`` are called.
+
+Importing this module imports Triton; ``kernels`` does so when a product needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+from matgptq import triton_kernels
+from matgptq.triton_layout import BLOCK_ROWS, CHUNK_COLUMNS, GROUP_UNIT, PlaneWeight
+from matgptq.triton_tuning import Launch, Tuner, candidate_launches, default_launch, describe
+
+_DEQUANTIZE_WARPS = 4
+_INTERPRETED_PROCESSORS = 1
+_launches: dict[tuple[int, int, torch.dtype, int], Launch] = {}  # chosen already; asked for with every product
+
+
+def matmul(
+    x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None = None, launch: Launch | None = None
+) -> Tensor:
+    """``x @ w_r^T + bias`` on the tensor cores.
+
+    Args:
+        x: float16 or bfloat16 ``[batch, in]`` on the weight's device.
+        weight: packed weight that serves ``bits``.
+        bits: width, 2..8.
+        bias: floating ``[out]`` or None.
+        launch: how to cut it; by default the fastest known.
+
+    Returns:
+        ``[batch, out]`` in the dtype of ``x``, summed in float32.
+    """
+    x = x.contiguous()
+    out = x.new_empty(len(x), weight.out_features)
+    if len(x) == 0:
+        return out
+    with _on(x.device):
+        _launch(x, weight, bits, bias, out, launch or _choose(x, weight, bits, bias))
+    return out
+
+
+def dequantize_blocks(weight: PlaneWeight, bits: int, first: int, out: Tensor) -> None:
+    """Fill ``out [rows, in]``, float32, float16 or bfloat16, with weights of one slice from block ``first`` on.
+
+    Formed in float32, where they are exact, and rounded once.
+    """
+    _, blocks, chunks, _ = weight.planes.shape
+    grid = (triton.cdiv(len(out), BLOCK_ROWS), triton.cdiv(chunks, _DEQUANTIZE_WARPS))
+    with _on(out.device):
+        triton_kernels.dequantize[grid](
+            weight.planes,
+            weight.scales[bits],
+            out,
+            first,
+            len(out),
+            weight.in_features,
+            blocks,
+            chunks,
+            weight.planes.stride(0),
+            BITS=bits,
+            RESIDENT=weight.resident,
+            GROUP_HALVES=_group_halves(weight),
+            UNITS=_DEQUANTIZE_WARPS,
+            num_warps=_DEQUANTIZE_WARPS,
+            enable_fp_fusion=True,
+        )
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` when they were imported)."""
+    return not isinstance(triton_kernels.fused, triton.JITFunction)
+
+
+def _launch(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
+    _, blocks, chunks, _ = weight.planes.shape
+    grid = launch.grid(weight, len(x))
+    parts = grid[0] * grid[1] * grid[2] * launch.blocks * BLOCK_ROWS * 8 * launch.tiles if launch.splits > 1 else 1
+    triton_kernels.fused[grid](
+        x,
+        weight.planes,
+        weight.scales[bits],
+        x if bias is None else bias,
+        out,
+        x.new_empty(parts, dtype=torch.float32),
+        weight.arrived,
+        weight.out_features,
+        weight.in_features,
+        len(x),
+        blocks,
+        chunks,
+        weight.planes.stride(0),
+        launch.steps(weight),
+        launch.splits,
+        BITS=bits,
+        RESIDENT=weight.resident,
+        GROUP_HALVES=_group_halves(weight),
+        UNITS=launch.units,
+        BLOCKS=launch.blocks,
+        TILES=launch.tiles,
+        RAGGED=weight.in_features % CHUNK_COLUMNS != 0,
+        BIASED=bias is not None,
+        num_warps=launch.warps,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
+
+
+def _choose(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None) -> Launch:
+    key = weight.key, bits, x.dtype, len(x)
+    known = _launches.get(key)
+    if known is not None:
+        return known
+    if interpreted():
+        return default_launch(weight, len(x), _INTERPRETED_PROCESSORS)
+    tuner, processors = _tuner(x.device.index)
+    launch = tuner.choose(
+        describe(weight, bits, len(x), str(x.dtype)),
+        lambda: candidate_launches(weight, len(x), processors),
+        lambda candidate: _seconds(x, weight, bits, bias, candidate),
+        measure=os.environ.get("MATGPTQ_AUTOTUNE", "1") != "0" and not torch.cuda.is_current_stream_capturing(),
+    )
+    if launch is None:
+        return default_launch(weight, len(x), processors)
+    # Measured for a class of batches: the number of counters that this one needs may be another.
+    return _launches.setdefault(key, launch.with_splits(weight, len(x), launch.splits))
+
+
+@functools.cache
+def _tuner(device: int) -> tuple[Tuner, int]:
+    properties = torch.cuda.get_device_properties(device)
+    version = f"triton {triton.__version__} {triton_kernels.fused.cache_key[:16]}"
+    return Tuner(version, properties.name), properties.multi_processor_count
+
+
+def _seconds(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, launch: Launch) -> float:
+    """Time of a launch with a cold cache, as weights are in a model."""
+    out = x.new_empty(len(x), weight.out_features)
+    try:
+        time = triton.testing.do_bench(
+            lambda: _launch(x, weight, bits, bias, out, launch), warmup=5, rep=20, return_mode="median"
+        )
+    except triton.OutOfResources:
+        return math.inf
+    return float(time)
+
+
+def _group_halves(weight: PlaneWeight) -> int:
+    return 0 if weight.group_size == weight.in_features else weight.group_size // GROUP_UNIT
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

@@ -8,10 +8,10 @@ from matgptq.task_evaluation import Score, TaskEvaluation, TaskResult
 SETTINGS = {"dtype": "float32", "activations": "exact", "head_bits": None}
 
 
-def on_text(widths: dict[float, float], protocol: str = "some text", **changes) -> Evaluation:
+def on_text(widths: dict[float, float], protocol: str = "some text", allocation: str | None = None) -> Evaluation:
     """``{bits: perplexity}``."""
-    results = [Result(bits, bits + 0.25, 100, value, value / 10, 0.9) for bits, value in widths.items()]
-    return Evaluation(results, protocol, "owner/name", 1.5, SETTINGS, **changes)
+    results = [Result(bits, bits + 0.25, 100, value, value / 10, 0.9, allocation) for bits, value in widths.items()]
+    return Evaluation(results, protocol, "owner/name", 1.5, SETTINGS)
 
 
 def on_tasks(task: str, widths: dict[float, float], full: float | None = None) -> TaskEvaluation:

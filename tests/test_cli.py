@@ -64,7 +64,9 @@ def test_the_whole_road(source: Path, text: Path, tmp_path: Path) -> None:
     succeed("eval", out, "--bits", "2,4,8", "--text", text, "--windows", 2, "--seqlen", 32, "--json", table,
             "--plot", plot)  # fmt: skip
     records = json.loads(table.read_text())
-    assert [set(record) for record in records] == [{"bits", "bits_per_weight", "bytes", "perplexity", "kl", "top1"}] * 3
+    assert [set(record) for record in records] == [
+        {"bits", "bits_per_weight", "bytes", "perplexity", "kl", "top1", "allocation"}
+    ] * 3
     assert plot.read_bytes().startswith(b"\x89PNG")
 
     assert "made from" in succeed("info", out, "--json", tmp_path / "info.json")
@@ -185,6 +187,14 @@ def test_results_are_recorded_unless_unwanted(checkpoint: Path, text: Path) -> N
     assert [row["bits"] for row in recorded[0]["results"]] == [3]
     (checkpoint / "evaluation.json").write_text("damaged")
     assert "not recorded" in succeed("eval", checkpoint, *options)  # and the table is shown
+
+
+def test_a_slice_is_shown_and_measured(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "slice"
+    succeed("export", checkpoint, "--bits", 3, "--format", "matgptq-slice", "-o", out)
+    assert "made from" in succeed("info", out)
+    succeed("eval", out, "--text", text, "--windows", 1, "--seqlen", 32)
+    assert [row["bits"] for row in json.loads((out / "evaluation.json").read_text())["texts"][0]["results"]] == [3]
 
 
 def test_options_of_texts_and_tasks_do_not_mix(checkpoint: Path, text: Path) -> None:

@@ -3,84 +3,117 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from measurements import SETTINGS, on_tasks, on_text
+from safetensors.torch import load_file, save_file
 
+from matgptq.allocation import Allocation
+from matgptq.allocation_store import DIRECTORY, save_allocation
+from matgptq.checkpoint import RECORD_NAME, open_checkpoint
 from matgptq.errors import CheckpointError
-from matgptq.evaluation_record import RECORD_NAME, read_record, record_evaluation
+from matgptq.evaluation import Evaluation
+from matgptq.evaluation_record import Record, read_record, record_evaluation
+from matgptq.task_evaluation import TaskEvaluation
 
 
-def perplexities(entry) -> dict[int, float]:
-    return {row["bits"]: row["perplexity"] for row in entry["results"]}
+def perplexities(entry) -> dict[Any, float]:
+    return {row["allocation"] or row["bits"]: row["perplexity"] for row in entry["results"]}
 
 
-def test_nothing_is_recorded_of_a_new_checkpoint(tmp_path: Path) -> None:
-    assert read_record(tmp_path) == {"texts": [], "tasks": []}
+def record(checkpoint: Path, *evaluations: Evaluation | TaskEvaluation) -> None:
+    for evaluation in evaluations:
+        record_evaluation(open_checkpoint(checkpoint), evaluation)
 
 
-def test_rows_of_the_same_way_of_measuring_are_gathered(tmp_path: Path) -> None:
-    record_evaluation(tmp_path, on_text({8: 2.0, 3: 4.0}))
-    record_evaluation(tmp_path, on_text({8: 1.0}, protocol="another text"))
-    record_evaluation(tmp_path, on_text({2: 9.0, 3: 5.0}))
-    first, last = read_record(tmp_path)["texts"]
+def read(checkpoint: Path) -> Record:
+    return read_record(open_checkpoint(checkpoint))
+
+
+def allocate(checkpoint: Path, name: str, bits: int) -> None:
+    opened = open_checkpoint(checkpoint)
+    layers = dict.fromkeys(opened.layers, bits)
+    save_allocation(opened, Allocation(name, opened.identity, "", bits, bits, 1, 0, {}, {}, layers))
+
+
+def test_nothing_is_recorded_of_a_new_checkpoint(checkpoint: Path) -> None:
+    assert read(checkpoint) == {"texts": [], "tasks": []}
+
+
+def test_rows_of_the_same_way_of_measuring_are_gathered(checkpoint: Path) -> None:
+    before = {file.name for file in checkpoint.iterdir()}
+    record(checkpoint, on_text({8: 2.0, 3: 4.0}), on_text({8: 1.0}, protocol="another text"), on_text({2: 9.0, 3: 5.0}))
+    first, last = read(checkpoint)["texts"]
     assert (first["protocol"], perplexities(first)) == ("another text", {8: 1.0})
     assert (last["protocol"], perplexities(last)) == ("some text", {2: 9.0, 3: 5.0, 8: 2.0})
     assert [row["bits"] for row in last["results"]] == [2, 3, 8]
     assert last["reference_perplexity"] == 1.5
-    record_evaluation(tmp_path, dataclasses.replace(on_text({3: 7.0}), settings={**SETTINGS, "activations": "int8"}))
-    assert len(read_record(tmp_path)["texts"]) == 3
-    assert [file.name for file in tmp_path.iterdir()] == [RECORD_NAME]
+    record(checkpoint, dataclasses.replace(on_text({3: 7.0}), settings={**SETTINGS, "activations": "int8"}))
+    assert len(read(checkpoint)["texts"]) == 3
+    assert {file.name for file in checkpoint.iterdir()} == before | {RECORD_NAME}
 
 
-def test_tasks_are_gathered_by_width(tmp_path: Path) -> None:
-    record_evaluation(tmp_path, on_tasks("arc", {3: 0.3, 8: 0.8}, full=0.9))
-    record_evaluation(tmp_path, on_tasks("piqa", {3: 0.4}, full=0.7))
-    (entry,) = read_record(tmp_path)["tasks"]
+def test_tasks_are_gathered_by_width(checkpoint: Path) -> None:
+    record(checkpoint, on_tasks("arc", {3: 0.3, 8: 0.8}, full=0.9), on_tasks("piqa", {3: 0.4}, full=0.7))
+    (entry,) = read(checkpoint)["tasks"]
     assert entry["shown"] == ["arc", "piqa"]
-    values = {
-        row["bits"]: {task: row["scores"][task]["acc"]["value"] for task in row["scores"]} for row in entry["results"]
-    }
-    assert values == {3: {"arc": 0.3, "piqa": 0.4}, 8: {"arc": 0.8}}
-    assert {task: score["acc"]["value"] for task, score in entry["reference_scores"].items()} == {
-        "arc": 0.9,
-        "piqa": 0.7,
-    }
+    columns = [(row["bits"], row["scores"]) for row in entry["results"]] + [("full", entry["reference_scores"])]
+    values = {name: {task: scores[task]["acc"]["value"] for task in scores} for name, scores in columns}
+    assert values == {3: {"arc": 0.3, "piqa": 0.4}, 8: {"arc": 0.8}, "full": {"arc": 0.9, "piqa": 0.7}}
 
 
-def test_allocations_are_not_kept(tmp_path: Path) -> None:
-    record_evaluation(tmp_path, on_text({3.5: 3.0}))
-    assert not (tmp_path / RECORD_NAME).exists()
-    record_evaluation(tmp_path, on_text({3: 4.0, 3.5: 3.0}))
-    assert perplexities(read_record(tmp_path)["texts"][0]) == {3: 4.0}
+def test_allocations_are_kept_that_lie_with_the_checkpoint(checkpoint: Path) -> None:
+    record(checkpoint, on_text({3.5: 3.0}, allocation="elsewhere.json"))
+    assert not (checkpoint / RECORD_NAME).exists()
+    allocate(checkpoint, "small", 3)
+    record(checkpoint, on_text({3: 4.0}), on_text({3.0: 3.0}, allocation="small"))
+    assert perplexities(read(checkpoint)["texts"][0]) == {3: 4.0, "small": 3.0}
+    allocate(checkpoint, "small", 4)  # another one under the same name
+    assert perplexities(read(checkpoint)["texts"][0]) == {3: 4.0}
+    record(checkpoint, on_text({4.0: 2.0}, allocation="small"))
+    assert perplexities(read(checkpoint)["texts"][0]) == {3: 4.0, "small": 2.0}
+    shutil.rmtree(checkpoint / DIRECTORY)
+    assert perplexities(read(checkpoint)["texts"][0]) == {3: 4.0}
 
 
-def test_a_path_of_this_machine_is_not_recorded(tmp_path: Path) -> None:
-    record_evaluation(tmp_path, dataclasses.replace(on_text({3: 4.0}), reference=str(tmp_path / "llama")))
-    assert str(tmp_path) not in (tmp_path / RECORD_NAME).read_text()
-    assert read_record(tmp_path)["texts"][0]["reference"] == "llama"
+def test_figures_of_other_scales_are_forgotten(checkpoint: Path) -> None:
+    record(checkpoint, on_text({3: 4.0}))
+    assert read(checkpoint)["texts"]
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("scales_3"))
+    tensors[name] *= 2
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert not read(checkpoint)["texts"]
+    record(checkpoint, on_text({2: 9.0}))
+    assert perplexities(read(checkpoint)["texts"][0]) == {2: 9.0}
+
+
+def test_a_path_of_this_machine_is_not_recorded(checkpoint: Path) -> None:
+    record(checkpoint, dataclasses.replace(on_text({3: 4.0}), reference=str(checkpoint.parent / "llama")))
+    assert str(checkpoint.parent) not in (checkpoint / RECORD_NAME).read_text()
+    assert read(checkpoint)["texts"][0]["reference"] == "llama"
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"texts": 3, "tasks": []}', '{"texts": [], "tasks": [{}]}'])
-def test_a_damaged_record_is_named(tmp_path: Path, damage: str) -> None:
-    (tmp_path / RECORD_NAME).write_text(damage)
+def test_a_damaged_record_is_named(checkpoint: Path, damage: str) -> None:
+    (checkpoint / RECORD_NAME).write_text(damage)
     with pytest.raises(CheckpointError, match=RECORD_NAME):
-        record_evaluation(tmp_path, on_text({3: 4.0}))
-    assert (tmp_path / RECORD_NAME).read_text() == damage
+        record(checkpoint, on_text({3: 4.0}))
+    assert (checkpoint / RECORD_NAME).read_text() == damage
 
 
-def test_a_full_disk_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record_evaluation(tmp_path, on_text({3: 4.0}))
-    before = json.loads((tmp_path / RECORD_NAME).read_text())
+def test_a_full_disk_leaves_the_old_record(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(checkpoint, on_text({3: 4.0}))
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match="No space left"):
-        record_evaluation(tmp_path, on_text({2: 9.0}))
-    assert json.loads((tmp_path / RECORD_NAME).read_text()) == before
-    assert [file.name for file in tmp_path.iterdir()] == [RECORD_NAME]
+        record(checkpoint, on_text({2: 9.0}))
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before

@@ -19,10 +19,13 @@ from tiny_models import token_ids
 from typer.testing import CliRunner
 
 import matgptq
-from matgptq.checkpoint import open_checkpoint
+from matgptq.allocation import Allocation
+from matgptq.allocation_store import save_allocation
+from matgptq.checkpoint import RECORD_NAME, open_checkpoint
 from matgptq.cli import app
 from matgptq.errors import CheckpointError, ConfigurationError, UploadError
-from matgptq.evaluation_record import RECORD_NAME, record_evaluation
+from matgptq.evaluation_record import record_evaluation
+from matgptq.nested_linear import nested_layers
 
 REPOSITORY = "someone/tiny"
 
@@ -79,9 +82,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 @pytest.fixture
 def measured(checkpoint: Path) -> Path:
-    """A checkpoint with a record, made from local files."""
-    record_evaluation(checkpoint, on_text({8: 2.5, 3: 4.25}))
-    record_evaluation(checkpoint, on_tasks("arc", {3: 0.5}, full=0.75))
+    """A checkpoint with a record and an allocation, made from local files."""
+    opened = open_checkpoint(checkpoint)
+    found = {"text": str(checkpoint.parent / "text.txt")}
+    layers = dict.fromkeys(opened.layers, 3) | {next(iter(opened.layers)): 8}
+    save_allocation(opened, Allocation("mixed", opened.identity, "", 3.25, 3.5, 1, 0, {}, found, layers))
+    record_evaluation(opened, on_text({8: 2.5, 3: 4.25}))
+    record_evaluation(opened, on_text({3.25: 3.75}, allocation="mixed"))
+    record_evaluation(opened, on_tasks("arc", {3: 0.5}, full=0.75))
     config = json.loads((checkpoint / "config.json").read_text())
     config["_name_or_path"] = str(checkpoint)
     text = str(checkpoint.parent / "text.txt")
@@ -104,6 +112,9 @@ def test_a_card_of_what_was_measured(measured: Path) -> None:
         size = f"{opened.served_bytes(bits) / 1e6:,.1f} MB"
         assert row == [str(bits), f"{opened.bits_per_weight(bits):.2f}", size, perplexity,
                        f"{float(perplexity) / 10:.4f}", "90.0%"]  # fmt: skip
+    (row,) = [row for row in rows(card) if row[0] == "3.25 (mixed)"]
+    widths = json.loads((measured / "allocations" / "mixed.json").read_text())["layers"]
+    assert row[2:4] == [f"{opened.served_bytes(widths) / 1e6:,.1f} MB", "3.75"]
     assert ["full", "", "", "1.50", "0", "100%"] in rows(card)
     assert ["arc (0-shot)", "acc", "0.500 ± 0.010", "0.750 ± 0.010"] in rows(card)
     assert "some text, compared with owner/name." in card
@@ -140,7 +151,7 @@ def test_other_text_and_metadata_are_kept(measured: Path) -> None:
     assert (data.license, data.language, data.get("own_key")) == ("mit", ["de"], 7)
     assert data.tags[0] == "old"
     assert first.endswith(theirs.rstrip() + "\n")
-    record_evaluation(measured, on_text({8: 2.75}))
+    record_evaluation(open_checkpoint(measured), on_text({8: 2.75}))
     second = matgptq.write_card(measured).read_text()
     assert "2.75" in second
     assert "2.50" not in second
@@ -160,6 +171,12 @@ def test_a_base_model_of_the_hub_is_named(checkpoint: Path) -> None:
     assert (data.base_model, data.get("base_model_relation")) == ("HuggingFaceTB/SmolLM2-135M", "quantized")
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()
+    }
+
+
 def check_upload(hub: Hub, made_in: Path, root: Path) -> Path:
     """Nothing but the weights is unreadable, and nothing tells where it was made."""
     for name, content in hub.files.items():
@@ -172,22 +189,29 @@ def check_upload(hub: Hub, made_in: Path, root: Path) -> Path:
     assert f'load("{REPOSITORY}", bits=4)' in card
     assert "4.25" in card
     assert len(json.loads(hub.files[RECORD_NAME])["texts"]) == 1
+    assert len(json.loads(hub.files["allocations/mixed.json"])["layers"]) == hub.files["allocations/mixed.txt"].count(
+        b"\n"
+    )
     return hub.download(root)
 
 
 def test_push(measured: Path, hub: Hub, tmp_path: Path) -> None:
-    before = {file.name: file.read_bytes() for file in measured.iterdir()}
-    (measured / ".cache").mkdir()
-    (measured / ".cache" / "secret").write_text("not for the hub")
+    for folder, name in ((".cache", "secret"), ("search", "log.jsonl"), (".", ".netrc")):
+        (measured / folder).mkdir(exist_ok=True)
+        (measured / folder / name).write_text("not for the hub")
+    (measured / "additional_chat_templates").mkdir()
+    (measured / "additional_chat_templates" / "tools.jinja").write_text("{}")
+    before = contents(measured)
     hub.files = {"model-00001-of-00002.safetensors": b"old", "notes.md": b"stays"}
     url = matgptq.push(measured, REPOSITORY, private=True, message="First")
     assert url == "https://hub/commit/1"
     assert hub.created == [{"repo_id": REPOSITORY, "private": True, "exist_ok": True}]
     assert [commit["commit_message"] for commit in hub.commits] == ["First"]
     pushed = check_upload(hub, measured.parent, tmp_path / "pulled")
-    assert set(hub.files) == {*before, "README.md", "notes.md"}  # old weights would be found first
+    private = {".cache/secret", "search/log.jsonl", ".netrc"}
+    assert set(hub.files) == {*before, "README.md", "notes.md"} - private  # old weights would be found first
     assert hub.files["model.safetensors"] == before["model.safetensors"]
-    assert {file.name: file.read_bytes() for file in measured.iterdir() if file.is_file()} == before
+    assert contents(measured) == before
     ids = token_ids(1, 8)
     with torch.no_grad():
         one, other = (matgptq.load(path, bits=3)(ids).logits for path in (measured, pushed))
@@ -211,6 +235,30 @@ def test_push_to_hub_of_a_model(measured: Path, hub: Hub, tmp_path: Path) -> Non
     assert "license: mit" in again
     assert again.endswith("Mine, and to be kept.\n")
     assert again.count("## Widths") == 1
+
+
+def test_a_model_with_other_scales_is_pushed_without_figures(measured: Path, hub: Hub) -> None:
+    model = matgptq.load(measured, dtype=torch.bfloat16)
+    next(iter(nested_layers(model).values())).scales_3.mul_(2)
+    model.push_to_hub(REPOSITORY)
+    assert RECORD_NAME not in hub.files
+    assert "4.25" not in hub.files["README.md"].decode()
+
+
+def test_a_slice_has_a_card(measured: Path, hub: Hub, tmp_path: Path) -> None:
+    """And neither card nor figures of the parent stay with what is exported from it."""
+    matgptq.write_card(measured)
+    matgptq.export(measured, tmp_path / "slice", format="matgptq-slice", bits=3)
+    assert not {"README.md", RECORD_NAME} & {file.name for file in (tmp_path / "slice").iterdir()}
+    opened = open_checkpoint(tmp_path / "slice", slices=True)
+    record_evaluation(opened, on_text({3: 4.5}))
+    matgptq.push(tmp_path / "slice", REPOSITORY)
+    card = hub.files["README.md"].decode()
+    assert [row[0] for row in rows(card)[2:]] == ["3", "full"]
+    assert "4.50" in card
+    assert "target widths 2, 3, 4, 8" in card
+    assert f'matgptq.load("{REPOSITORY}")' in card
+    assert "set_bits" not in card
 
 
 def test_save_pretrained_that_pushes(measured: Path, hub: Hub, tmp_path: Path) -> None:

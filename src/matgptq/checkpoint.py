@@ -42,6 +42,9 @@ from matgptq.slicing import MIN_BITS, WIDTHS
 from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_headers, read_json, read_tensor
 
 REPORT_NAME = "report.json"
+RECORD_NAME = "evaluation.json"
+CARD_NAME = "README.md"
+CARD_MARK = "<!-- matgptq: "  # of the part of the card that is ours
 EXPORT_NAME = "matgptq_export.json"  # in the directory of an export: what it is
 DEFAULT_SHARD_BYTES = 4 << 30
 
@@ -200,24 +203,6 @@ def is_checkpoint(directory: Path) -> bool:
     return isinstance(record, dict) and record.get("quant_method") in (QUANT_METHOD, SLICE_METHOD)
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Write a file of a checkpoint that stands: the new content at once or not at all.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
-    try:
-        try:
-            partial.write_text(text, encoding="utf-8")
-            _sync(partial)
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be written: {error}") from error
-
-
 def _remove(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
@@ -304,9 +289,8 @@ class Checkpoint:
         A hash of names, shapes and the first row of the codes and of every set of scales of each layer: a few
         megabytes to read at most. How the tensors are spread over files makes no difference, nor the default width.
         """
-        own = sorted(
-            f"{layer}.{name}" for layer in self.layers for name in (CODES, *map(scales_name, self.settings.scale_bits))
-        )
+        names = (CODES, SLICED_CODES, SLICED_SCALES, *map(scales_name, self.settings.scale_bits))
+        own = sorted({f"{layer}.{name}" for layer in self.layers for name in names} & set(self.tensors))
         digest = hashlib.sha256()
         with ExitStack() as stack:
             files = {info.file for info in map(self.tensors.__getitem__, own)}

@@ -197,7 +197,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         table.add_column(column, justify="right")
     for result in evaluation.results:
         table.add_row(
-            f"{result.bits:g}",
+            figures.width(result.bits, result.allocation),
             f"{result.bits_per_weight:.3f}",
             megabytes(result.bytes),
             figures.perplexity(result.perplexity),
@@ -216,7 +216,7 @@ def task_table(evaluation: TaskEvaluation) -> Table:
     table = Table(title="tasks by width", caption=caption, caption_justify="left")
     for column in ("task", "shots", "metric"):
         table.add_column(column)
-    columns = [(f"{result.bits:g} bits", result.scores) for result in evaluation.results]
+    columns = [(figures.width(result.bits, result.allocation, " bits"), result.scores) for result in evaluation.results]
     if evaluation.reference_scores is not None:
         columns.append(("full", evaluation.reference_scores))
     for label, _ in columns:

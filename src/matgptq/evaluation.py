@@ -41,6 +41,7 @@ class Result:
         perplexity: exp of the mean negative log-likelihood in nats per token.
         kl: mean ``KL(full || slice)`` in nats per token; None without a reference.
         top1: share of positions where both models prefer the same token; None without a reference.
+        allocation: the name of a stored allocation, or of its file; None for a width.
     """
 
     bits: float
@@ -49,6 +50,7 @@ class Result:
     perplexity: float
     kl: float | None
     top1: float | None
+    allocation: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -183,7 +185,7 @@ def evaluate(
                 full_sum.add(reference_logits, targets, None)
                 progress.advance()
             for candidate, divergence in zip(candidates, sums, strict=True):
-                model.set_bits(candidate)
+                model.set_bits(candidate.widths)
                 divergence.add(_logits(model, window, scored), targets, reference_logits)
                 progress.advance()
     results = [
@@ -204,32 +206,46 @@ def served_settings(model: Any, activations: Activations, head_bits: int | None)
     return {"dtype": str(model.dtype).removeprefix("torch."), "activations": activations, "head_bits": head_bits}
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """What is measured.
+
+    Attributes:
+        widths: one for all layers, or ``{layer: width}``.
+        allocation: what the latter is called; None for a width, and for what a slice holds.
+    """
+
+    widths: int | dict[str, int]
+    allocation: str | None = None
+
+
 def choose_candidates(
     checkpoint: Checkpoint, bits: Iterable[int] | None, allocation: Mapping[str, int] | str | Path | None
-) -> list[int | dict[str, int]]:
+) -> list[Candidate]:
     """What to measure, in order: widths, then the allocation completed by the checkpoint's default width.
 
     Raises:
         AllocationError: the allocation names a layer that the checkpoint does not have.
         ConfigurationError: a width outside 2..8.
     """
-    candidates: list[int | dict[str, int]]
+    widths: Iterable[int | dict[str, int]]
     if bits is not None:
-        candidates = [*check_widths(bits)]
+        widths = check_widths(bits)
     elif allocation is not None:
-        candidates = []
+        widths = ()
     else:
-        candidates = [*(checkpoint.widths_held if checkpoint.settings.is_slice else DEFAULT_WIDTHS)]
+        widths = checkpoint.widths_held if checkpoint.settings.is_slice else DEFAULT_WIDTHS
+    candidates = [Candidate(each) for each in widths]
     if allocation is not None:
-        candidates.append(find_allocation(checkpoint, allocation))
+        name = "mapping" if isinstance(allocation, Mapping) else Path(allocation).name
+        candidates.append(Candidate(find_allocation(checkpoint, allocation), name))
     return candidates
 
 
-def average_bits(checkpoint: Checkpoint, candidate: int | Mapping[str, int]) -> float:
+def average_bits(checkpoint: Checkpoint, widths: int | Mapping[str, int]) -> float:
     """Width of the codes, for an allocation the average over the weights; an int if it is the same everywhere."""
-    if isinstance(candidate, int):
-        return candidate
-    widths = checkpoint.widths(candidate)
+    if isinstance(widths, int):
+        return widths
     code_bits = sum(layer.out_features * layer.in_features * widths[name] for name, layer in checkpoint.layers.items())
     return code_bits / checkpoint.quantized_weights
 
@@ -240,16 +256,15 @@ def _logits(model: Any, window: Tensor, scored: int) -> Tensor:
     return logits
 
 
-def _result(
-    checkpoint: Checkpoint, candidate: int | Mapping[str, int], divergence: Divergence, compared: bool
-) -> Result:
+def _result(checkpoint: Checkpoint, candidate: Candidate, divergence: Divergence, compared: bool) -> Result:
     return Result(
-        bits=average_bits(checkpoint, candidate),
-        bits_per_weight=checkpoint.bits_per_weight(candidate),
-        bytes=checkpoint.served_bytes(candidate),
+        bits=average_bits(checkpoint, candidate.widths),
+        bits_per_weight=checkpoint.bits_per_weight(candidate.widths),
+        bytes=checkpoint.served_bytes(candidate.widths),
         perplexity=divergence.perplexity,
         kl=divergence.kl / divergence.tokens if compared else None,
         top1=divergence.agreements / divergence.tokens if compared else None,
+        allocation=candidate.allocation,
     )
 
 

@@ -1,60 +1,77 @@
 """What was measured on a checkpoint, kept beside it in ``evaluation.json``: its card is made from this.
 
-    {"texts": [...], "tasks": [...]}
+    {"checkpoint": identity, "texts": [...], "tasks": [...]}
 
-Each entry is one way of measuring (``protocol``, ``reference``, ``settings``) with a row for each width. Measuring the
-same way again replaces the rows of the widths measured and keeps the others; the last measured entry comes last.
-Allocations are not kept: they are no part of the checkpoint.
+Each entry is one way of measuring (``protocol``, ``reference``, ``settings``) with a row for each width and for each
+allocation that lies with the checkpoint. Measuring the same way again replaces the rows measured and keeps the others;
+the last measured entry comes last. Figures of codes or scales that have changed since are not shown any more.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from matgptq.checkpoint import replace_file
+from matgptq.allocation import format_lines
+from matgptq.allocation_store import stored_allocations
+from matgptq.atomic_files import write_text
+from matgptq.checkpoint import RECORD_NAME, Checkpoint
 from matgptq.errors import CheckpointError, SourceError
 from matgptq.evaluation import Evaluation
 from matgptq.source import public_name, read_json
 from matgptq.task_evaluation import TaskEvaluation
 
-RECORD_NAME = "evaluation.json"
+Record = dict[str, list[dict[str, Any]]]
+_KINDS = ("texts", "tasks")
 _IDENTITY = ("protocol", "reference", "settings")
 
 
-def read_record(directory: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """What is recorded of a checkpoint; empty lists if nothing is.
+def read_record(checkpoint: Checkpoint) -> Record:
+    """What is recorded of a checkpoint as it is now: ``texts`` and ``tasks``, empty lists if nothing is.
 
     Raises:
         CheckpointError: the file is damaged; names it.
     """
-    file = Path(directory) / RECORD_NAME
+    file = checkpoint.path / RECORD_NAME
     if not file.exists():
-        return {"texts": [], "tasks": []}
+        return {kind: [] for kind in _KINDS}
     try:
         record = read_json(file)
     except SourceError as error:
         raise CheckpointError(f"{error}; delete it to measure anew") from error
-    for kind in ("texts", "tasks"):
+    for kind in _KINDS:
         entries = record.get(kind)
         if not isinstance(entries, list) or not all(
             isinstance(entry, dict) and isinstance(entry.get("results"), list) for entry in entries
         ):
             raise CheckpointError(f"{file}: {kind} is not a list of results; delete the file to measure anew")
-    return {"texts": record["texts"], "tasks": record["tasks"]}
+    if record.get("checkpoint") != checkpoint.identity:  # refined since, or copied from another one
+        return {kind: [] for kind in _KINDS}
+    present = _present_allocations(checkpoint)
+    for entry in (entry for kind in _KINDS for entry in record[kind]):
+        entry["results"] = [
+            row for row in entry["results"] if row.get("layers") == present.get(row.get("allocation"), "gone")
+        ]
+    return {kind: [entry for entry in record[kind] if entry["results"]] for kind in _KINDS}
 
 
-def record_evaluation(directory: str | Path, evaluation: Evaluation | TaskEvaluation) -> None:
+def record_evaluation(checkpoint: Checkpoint, evaluation: Evaluation | TaskEvaluation) -> None:
     """Add results to the record of a checkpoint. The file is replaced at once or not at all.
 
     Raises:
         CheckpointError: the record is damaged, or the directory cannot be written.
     """
-    results = [result.to_dict() for result in evaluation.results if isinstance(result.bits, int)]
+    present = _present_allocations(checkpoint)
+    results = [
+        {**result.to_dict(), "layers": present[result.allocation]}
+        for result in evaluation.results
+        if result.allocation in present
+    ]
     if not results:
         return
-    record = read_record(directory)
+    record = read_record(checkpoint)
     entry: dict[str, Any] = {
         "protocol": evaluation.protocol,
         "reference": None if evaluation.reference is None else public_name(evaluation.reference),
@@ -73,13 +90,25 @@ def record_evaluation(directory: str | Path, evaluation: Evaluation | TaskEvalua
     else:
         entry["reference_perplexity"] = evaluation.reference_perplexity
     record[kind].append(entry | {"results": results})
-    replace_file(Path(directory) / RECORD_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps({"checkpoint": checkpoint.identity, **record}, indent=2, ensure_ascii=False)
+    write_text(checkpoint.path / RECORD_NAME, text + "\n")
+
+
+def _present_allocations(checkpoint: Checkpoint) -> dict[str | None, str | None]:
+    """A fingerprint of each stored allocation by name; None, for a width, has none."""
+    stored = stored_allocations(checkpoint)
+    prints = {name: format_lines(record.get("layers", record)) for name, record in stored.items()}
+    return {None: None, **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in prints.items()}}
 
 
 def _merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of both by width; of one width the new row, with the scores of tasks that only the old one has."""
-    rows = {row["bits"]: row for row in old}
+    """Rows of both by size; of one width the new row, with the scores of tasks that only the old one has."""
+    rows = {_key(row): row for row in old}
     for row in new:
-        before = rows.get(row["bits"], {})
-        rows[row["bits"]] = row | ({"scores": before.get("scores", {}) | row["scores"]} if "scores" in row else {})
-    return [rows[bits] for bits in sorted(rows)]
+        before = rows.get(_key(row), {})
+        rows[_key(row)] = row | ({"scores": before.get("scores", {}) | row["scores"]} if "scores" in row else {})
+    return sorted(rows.values(), key=lambda row: float(row["bits_per_weight"]))
+
+
+def _key(row: Mapping[str, Any]) -> Any:
+    return row.get("allocation") or row["bits"]

@@ -12,8 +12,11 @@ import torch
 
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import (
+    CARD_MARK,
+    CARD_NAME,
     DEFAULT_SHARD_BYTES,
     EXPORT_NAME,
+    RECORD_NAME,
     REPORT_NAME,
     Checkpoint,
     CheckpointWriter,
@@ -22,7 +25,6 @@ from matgptq.checkpoint import (
 )
 from matgptq.devices import resolve_dtype
 from matgptq.errors import ConfigurationError
-from matgptq.evaluation_record import RECORD_NAME
 from matgptq.exports.compressed_tensors import CompressedTensors
 from matgptq.exports.dense import Dense
 from matgptq.exports.gguf_file import GGUF
@@ -125,7 +127,8 @@ def export(
     with CheckpointWriter(destination, force=force, shard_bytes=shard_bytes) as writer:
         exporter.write(writer, progress.advance)
         for name, file in side_files(checkpoint.path).items():
-            if name not in _ABOUT_THE_PARENT:
+            own_card = name == CARD_NAME and CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
+            if name not in _ABOUT_THE_PARENT and not own_card:
                 writer.copy_file(name, file)
         writer.write_json(
             EXPORT_NAME,

@@ -28,3 +28,8 @@ def share(value: float | None) -> str:
 def score(value: float, stderr: float | None) -> str:
     """A task's score and its standard error."""
     return f"{value:.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
+
+
+def width(bits: float, allocation: str | None, unit: str = "") -> str:
+    """A width, or the average of an allocation and its name."""
+    return f"{bits:.4g}{unit}" + ("" if allocation is None else f" ({allocation})")

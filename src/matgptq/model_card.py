@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from matgptq import figures
-from matgptq.checkpoint import Checkpoint, open_checkpoint, replace_file
+from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
+from matgptq.allocation_store import stored_allocations
+from matgptq.atomic_files import write_text
+from matgptq.checkpoint import CARD_MARK, CARD_NAME, Checkpoint, open_checkpoint
 from matgptq.errors import CheckpointError
+from matgptq.evaluation import average_bits
 from matgptq.evaluation_record import read_record
-from matgptq.slicing import WIDTHS
 from matgptq.source import is_hub_id, public_name
 
-CARD_NAME = "README.md"
-_BEGIN = "<!-- matgptq: from here to the next such line written by `matgptq card`, the rest is kept -->"
-_END = "<!-- matgptq: end -->"
+_BEGIN = f"{CARD_MARK}from here to the next such line written by `matgptq card`, the rest is kept -->"
+_END = f"{CARD_MARK}end -->"
 _OWN_PART = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
 # What transformers puts in front of a repository without a card; a form with nothing filled in.
 _TEMPLATE = "This model card has been automatically generated."
 _PAPER = "arxiv:2602.03537"
-
-Record = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def write_card(path: str | Path, *, name: str | None = None) -> Path:
@@ -43,10 +43,10 @@ def write_card(path: str | Path, *, name: str | None = None) -> Path:
         CheckpointError: not a checkpoint, a damaged record, metadata that is no YAML, or a directory that cannot be
             written.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, slices=True)
     file = checkpoint.path / CARD_NAME
     name = name or checkpoint.path.resolve().name
-    replace_file(file, card_text(checkpoint, read_record(path), name, read_card(file)))
+    write_text(file, card_text(checkpoint, checkpoint, name, read_card(file)))
     return file
 
 
@@ -58,12 +58,13 @@ def read_card(file: Path) -> str:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
 
 
-def card_text(checkpoint: Checkpoint, record: Record, name: str, existing: str = "") -> str:
+def card_text(checkpoint: Checkpoint, measured: Checkpoint, name: str, existing: str = "") -> str:
     """The whole card.
 
     Args:
         checkpoint: what it describes.
-        record: what was measured; see ``matgptq.evaluation_record``.
+        measured: the same, or another directory with the same weights, which has the record of what was measured and
+            the allocations.
         name: what the examples load.
         existing: a card to be kept around our part.
     """
@@ -80,8 +81,16 @@ def card_text(checkpoint: Checkpoint, record: Record, name: str, existing: str =
         card.data.base_model = checkpoint.settings.source
         card.data.base_model_relation = "quantized"
     kept = "" if _TEMPLATE in card.text else _OWN_PART.sub("", card.text).strip()
-    parts = (_widths(checkpoint, record), _tasks(record), _use(checkpoint, name), _making(checkpoint))
-    title = f"# {name.rpartition('/')[2]}: one checkpoint, any width from 2 to 8 bits"
+    record, allocations = read_record(measured), stored_allocations(measured)
+    parts = (
+        _origin(checkpoint),
+        _widths(checkpoint, record["texts"], {key: each.get("layers", each) for key, each in allocations.items()}),
+        _tasks(record["tasks"]),
+        _use(checkpoint, name),
+        _making(checkpoint),
+    )
+    promise = "one slice" if checkpoint.settings.is_slice else "one checkpoint, any width from 2 to 8 bits"
+    title = f"# {name.rpartition('/')[2]}: {promise}"
     own = "\n\n".join([_BEGIN, title, *filter(None, parts), _END])
     card.text = f"\n{own}\n" + (f"\n{kept}\n" if kept else "")
     return str(card)
@@ -94,27 +103,41 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]], left: int = 0) 
     return "\n".join("| " + " | ".join(row) + " |" for row in (cells, rules, *rows))
 
 
-def _widths(checkpoint: Checkpoint, record: Record) -> str:
-    def sizes(bits: int) -> tuple[str, ...]:
-        size = figures.megabytes(checkpoint.served_bytes(bits))
-        return str(bits), f"{checkpoint.bits_per_weight(bits):.2f}", size
-
+def _origin(checkpoint: Checkpoint) -> str:
     source = checkpoint.settings.source
-    origin = "a full-precision model" if source is None else f"`{public_name(source)}`"
-    parts = [
-        f"{origin} quantized once, by post-training Matryoshka quantization "
-        f"([arXiv 2602.03537](https://arxiv.org/abs/2602.03537)): the most significant bits of its 8-bit codes are "
-        f"models of 2, 3, 4, 5, 6 and 7 bits. Codes of {checkpoint.quantized_weights:,} weights take the width you "
-        f"choose; a size below is all that is served, with scales, embeddings and head.",
-        "## Widths",
-    ]
-    texts = record["texts"]
+    name = "A full-precision model" if source is None else f"`{public_name(source)}`"
+    held = (
+        "this is one slice of its codes"
+        if checkpoint.settings.is_slice
+        else "the most significant bits of its 8-bit codes are models of 2, 3, 4, 5, 6 and 7 bits"
+    )
+    return (
+        f"{name}, quantized once by post-training Matryoshka quantization "
+        f"([arXiv 2602.03537](https://arxiv.org/abs/2602.03537)): {held}. {checkpoint.quantized_weights:,} weights are "
+        "quantized; a size below is everything that is served, with scales, embeddings and head."
+    )
+
+
+def _widths(
+    checkpoint: Checkpoint, texts: Sequence[Mapping[str, Any]], allocations: Mapping[str, Mapping[str, int]]
+) -> str:
+    def cost(bits: float, allocation: str | None = None) -> tuple[str, str, str]:
+        if allocation is not None:
+            widths: int | Mapping[str, int] = allocations[allocation]
+        else:
+            widths = checkpoint.widths_held[0] if checkpoint.settings.is_slice else int(bits)
+        size = figures.megabytes(checkpoint.served_bytes(widths))
+        return figures.width(bits, allocation), f"{checkpoint.bits_per_weight(widths):.2f}", size
+
+    parts = ["## Widths"]
     if not texts:
-        parts.append(_table(("bits", "bits per weight", "size"), map(sizes, WIDTHS)))
+        rows = [cost(average_bits(checkpoint, widths)) for widths in checkpoint.widths_held]
+        rows += [cost(average_bits(checkpoint, widths), name) for name, widths in allocations.items()]
+        parts.append(_table(("bits", "bits per weight", "size"), rows))
     for entry in reversed(texts):  # the last measured first
-        rows = [
+        measured = [
             (
-                *sizes(row["bits"]),
+                *cost(row["bits"], row["allocation"]),
                 figures.perplexity(row["perplexity"]),
                 figures.divergence(row["kl"]),
                 figures.share(row["top1"]),
@@ -122,15 +145,17 @@ def _widths(checkpoint: Checkpoint, record: Record) -> str:
             for row in entry["results"]
         ]
         if entry.get("reference_perplexity") is not None:
-            rows.append(("full", "", "", figures.perplexity(entry["reference_perplexity"]), "0", "100%"))
+            measured.append(("full", "", "", figures.perplexity(entry["reference_perplexity"]), "0", "100%"))
         header = ("bits", "bits per weight", "size", "perplexity", "KL", "top-1")
         compared = f", compared with {entry['reference']}" if entry.get("reference") else ""
-        parts += [_table(header, rows), f"{entry['protocol']}{_settings(entry)}{compared}."]
+        parts += [_table(header, measured), f"{entry['protocol']}{_settings(entry)}{compared}."]
     if texts:
         parts.append(
             "KL: KL(full || slice) of the next token in nats, mean over the positions. top-1: positions at which both "
             "prefer the same token."
         )
+    if allocations:
+        parts.append(f"A row with a name has a width for each layer, from `{ALLOCATIONS}/`: `--allocation NAME`.")
     return "\n\n".join(parts)
 
 
@@ -142,10 +167,10 @@ def _settings(entry: Mapping[str, Any]) -> str:
     return "".join(f", {each}" for each in special)
 
 
-def _tasks(record: Record) -> str:
+def _tasks(tasks: Sequence[Mapping[str, Any]]) -> str:
     parts = []
-    for entry in reversed(record["tasks"]):
-        columns = [(f"{row['bits']} bits", row["scores"]) for row in entry["results"]]
+    for entry in reversed(tasks):
+        columns = [(figures.width(row["bits"], row["allocation"], " bits"), row["scores"]) for row in entry["results"]]
         if entry.get("reference_scores"):
             columns.append(("full", entry["reference_scores"]))
         rows = []
@@ -161,7 +186,20 @@ def _tasks(record: Record) -> str:
 
 
 def _use(checkpoint: Checkpoint, name: str) -> str:
-    layer, default = next(iter(checkpoint.layers)), checkpoint.settings.bits
+    load = f'model = matgptq.load("{name}")'
+    more = ""
+    rest = f'`AutoModelForCausalLM.from_pretrained("{name}")` works after `import matgptq`.'
+    if not checkpoint.settings.is_slice:
+        load = f'model = matgptq.load("{name}", bits=4)  # any of 2, 3, 4, 5, 6, 7, 8'
+        layer = next(iter(checkpoint.layers))
+        more = (
+            "\nmodel.set_bits(3)  # another width of the same model, at once\n"
+            f'model.set_bits({{"{layer}": 6}})  # a width for one layer\n'
+        )
+        rest += (
+            f" It serves {checkpoint.settings.bits} bits, as `bits` in\n`config.json` says; "
+            "`quantization_config=matgptq.MatGPTQConfig(bits=3)` asks for another width."
+        )
     return f"""## Use
 
 With the Python package `matgptq`:
@@ -170,34 +208,58 @@ With the Python package `matgptq`:
 import matgptq
 from transformers import AutoTokenizer
 
-model = matgptq.load("{name}", bits=4)  # any of 2, 3, 4, 5, 6, 7, 8
+{load}
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 prompt = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+{more}```
 
-model.set_bits(3)  # another width of the same model, at once
-model.set_bits({{"{layer}": 6}})  # a width for one layer
-```
-
-`AutoModelForCausalLM.from_pretrained("{name}")` works after `import matgptq`. It serves {default} bits, as `bits` in
-`config.json` says; `quantization_config=matgptq.MatGPTQConfig(bits=3)` asks for another width."""
+{rest}"""
 
 
 def _making(checkpoint: Checkpoint) -> str:
     settings = checkpoint.settings
-    method = settings.recipe.get("method", "unknown")
+    recipe = settings.recipe
+    targets = ", ".join(map(str, recipe.get("target_bits", settings.target_bits)))
+    group = settings.group_size if settings.group_size > 0 else "a whole row"
     protocol = settings.calibration.get("protocol")
     lines = [
-        f"method `{method}`, target widths {', '.join(map(str, settings.target_bits))}, groups of "
-        f"{settings.group_size if settings.group_size > 0 else 'a whole row'}, symmetric codes of 8 bits",
-        f"calibration: {public_text(settings.calibration, str(protocol)) if protocol else 'none'}",
+        f"method `{recipe.get('method', 'unknown')}`, target widths {targets}, groups of {group}, symmetric codes",
+        f"calibration: {without_paths({**settings.calibration})['protocol'] if protocol else 'none'}",
         f"kept at full precision: {', '.join(settings.ignore) or 'no Linear layer'}",
-        "every option: `quantization_config.recipe` in `config.json`",
+        "every option: `quantization_config` in `config.json`",
     ]
+    if settings.refinement:
+        widths = " and ".join(sorted(settings.refinement))
+        lines.insert(1, f"scales of {widths} bits tuned afterwards toward the full-precision model")
     return "## How it was made\n\n" + "\n".join(f"* {line}" for line in lines)
 
 
-def public_text(calibration: Mapping[str, Any], text: str) -> str:
-    """A text about the calibration without the directory that its data lay in."""
-    dataset = str(calibration.get("dataset", ""))
-    return text.replace(dataset, Path(dataset).name) if Path(dataset).is_absolute() else text
+def without_paths(record: Any) -> Any:
+    """A JSON value in which the name of a file stands for each absolute path that it holds as a string of its own.
+
+    Such a path is replaced where it appears inside of other strings, too.
+    """
+    paths: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            for each in value:
+                collect(each)
+        elif isinstance(value, str) and "\n" not in value and Path(value).is_absolute() and Path(value).name:
+            paths.add(value)
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replace(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [replace(each) for each in value]
+        if isinstance(value, str):
+            for path in sorted(paths, key=len, reverse=True):
+                value = value.replace(path, Path(path).name)
+        return value
+
+    collect(record)
+    return replace(record)

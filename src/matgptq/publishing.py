@@ -9,12 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from matgptq.checkpoint import REPORT_NAME, Checkpoint, open_checkpoint, replace_file
+from matgptq.allocation import format_lines
+from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
+from matgptq.allocation_store import stored_allocations
+from matgptq.atomic_files import write_text
+from matgptq.checkpoint import CARD_NAME, RECORD_NAME, REPORT_NAME, Checkpoint, is_checkpoint, open_checkpoint
 from matgptq.errors import ConfigurationError, UploadError
-from matgptq.evaluation_record import RECORD_NAME, read_record
-from matgptq.model_card import CARD_NAME, card_text, public_text, read_card
-from matgptq.source import INDEX_NAME, is_hub_id, read_json
-from matgptq.text_sources import FILE_SUFFIXES
+from matgptq.evaluation_record import read_record
+from matgptq.model_card import card_text, read_card, without_paths
+from matgptq.source import CHAT_TEMPLATES, INDEX_NAME, is_hub_id, read_json
+
+# Beside the files of the directory itself; what else lies in it are states of unfinished runs.
+_DIRECTORIES = (CHAT_TEMPLATES, ALLOCATIONS)
 
 
 def push(
@@ -51,10 +57,11 @@ def push(
 
     if repo_id.count("/") != 1:
         raise ConfigurationError(f"a repository is called owner/name, not {repo_id!r}")
-    checkpoint = open_checkpoint(path)
-    contents = published_texts(checkpoint, repo_id)
-    files = {str(file.relative_to(path)): file for file in sorted(Path(path).rglob("*")) if file.is_file()}
-    files = {name: file for name, file in files.items() if not any(part.startswith(".") for part in Path(name).parts)}
+    checkpoint = open_checkpoint(path, slices=True)
+    contents = published_texts(checkpoint, checkpoint, repo_id)
+    folders = (checkpoint.path, *(checkpoint.path / name for name in _DIRECTORIES))
+    found = [file for folder in folders for file in folder.glob("*") if file.is_file() and file.name[0] != "."]
+    files = {file.relative_to(checkpoint.path).as_posix(): file for file in found}
     added = [
         CommitOperationAdd(name, contents[name].encode() if name in contents else files[name])
         for name in sorted({*files, *contents})
@@ -71,59 +78,61 @@ def push(
         return str(commit.commit_url)
 
 
-def published_texts(checkpoint: Checkpoint, repo_id: str, measured: str | Path | None = None) -> dict[str, str]:
+def published_texts(checkpoint: Checkpoint, measured: Checkpoint, repo_id: str) -> dict[str, str]:
     """Those files of a checkpoint that are published in another form than they have on this machine.
 
     Args:
         checkpoint: to be published.
+        measured: the same, or another directory with the same weights: the record of what was measured and the
+            allocations are taken from there.
         repo_id: where; the card's examples load it from there.
-        measured: checkpoint directory that has the record of the same weights, if it is another one.
 
     Returns:
-        ``{file name: content}``: the card with what was measured, that record, and configuration and report without
-        paths.
+        ``{file name: content}``: the card, and every record without paths of this machine.
     """
-    directory = checkpoint.path
-    settings = checkpoint.settings
-    record = read_record(directory if measured is None else measured)
-    contents = {CARD_NAME: card_text(checkpoint, record, repo_id, read_card(directory / CARD_NAME))}
-    if any(record.values()):
-        contents[RECORD_NAME] = _json(record)
-    config = copy.deepcopy(dict(checkpoint.config))
-    if not is_hub_id(str(config.get("_name_or_path", ""))):
-        config.pop("_name_or_path", None)
-    quantization = config["quantization_config"]
-    quantization["calibration"] = _without_paths(settings.calibration)
-    if settings.source is not None and not is_hub_id(settings.source):
-        quantization["source"] = None  # a reader's machine has nothing there
-    contents["config.json"] = _json(config)
-    if (directory / REPORT_NAME).exists():
-        report = read_json(directory / REPORT_NAME)
-        report["output"] = Path(str(report.get("output", ""))).name
-        report["calibration"] = _without_paths(report.get("calibration", {}))
-        contents[REPORT_NAME] = _json(report)
+    card = card_text(checkpoint, measured, repo_id, read_card(checkpoint.path / CARD_NAME))
+    contents = {CARD_NAME: card, "config.json": _json(_published_config(checkpoint))}
+    if (checkpoint.path / REPORT_NAME).exists():
+        contents[REPORT_NAME] = _json(without_paths(read_json(checkpoint.path / REPORT_NAME)))
+    if any(read_record(measured).values()):
+        contents[RECORD_NAME] = _json(without_paths(read_json(measured.path / RECORD_NAME)))
+    for name, record in stored_allocations(measured).items():
+        contents[f"{ALLOCATIONS}/{name}.json"] = _json(without_paths(record))
+        contents[f"{ALLOCATIONS}/{name}.txt"] = format_lines(record.get("layers", record))
     return contents
 
 
-def prepare_upload(directory: str | Path, repo_id: str, measured: str | Path | None = None) -> None:
-    """Bring a directory that transformers saved for an upload into the form in which checkpoints are published."""
-    checkpoint = open_checkpoint(directory)
-    for name, content in published_texts(checkpoint, repo_id, measured).items():
-        replace_file(checkpoint.path / name, content)
+def _published_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = copy.deepcopy(dict(checkpoint.config))
+    source = checkpoint.settings.source
+    if source is not None and not is_hub_id(source):
+        config["quantization_config"]["source"] = None  # a reader's machine has nothing there
+    if not is_hub_id(str(config.get("_name_or_path", ""))):
+        config.pop("_name_or_path", None)
+    published: dict[str, Any] = without_paths(config)
+    return published
+
+
+def prepare_upload(directory: str | Path, repo_id: str, origin: str | Path) -> None:
+    """Bring a directory that transformers saved for an upload into the form in which checkpoints are published.
+
+    Args:
+        directory: as saved; its texts are replaced.
+        repo_id: where it goes.
+        origin: what the model was loaded from. If it is a checkpoint directory with the same weights, what was
+            measured on it and its allocations go along.
+    """
+    checkpoint = open_checkpoint(directory, slices=True)
+    measured = checkpoint
+    if is_checkpoint(Path(origin)):
+        loaded = open_checkpoint(origin, slices=True)
+        measured = loaded if loaded.identity == checkpoint.identity else checkpoint
+    for name, content in published_texts(checkpoint, measured, repo_id).items():
+        write_text(checkpoint.path / name, content)
 
 
 def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _without_paths(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    dataset = calibration.get("dataset")
-    if not isinstance(dataset, str) or not dataset.lower().endswith(FILE_SUFFIXES):
-        return dict(calibration)
-    clean = {**calibration, "dataset": Path(dataset).name}
-    if isinstance(calibration.get("protocol"), str):
-        clean["protocol"] = public_text(calibration, calibration["protocol"])
-    return clean
 
 
 @contextmanager

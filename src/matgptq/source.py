@@ -18,7 +18,7 @@ from matgptq.errors import SourceError, UnsupportedModelError
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken"]
-_CHAT_TEMPLATES = "additional_chat_templates"  # where transformers keeps templates beyond the first
+CHAT_TEMPLATES = "additional_chat_templates"  # where transformers keeps templates beyond the first
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 # Weights in any format; every other file of the directory goes along with the checkpoint.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt"}
@@ -177,7 +177,7 @@ def side_files(directory: Path) -> dict[str, Path]:
 
     Hidden files and foreign directories are left out.
     """
-    files = [*directory.iterdir(), *(directory / _CHAT_TEMPLATES).glob("*.jinja")]
+    files = [*directory.iterdir(), *(directory / CHAT_TEMPLATES).glob("*.jinja")]
     return {
         str(file.relative_to(directory)): file
         for file in sorted(files)

@@ -59,12 +59,14 @@ class TaskResult:
         bits_per_weight: with all scales that serving reads.
         bytes: size of the whole model as served.
         scores: of all tasks and groups of tasks that ran, those inside a group included.
+        allocation: the name of a stored allocation, or of its file; None for a width.
     """
 
     bits: float
     bits_per_weight: float
     bytes: int
     scores: Scores
+    allocation: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -123,7 +125,7 @@ def evaluate_tasks(
         path: checkpoint directory.
         tasks: names of tasks, groups or tags of the harness, or ``*`` patterns of them.
         bits: widths, 2..8; default 2,3,4,6,8, or none if an allocation is given.
-        allocation: ``{layer: bits}`` or a file with one, measured after the widths.
+        allocation: ``{layer: bits}``, the name of a stored allocation or a file, measured after the widths.
         num_fewshot: worked examples in front of each question; default: each task's own number.
         limit: questions of each task, from its start; default all.
         batch_size: sequences at a time.
@@ -140,7 +142,7 @@ def evaluate_tasks(
         MatGPTQError: another subclass that says what is wrong with the checkpoint or the reference.
     """
     progress = progress or Silent()
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, slices=True)
     candidates = choose_candidates(checkpoint, bits, allocation)
     _check_counts(num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
     run_device = resolve_device(device)
@@ -163,12 +165,13 @@ def evaluate_tasks(
     runner = _runner(model, tokenizer, batch_size)
     results, shown = [], ()
     for candidate in candidates:
-        model.set_bits(candidate)
-        average = average_bits(checkpoint, candidate)
+        widths = candidate.widths
+        model.set_bits(widths)
+        average = average_bits(checkpoint, widths)
         progress.start(f"tasks at {average:g} bits", 1)
         scores, shown = _run(runner, chosen, **options)
-        bits_per_weight, size = checkpoint.bits_per_weight(candidate), checkpoint.served_bytes(candidate)
-        results.append(TaskResult(average, bits_per_weight, size, scores))
+        size = checkpoint.bits_per_weight(widths), checkpoint.served_bytes(widths)
+        results.append(TaskResult(average, *size, scores, candidate.allocation))
     reference_scores = None
     if source is not None:
         del model, runner

@@ -124,7 +124,7 @@ def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: An
     """Upload what was saved for it, with our model card and without paths of this machine."""
     from matgptq.publishing import prepare_upload  # a verb, which stands above this file; needed by nothing else here
 
-    prepare_upload(working_dir, repo_id, model.name_or_path if Path(model.name_or_path).is_dir() else None)
+    prepare_upload(working_dir, repo_id, model.name_or_path)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 

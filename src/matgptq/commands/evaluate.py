@@ -22,7 +22,7 @@ from matgptq.commands.options import (
     progress_bars,
     write_json,
 )
-from matgptq.errors import CheckpointError, ConfigurationError
+from matgptq.errors import AllocationError, CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
     from matgptq.evaluation import Evaluation
@@ -185,13 +185,17 @@ def _evaluate_tasks(
 
 
 def _keep(checkpoint: Path, evaluation: Evaluation | TaskEvaluation, no_record: bool) -> None:
+    from matgptq.checkpoint import open_checkpoint
     from matgptq.evaluation_record import record_evaluation
 
     if no_record:
         return
     try:
-        record_evaluation(checkpoint, evaluation)
-    except CheckpointError as error:  # the figures are on the screen; a directory may well be read-only
+        record_evaluation(open_checkpoint(checkpoint, slices=True), evaluation)
+    except (
+        CheckpointError,
+        AllocationError,
+    ) as error:  # the figures are on the screen; a directory may well be read-only
         err_console.print(f"[yellow]note:[/yellow] the results are not recorded: {error}", highlight=False)
 
 

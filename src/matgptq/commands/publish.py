@@ -22,11 +22,12 @@ def card(
 
     The figures are those that `matgptq eval` recorded. Text of yours in the file is kept.
     """
+    from matgptq.checkpoint import open_checkpoint
     from matgptq.evaluation_record import read_record
     from matgptq.model_card import write_card
 
     file = write_card(checkpoint, name=name)
-    if not any(read_record(checkpoint).values()):
+    if not any(read_record(open_checkpoint(checkpoint, slices=True)).values()):
         err_console.print("[yellow]note:[/yellow] no figures to show yet; `matgptq eval` records them", highlight=False)
     out_console.print(f"saved to {file}", highlight=False)
 

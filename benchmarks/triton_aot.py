@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-aot-")  # a kernel that is not compiled says nothing
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a kernel that comes from a cache says nothing
 
 import torch
 import triton
@@ -169,10 +169,10 @@ def everything(quick: bool) -> Iterator[dict[str, Any]]:
                     for bits in WIDTHS:
                         for resident in (True, False)[: 1 if bits == 8 else 2]:  # the two are one kernel at 8 bits
                             yield product(bits, dtype, resident, launch, 64, target)
-            others = {launch for batch in BATCHES for launch in candidate_launches(weight, batch, PROCESSORS[target])}
-            others = {Launch(each.warps, each.units, each.blocks, each.tiles, 1) for each in others}
-            for launch in sorted(others, key=str):
-                yield product(4, "fp16", True, launch, 64, target)
+            every = [launch for batch in BATCHES for launch in candidate_launches(weight, batch, PROCESSORS[target])]
+            shapes = dict.fromkeys((launch.warps, launch.units, launch.blocks, launch.tiles) for launch in every)
+            for shape in shapes:
+                yield product(4, "fp16", True, Launch(*shape, splits=1), 64, target)
             for group_size in (0, 32, 96, 128):
                 yield product(4, "fp16", True, default_launch(weight, 1, PROCESSORS[target]), group_size, target)
         for bits in (4,) if quick else WIDTHS:

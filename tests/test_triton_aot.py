@@ -18,9 +18,11 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     """What the compiler says of the kernels of default launches that need the most registers."""
-    output = tmp_path_factory.mktemp("aot") / "aot.json"
+    directory = tmp_path_factory.mktemp("aot")
+    output = directory / "aot.json"
     # A process of its own: here, Triton may be in its interpreter, which compiles nothing.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(directory / "cache")
     subprocess.run([sys.executable, SCRIPT, "--quick", "-o", output], check=True, env=environment, capture_output=True)
     return json.loads(output.read_text(encoding="utf-8"))["kernels"]
 

@@ -17,6 +17,8 @@ def obstacle(device: str) -> str | None:
     if device == "cuda":
         if not torch.cuda.is_available():
             return "PyTorch sees no GPU"
+        if torch.version.hip is not None:
+            return "the GPU is not NVIDIA's"
         major, minor = torch.cuda.get_device_capability()
         return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, Triton kernels need 8.0"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":

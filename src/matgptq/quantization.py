@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from matgptq.plan import CalibrationRequest, Plan, make_plan
 from matgptq.progress import Progress, Silent
 from matgptq.recipe import Recipe, make_recipe
 from matgptq.report import LayerReport, Report
+from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.slicing import WIDTHS, check_bits
 from matgptq.solver import relative_errors, solve
 from matgptq.source import ModelSource, open_source, read_tensor
@@ -48,6 +50,7 @@ def quantize(
     force: bool = False,
     trust_remote_code: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    wandb_project: str | None = None,
     progress: Progress | None = None,
     **ingredients: Any,
 ) -> Report:
@@ -72,6 +75,7 @@ def quantize(
         force: replace a checkpoint that stands at ``out``.
         trust_remote_code: allow code in the model's directory to run.
         shard_bytes: size of one output file.
+        wandb_project: log to Weights & Biases, too, not only to ``log.jsonl`` in the checkpoint.
         progress: receives stages and notes.
         ingredients: any other field of ``matgptq.recipe.Recipe``, e.g. ``coordinate_passes=2``.
 
@@ -86,6 +90,7 @@ def quantize(
     default_bits = check_bits(recipe.target_bits[-1] if default_bits is None else default_bits)
     run_device = resolve_device(device)
     check_destination(Path(out), force=force)
+    check_wandb(wandb_project)
     clock = _Clock()
     source, network, plan = prepare(
         model,
@@ -105,8 +110,11 @@ def quantize(
         windows, calibration = _calibration_windows(source, network, recipe, plan, dataset, progress)
         clock.lap("calibration text")
         report = Report(str(out), recipe.to_dict(), calibration)
-        for layer_report in _quantize_blocks(network, plan, recipe, windows, writer, progress):
-            report.layers.append(layer_report)
+        described = {"model": source.name, "recipe": report.recipe, "calibration": calibration}
+        with RunLog(writer.staging / LOG_NAME, described, wandb_project=wandb_project) as log:
+            for layer_report in _quantize_blocks(network, plan, recipe, windows, writer, progress):
+                report.layers.append(layer_report)
+                log.write("layer", **asdict(layer_report))
         clock.lap("blocks")
         for name, tensor in kept:
             writer.add(name, tensor)

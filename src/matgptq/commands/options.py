@@ -26,6 +26,9 @@ ActivationsOption = Annotated[
     Literal["exact", "int8"], typer.Option(help="int8: rounded inside the products; faster on a CPU, less exact.")
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model to run.")]
+WandbOption = Annotated[
+    str | None, typer.Option(metavar="PROJECT", help="Log to Weights & Biases, too, not only to log.jsonl in OUT.")
+]
 Checkpoint = Annotated[Path, typer.Argument(metavar="OUT", help="A checkpoint written by quantize.")]
 
 

@@ -126,7 +126,7 @@ def test_side_files_and_config_are_carried_over(name, make_checkpoint):
     weights = {"model.safetensors", "config.json"}
     names = {file.name for file in source.iterdir()} - weights
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} <= names
-    assert {file.name for file in out.iterdir()} == names | weights | {"report.json"}
+    assert {file.name for file in out.iterdir()} == names | weights | {"report.json", "log.jsonl"}
     for file in names:
         assert (out / file).read_bytes() == (source / file).read_bytes()
     before = json.loads((source / "config.json").read_text())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import math
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,7 +164,7 @@ def test_same_seed_same_answer_and_the_table_is_measured_once(
     scored.clear()
     again = search(checkpoint, 3.4)
     assert again.found == first.found
-    assert sum(scored) == before - 8 * 4 - 1  # groups, measured widths, and the base
+    assert sum(scored) == before - 8 * 2 - 4 * 4 - 1  # groups alone, kinds together, and the base
     assert first.tokens_scored == again.tokens_scored
     scored.clear()
     search(checkpoint, 4.4, generations=0)
@@ -276,22 +278,26 @@ def test_refusals(checkpoint: Path, target: Any, options: dict[str, Any], messag
     assert not (checkpoint / "allocations").exists()
 
 
-def test_weights_and_biases_are_imported_only_when_asked_for(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    original = builtins.__import__
-
-    def guarded(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "wandb":
-            asked.append(name)
-            raise ImportError(name)
-        return original(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", guarded)
+def test_weights_and_biases(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extra: refused early where it is not installed, and not imported unless asked for."""
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
     search(checkpoint, 3.5, generations=0)
-    assert not asked
-    with pytest.raises(ConfigurationError, match="matgptq\\[wandb\\]"):
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"matgptq\[wandb\]"):
         search(checkpoint, 3.5, wandb_project="p")
-    assert asked
+    monkeypatch.undo()
+
+    logged: list[dict[str, Any]] = []
+    finished: list[int] = []
+    run = SimpleNamespace(log=logged.append, finish=lambda exit_code: finished.append(exit_code))
+    module = ModuleType("wandb")
+    module.__spec__ = ModuleSpec("wandb", None)
+    module.init = lambda project, config: run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    search(checkpoint, 3.5, wandb_project="p", generations=1)
+    assert any("generation/fitness" in values for values in logged)
+    assert finished == [0]
 
 
 def test_what_is_logged(checkpoint: Path) -> None:

@@ -34,7 +34,7 @@ from matgptq.layer_groups import group_layers
 from matgptq.loading import load
 from matgptq.optimum import Genome
 from matgptq.progress import Progress, Silent
-from matgptq.run_log import RunLog
+from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.scoring import Fitness, Scorer
 from matgptq.search_run import SearchRun
 from matgptq.search_settings import DEFAULT_SEQLEN, DEFAULT_TOKENS, Fuse, Method, SearchSettings, make_settings
@@ -43,7 +43,6 @@ from matgptq.source import ModelSource, load_tokenizer, open_source
 from matgptq.teacher import observe
 
 DIRECTORY = "search"  # in the checkpoint: tables, states and the log
-LOG_NAME = "log.jsonl"
 # Calibration takes the plain seed; the search should not meet the same documents first.
 _SEED_OFFSET = 0x53454152
 
@@ -165,6 +164,7 @@ def search(
     budgets = _budgets(space, target_bits, target_size)
     names = _names(budgets, save)
     source = _reference_source(checkpoint, reference, trust_remote_code) if fitness == "kl" else None
+    check_wandb(wandb_project)
     run_device = resolve_device(device)
     run_dtype = _scoring_dtype(dtype, run_device, checkpoint)
     identity: dict[str, Any] = {

@@ -32,6 +32,7 @@ from matgptq.exports.gptq import GPTQ
 from matgptq.exports.matgptq_slice import MatGPTQSlice
 from matgptq.exports.target import Export, Target
 from matgptq.progress import Progress, Silent
+from matgptq.run_log import LOG_NAME
 from matgptq.slicing import check_bits
 from matgptq.source import side_files
 
@@ -42,7 +43,7 @@ FORMATS: dict[str, Callable[[Target], Export]] = {
     "matgptq-slice": MatGPTQSlice,
     "dense": Dense,
 }
-_ABOUT_THE_PARENT = (REPORT_NAME, RECORD_NAME)
+_ABOUT_THE_PARENT = (REPORT_NAME, RECORD_NAME, LOG_NAME)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from matgptq.checkpoint import CARD_NAME, RECORD_NAME, REPORT_NAME, Checkpoint, 
 from matgptq.errors import ConfigurationError, UploadError
 from matgptq.evaluation_record import read_record
 from matgptq.model_card import card_text, read_card, without_paths
+from matgptq.run_log import LOG_NAME
 from matgptq.source import CHAT_TEMPLATES, INDEX_NAME, is_hub_id, read_json
 
 # Beside the files of the directory itself; what else lies in it are states of unfinished runs.
@@ -61,6 +62,7 @@ def push(
     contents = published_texts(checkpoint, checkpoint, repo_id)
     folders = (checkpoint.path, *(checkpoint.path / name for name in _DIRECTORIES))
     found = [file for folder in folders for file in folder.glob("*") if file.is_file() and file.name[0] != "."]
+    found = [file for file in found if file.name != LOG_NAME]  # it names paths of this machine
     files = {file.relative_to(checkpoint.path).as_posix(): file for file in found}
     added = [
         CommitOperationAdd(name, contents[name].encode() if name in contents else files[name])

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from matgptq.recipe import Recipe, make_recipe
 from matgptq.refinement import refine
 from matgptq.report import LayerReport, Report
 from matgptq.rotated_model import rotate_model, rotated_tensors, rotation_sites
+from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.saliency import token_saliency, token_weights
 from matgptq.slicing import check_bits
 from matgptq.solver import solve
@@ -58,6 +60,7 @@ def quantize(
     force: bool = False,
     trust_remote_code: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    wandb_project: str | None = None,
     progress: Progress | None = None,
     **ingredients: Any,
 ) -> Report:
@@ -83,6 +86,7 @@ def quantize(
         force: replace a checkpoint that stands at ``out``.
         trust_remote_code: allow code in the model's directory to run.
         shard_bytes: size of one output file.
+        wandb_project: log to Weights & Biases, too, not only to ``log.jsonl`` in the checkpoint.
         progress: receives stages and notes.
         ingredients: any other field of ``matgptq.recipe.Recipe``, e.g. ``coordinate_passes=2`` or ``rotate=True``.
 
@@ -99,6 +103,7 @@ def quantize(
     default_bits = check_bits(recipe.target_bits[-1] if default_bits is None else default_bits)
     run_device = resolve_device(device)
     check_destination(Path(out), force=force)
+    check_wandb(wandb_project)
     clock = _Clock()
     source, network, plan = prepare(
         model,
@@ -123,8 +128,11 @@ def quantize(
             progress.note(f"rotated; rounding changes the full model's logits by {change:.1e}")
             clock.lap("rotate")
         report = Report(str(out), recipe.to_dict(), calibration)
-        for layer_report in _quantize_blocks(network, plan, recipe, windows, writer, progress):
-            report.layers.append(layer_report)
+        described = {"model": source.name, "recipe": report.recipe, "calibration": calibration}
+        with RunLog(writer.staging / LOG_NAME, described, wandb_project=wandb_project) as log:
+            for layer_report in _quantize_blocks(network, plan, recipe, windows, writer, progress):
+                report.layers.append(layer_report)
+                log.write("layer", **asdict(layer_report))
         clock.lap("blocks")
         for name, tensor in kept:
             writer.add(name, tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import time
@@ -11,6 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from matgptq.errors import CheckpointError, ConfigurationError
+
+LOG_NAME = "log.jsonl"
 
 
 class RunLog:
@@ -30,10 +33,9 @@ class RunLog:
         self._file = file
         self._run: Any = None
         if wandb_project is not None:
-            try:
-                import wandb
-            except ImportError:
-                raise ConfigurationError('--wandb needs Weights & Biases: pip install "matgptq[wandb]"') from None
+            check_wandb(wandb_project)
+            import wandb
+
             self._run = wandb.init(project=wandb_project, config=dict(config))
         self.write("start", **config)
 
@@ -61,6 +63,12 @@ class RunLog:
         if self._run is not None:
             numbers = {key: value for key, value in known.items() if isinstance(value, int | float)}
             self._run.log({f"{event}/{key}": value for key, value in numbers.items()})
+
+
+def check_wandb(project: str | None) -> None:
+    """Refuse a wish for Weights & Biases where it is not installed; nothing is imported."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigurationError('--wandb needs Weights & Biases: pip install "matgptq[wandb]"')
 
 
 def _unwritable(value: object) -> bool:

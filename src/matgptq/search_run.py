@@ -19,7 +19,7 @@ from matgptq.progress import Progress
 from matgptq.run_log import RunLog
 from matgptq.scoring import Scorer
 from matgptq.search_settings import SearchSettings
-from matgptq.sensitivity import measure_table, measured_widths
+from matgptq.sensitivity import measure_table, table_scores
 
 Losses = Sequence[Mapping[int, float]]
 
@@ -63,17 +63,16 @@ class SearchRun:
     def table(self) -> Losses:
         """For each group what it loses at each width, measured now or before."""
         settings, space = self._settings, self._space
-        windows, widths = settings.table_windows, measured_widths(space.widths)
-        candidates = len(space.groups) * len(widths)
+        windows, candidates = settings.table_windows, table_scores(space)
         self._progress.start("sensitivity of each group", candidates)
         file = self._file("sensitivity", windows, widths=space.widths)
         table = measure_table(
             space, lambda genomes: self._scorer.score(genomes, range(windows)), file, self._progress.advance
         )
-        tokens = (candidates + 1) * windows * settings.seqlen
+        tokens = candidates * windows * settings.seqlen
         self.tokens_scored += tokens
         self._log.write("table", file=file.name, base=table.base, tokens=tokens)
-        return table.losses(space.widths)
+        return table.losses(space)
 
     def refine(self, budget: Budget, losses: Losses | None, *, resume: bool) -> EvolutionState:
         """The best allocation found within a budget.

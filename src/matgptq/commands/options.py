@@ -29,6 +29,9 @@ HeadBitsOption = Annotated[
     int | None, typer.Option(help="Serve the output head at so many bits (CPU). (default: full precision)")
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model to run.")]
+WandbOption = Annotated[
+    str | None, typer.Option(metavar="PROJECT", help="Log to Weights & Biases, too, not only to log.jsonl in OUT.")
+]
 Checkpoint = Annotated[Path, typer.Argument(metavar="OUT", help="A checkpoint written by quantize.")]
 
 

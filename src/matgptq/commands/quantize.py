@@ -12,6 +12,7 @@ from matgptq.commands.options import (
     DtypeOption,
     JsonOption,
     TrustOption,
+    WandbOption,
     examples,
     out_console,
     parse_bit_weights,
@@ -71,6 +72,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that stands at OUT.")] = False,
     every_layer: Annotated[bool, typer.Option("--layers", help="One table row per layer, not per kind.")] = False,
+    wandb: WandbOption = None,
     trust_remote_code: TrustOption = False,
     json_file: JsonOption = None,
 ) -> None:
@@ -112,6 +114,7 @@ def quantize(
             dtype=dtype,
             force=force,
             trust_remote_code=trust_remote_code,
+            wandb_project=wandb,
             progress=progress,
             **ingredients,
         )

@@ -12,6 +12,7 @@ from matgptq.commands.options import (
     DeviceOption,
     JsonOption,
     TrustOption,
+    WandbOption,
     examples,
     out_console,
     parse_widths,
@@ -68,9 +69,7 @@ def search(
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 on a CPU that multiplies it.")
     ] = "auto",
-    wandb: Annotated[
-        str | None, typer.Option(metavar="PROJECT", help="Log to Weights & Biases, too (beside OUT/search/log.jsonl).")
-    ] = None,
+    wandb: WandbOption = None,
     trust_remote_code: TrustOption = False,
     json_file: JsonOption = None,
 ) -> None:

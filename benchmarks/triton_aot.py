@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -163,19 +164,19 @@ def everything(quick: bool) -> Iterator[dict[str, Any]]:
             for batch, bits, dtype in ((8, 4, "fp16"), (64, 3, "fp16"), (64, 8, "bf16")):
                 yield product(bits, dtype, True, default_launch(weight, batch, PROCESSORS[target]), 64, target)
         else:
-            for batch in BATCHES:
-                for dtype in ("fp16", "bf16"):
-                    launch = default_launch(weight, batch, PROCESSORS[target])
-                    for bits in WIDTHS:
-                        for resident in (True, False)[: 1 if bits == 8 else 2]:  # the two are one kernel at 8 bits
-                            yield product(bits, dtype, resident, launch, 64, target)
+            for batch, dtype in itertools.product(BATCHES, ("fp16", "bf16")):
+                launch = default_launch(weight, batch, PROCESSORS[target])
+                for bits in WIDTHS if batch == 8 else (2, 4, 8):
+                    yield product(bits, dtype, True, launch, 64, target)
+            for bits in (2, 3, 4, 6):
+                yield product(bits, "fp16", False, default_launch(weight, 8, PROCESSORS[target]), 64, target)
             every = [launch for batch in BATCHES for launch in candidate_launches(weight, batch, PROCESSORS[target])]
             shapes = dict.fromkeys((launch.warps, launch.units, launch.blocks, launch.tiles) for launch in every)
             for shape in shapes:
                 yield product(4, "fp16", True, Launch(*shape, splits=1), 64, target)
             for group_size in (0, 32, 96, 128):
                 yield product(4, "fp16", True, default_launch(weight, 1, PROCESSORS[target]), group_size, target)
-        for bits in (4,) if quick else WIDTHS:
+        for bits in (4,) if quick else (2, 4, 8):
             yield dequantization(bits, "fp16", target)
         for copies in (4,) if quick else (4, 1):
             for compensates in (True,) if quick else (True, False):

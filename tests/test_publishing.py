@@ -208,7 +208,7 @@ def test_push(measured: Path, hub: Hub, tmp_path: Path) -> None:
     assert hub.created == [{"repo_id": REPOSITORY, "private": True, "exist_ok": True}]
     assert [commit["commit_message"] for commit in hub.commits] == ["First"]
     pushed = check_upload(hub, measured.parent, tmp_path / "pulled")
-    private = {".cache/secret", "search/log.jsonl", ".netrc"}
+    private = {".cache/secret", "search/log.jsonl", "log.jsonl", ".netrc"}
     assert set(hub.files) == {*before, "README.md", "notes.md"} - private  # old weights would be found first
     assert hub.files["model.safetensors"] == before["model.safetensors"]
     assert contents(measured) == before

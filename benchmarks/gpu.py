@@ -31,11 +31,13 @@ import torch
 from machine import describe_machine
 from torch import Tensor
 
-from matgptq import kernels, triton_layout, triton_support
+from matgptq import kernels
+from matgptq.gpu import layout as gpu_layout
+from matgptq.gpu import support as gpu_support
+from matgptq.gpu.layout import PlaneWeight
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS
 from matgptq.sweep import SweepGrid, compensate, descend
-from matgptq.triton_layout import PlaneWeight
 
 GROUP_SIZE = 64
 ROUNDS = 7
@@ -82,9 +84,9 @@ class Clock:
 
 
 def on_tensor_cores(x: Tensor, weight: PlaneWeight, bits: int) -> Tensor:
-    from matgptq import triton_products
+    from matgptq.gpu import products as gpu_products
 
-    return triton_products.matmul(x, weight, bits)
+    return gpu_products.matmul(x, weight, bits)
 
 
 def by_tiles(x: Tensor, weight: PlaneWeight, bits: int) -> Tensor:
@@ -101,8 +103,8 @@ def random_weight(out_features: int, in_features: int, group_size: int, device: 
 def pack(weight: NestedWeight, bits: int | None) -> PlaneWeight:
     scale = weight.scales[8]
     if bits is None:
-        return triton_layout.pack_parent(weight.codes, dict.fromkeys(WIDTHS, scale))
-    return triton_layout.pack_slice(weight.codes, scale, bits)
+        return gpu_layout.pack_parent(weight.codes, dict.fromkeys(WIDTHS, scale))
+    return gpu_layout.pack_slice(weight.codes, scale, bits)
 
 
 def check_products(plan: Plan, device: str) -> int:
@@ -338,7 +340,7 @@ def main() -> None:
     arguments = parser.parse_args()
     clock = Clock(arguments.minutes)
     device = "cpu" if arguments.check and not torch.cuda.is_available() else "cuda"
-    obstacle = triton_support.obstacle(device)
+    obstacle = gpu_support.obstacle(device)
     if obstacle is not None:
         raise SystemExit(
             f"this benchmark needs a GPU of compute capability 8.0 or more and triton: {obstacle}\n"

@@ -30,10 +30,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from matgptq import triton_kernels, triton_sweep_kernel
+from matgptq.gpu import product_kernels, sweep_kernel
+from matgptq.gpu.layout import pack_slice
+from matgptq.gpu.tuning import Launch, candidate_launches, default_launch
 from matgptq.slicing import WIDTHS
-from matgptq.triton_layout import pack_slice
-from matgptq.triton_tuning import Launch, candidate_launches, default_launch
 
 TARGETS = (80, 90)
 PROCESSORS = {80: 108, 90: 132}
@@ -121,7 +121,7 @@ def product(bits: int, dtype: str, resident: bool, launch: Launch, group_size: i
         "RAGGED": False,
         "BIASED": True,
     }
-    made = build(triton_kernels.fused, types, constants, target, launch.warps)
+    made = build(product_kernels.fused, types, constants, target, launch.warps)
     weights_per_thread = 64 * 64 * launch.units // launch.warps // 32
     for counted in ("instructions", "integer_instructions"):
         made["loop"][f"{counted}_per_weight"] = round(made["loop"][counted] / weights_per_thread, 2)
@@ -133,7 +133,7 @@ def product(bits: int, dtype: str, resident: bool, launch: Launch, group_size: i
 def dequantization(bits: int, dtype: str, target: int) -> dict[str, Any]:
     types = {"planes": "*i32", "scales": "*fp16", "out": f"*{dtype}"}
     constants = {"BITS": bits, "RESIDENT": True, "GROUP_HALVES": 2, "UNITS": 4}
-    made = build(triton_kernels.dequantize, types, constants, target, 4)
+    made = build(product_kernels.dequantize, types, constants, target, 4)
     return {"kernel": "dequantize", "bits": bits, "dtype": dtype, "form": "parent", **made}
 
 
@@ -148,7 +148,7 @@ def sweep(widths: tuple[int, ...], copies: int, compensates: bool, target: int) 
         "STRETCH": 32,
         "ROWS": 32,
     }
-    made = build(triton_sweep_kernel.sweep_stretch, types, constants, target, 1)
+    made = build(sweep_kernel.sweep_stretch, types, constants, target, 1)
     return {"kernel": "sweep", "widths": list(widths), "copies": copies, "compensates": compensates, **made}
 
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matgptq.budget import SearchSpace, bits_budget, parse_size, parse_sweep, size_budget
 from matgptq.checkpoint import LayerInfo, open_checkpoint
 from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.families import find_family
-from matgptq.layer_groups import LayerGroup, group_layers
 from matgptq.slicing import WIDTHS
+from matgptq.width_search.budget import SearchSpace, bits_budget, parse_size, parse_sweep, size_budget
+from matgptq.width_search.layer_groups import LayerGroup, group_layers
 
 LLAMA = find_family("llama")
 

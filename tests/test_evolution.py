@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matgptq.evolution import EvolutionSettings, EvolutionState, Stage, exchange, fill, next_generation, stopped
+from matgptq.width_search.evolution import (
+    EvolutionSettings,
+    EvolutionState,
+    Stage,
+    exchange,
+    fill,
+    next_generation,
+    stopped,
+)
 
 Genome = tuple[int, ...]
 SETTINGS = EvolutionSettings((Stage(2, 3), Stage(4, 1)), offspring=6, generations=30, patience=3)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matgptq.optimum import optimum
+from matgptq.width_search.optimum import optimum
 
 Table = list[dict[int, int]]
 

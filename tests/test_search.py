@@ -16,19 +16,19 @@ import torch
 from tiny_models import token_ids
 
 import matgptq
-from matgptq import scoring
 from matgptq.allocation import format_lines, read_allocation
 from matgptq.allocation_search import Search
 from matgptq.allocation_store import stored_allocations
-from matgptq.block_runner import BlockRunner, block_modules
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import AllocationError, ConfigurationError, MatGPTQError
 from matgptq.families import find_family
-from matgptq.layer_groups import group_layers
-from matgptq.scoring import Scorer
 from matgptq.slicing import WIDTHS
 from matgptq.source import open_source
 from matgptq.teacher import observe
+from matgptq.width_search import scoring
+from matgptq.width_search.block_runner import BlockRunner, block_modules
+from matgptq.width_search.layer_groups import group_layers
+from matgptq.width_search.scoring import Scorer
 
 TEXT = token_ids(24, 16, seed=3)
 SMALL: dict[str, Any] = {"dataset": TEXT, "tokens": 256, "seqlen": 16, "generations": 2, "offspring": 4}

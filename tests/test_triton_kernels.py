@@ -11,19 +11,21 @@ from test_kernels import make_weight
 from tiny_models import token_ids
 
 import matgptq
-from matgptq import kernels, triton_layout, triton_support
+from matgptq import kernels
 from matgptq.errors import AllocationError, ConfigurationError
+from matgptq.gpu import layout as gpu_layout
+from matgptq.gpu import support as gpu_support
+from matgptq.gpu.layout import PlaneWeight
+from matgptq.gpu.tuning import Launch
 from matgptq.nested_linear import NestedLinear, nested_layers
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS
-from matgptq.triton_layout import PlaneWeight
-from matgptq.triton_tuning import Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-reason = triton_support.obstacle(DEVICE)
+reason = gpu_support.obstacle(DEVICE)
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 if reason is None:
-    from matgptq import triton_products
+    from matgptq.gpu import products as gpu_products
 
 HALVES = (torch.float16, torch.bfloat16)
 # The result's own rounding; the interpreter cuts where it should round to bfloat16.
@@ -34,8 +36,8 @@ def pack(weight: NestedWeight, bits: int | None = None) -> PlaneWeight:
     codes = weight.codes.to(DEVICE)
     scales = {width: scale.to(DEVICE) for width, scale in weight.scales.items()}
     if bits is None:
-        return triton_layout.pack_parent(codes, scales)
-    return triton_layout.pack_slice(codes, scales[bits], bits)
+        return gpu_layout.pack_parent(codes, scales)
+    return gpu_layout.pack_slice(codes, scales[bits], bits)
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -62,7 +64,7 @@ def test_fused(bits, dtype, resident):
     rows = 1 + bits % 3
     x, bias = normal(rows, 160, dtype=dtype), normal(70, dtype=dtype)
     launch = Launch(warps=4, units=8, blocks=2, tiles=1, splits=1)
-    result = triton_products.matmul(x.to(DEVICE), packed, bits, bias.to(DEVICE), launch)
+    result = gpu_products.matmul(x.to(DEVICE), packed, bits, bias.to(DEVICE), launch)
     check(result, x, weight.dequantize(bits), bias)
 
 
@@ -72,8 +74,8 @@ def test_both_orders_of_columns_are_the_same_product(bits, monkeypatch):
     weight = make_weight(7, 96, 3)
     x = normal(2, 96, dtype=torch.bfloat16)
     for first in (True, False):  # one of the two is that of other versions of the compiler
-        monkeypatch.setattr(triton_products.triton_kernels._PAIRS_FIRST, "value", first)
-        check(triton_products.matmul(x, pack(weight), bits), x, weight.dequantize(bits))
+        monkeypatch.setattr(gpu_products.product_kernels._PAIRS_FIRST, "value", first)
+        check(gpu_products.matmul(x, pack(weight), bits), x, weight.dequantize(bits))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -83,10 +85,10 @@ def test_dequantized_is_exact_for_every_code(bits):
     packed = pack(weight), pack(weight, bits)
     for form, dtype in zip(packed, (torch.float32, torch.float16), strict=True):
         out = torch.full((66, 64), torch.nan, dtype=dtype, device=DEVICE)
-        triton_products.dequantize_blocks(form, bits, 0, out)
+        gpu_products.dequantize_blocks(form, bits, 0, out)
         assert torch.equal(out.cpu(), weight.dequantize(bits, dtype))
     last = torch.empty(2, 64, device=DEVICE)
-    triton_products.dequantize_blocks(packed[0], bits, 1, last)
+    gpu_products.dequantize_blocks(packed[0], bits, 1, last)
     assert torch.equal(last.cpu(), weight.dequantize(bits)[64:])
 
 
@@ -99,9 +101,9 @@ def test_group_sizes(in_features, group_size, bits, dtype):
     weight = make_weight(7, in_features, in_features // group_size)
     x = normal(2, in_features, dtype=dtype)
     launch = Launch(4, 4, 1, 1, 1)
-    check(triton_products.matmul(x.to(DEVICE), pack(weight), bits, None, launch), x, weight.dequantize(bits))
+    check(gpu_products.matmul(x.to(DEVICE), pack(weight), bits, None, launch), x, weight.dequantize(bits))
     out = torch.empty(7, in_features, device=DEVICE)
-    triton_products.dequantize_blocks(pack(weight), bits, 0, out)
+    gpu_products.dequantize_blocks(pack(weight), bits, 0, out)
     assert torch.equal(out.cpu(), weight.dequantize(bits))
 
 
@@ -135,9 +137,9 @@ def test_every_way_to_cut_a_product(launch):
     packed = pack(weight)
     x = normal(19, 192, dtype=torch.float16)
     cut = launch.with_splits(packed, 19, launch.splits)
-    first = triton_products.matmul(x.to(DEVICE), packed, 4, None, cut)
+    first = gpu_products.matmul(x.to(DEVICE), packed, 4, None, cut)
     check(first, x, weight.dequantize(4))
-    assert torch.equal(first, triton_products.matmul(x.to(DEVICE), packed, 4, None, cut))
+    assert torch.equal(first, gpu_products.matmul(x.to(DEVICE), packed, 4, None, cut))
     assert not packed.arrived.any()
 
 
@@ -147,7 +149,7 @@ def test_a_slice_reads_one_plane_more_than_its_bits(bits):
     packed = pack(weight)
     packed.planes[bits + 1 :] = -1
     x = normal(1, 64, dtype=torch.float16)
-    check(triton_products.matmul(x.to(DEVICE), packed, bits), x, weight.dequantize(bits))
+    check(gpu_products.matmul(x.to(DEVICE), packed, bits), x, weight.dequantize(bits))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -248,7 +250,7 @@ def test_the_operator_follows_the_rules_of_torch(monkeypatch):
 
 
 def test_the_choice_of_a_kernel(monkeypatch):
-    monkeypatch.setattr(triton_support, "obstacle", lambda device: None if device == "cuda" else "no GPU here")
+    monkeypatch.setattr(gpu_support, "obstacle", lambda device: None if device == "cuda" else "no GPU here")
     monkeypatch.delenv("MATGPTQ_KERNEL", raising=False)
     kernels._choose.cache_clear()
 

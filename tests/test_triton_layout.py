@@ -10,9 +10,9 @@ import torch
 from test_kernels import make_weight
 
 from matgptq.errors import ConfigurationError
+from matgptq.gpu.layout import PlaneWeight, dequantize, pack_parent, pack_slice, unpack
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS, slice_codes
-from matgptq.triton_layout import PlaneWeight, dequantize, pack_parent, pack_slice, unpack
 
 SHAPES = [(64, 64, 1), (37, 96, 3), (130, 200, 1), (7, 45, 1), (1, 256, 2)]
 

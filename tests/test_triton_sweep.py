@@ -10,14 +10,14 @@ import torch
 from brute_force import random_problem
 from test_sweep import TIE, Sweep
 
-from matgptq import triton_support
 from matgptq.errors import ConfigurationError
+from matgptq.gpu import support as gpu_support
 from matgptq.recipe import make_recipe
 from matgptq.solver import solve
 from matgptq.sweep import SweepGrid, compensate, descend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-reason = triton_support.obstacle(DEVICE)
+reason = gpu_support.obstacle(DEVICE)
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 DEFAULT = (2, 3, 4, 8), (4.0, 8.0, 16.0, 256.0)
 # Widths and weights, rows, columns; 32 columns are one launch (16 where there are many copies), 32 rows one program.
@@ -93,6 +93,6 @@ def test_what_it_refuses(monkeypatch):
     sweep = Sweep((3, 4), (1.0, 1.0), 1, 8, 0)
     with pytest.raises(ValueError, match="parent"):
         compensate(sweep.weight, sweep.upper, sweep.grid)
-    monkeypatch.setattr(triton_support, "obstacle", lambda device: "there is none")
+    monkeypatch.setattr(gpu_support, "obstacle", lambda device: "there is none")
     with pytest.raises(ConfigurationError, match="MATGPTQ_SOLVER=triton: there is none"):
         compensate(sweep.weight, sweep.upper, sweep.grid)

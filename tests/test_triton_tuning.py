@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import make_weight
 
-from matgptq.triton_layout import pack_slice
-from matgptq.triton_tuning import Launch, Tuner, batch_class, candidate_launches, default_launch, describe
+from matgptq.gpu.layout import pack_slice
+from matgptq.gpu.tuning import Launch, Tuner, batch_class, candidate_launches, default_launch, describe
 
 
 def packed(out_features, in_features):

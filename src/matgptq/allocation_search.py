@@ -23,24 +23,24 @@ from torch import Tensor
 
 from matgptq.allocation import Allocation
 from matgptq.allocation_store import check_name, save_allocation
-from matgptq.block_runner import block_modules
-from matgptq.budget import Budget, SearchSpace, bits_budget, size_budget
 from matgptq.calibration import SELF, Windows, load_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import ConfigurationError
 from matgptq.families import find_family
-from matgptq.layer_groups import group_layers
 from matgptq.loading import load
-from matgptq.optimum import Genome
 from matgptq.progress import Progress, Silent
 from matgptq.run_log import LOG_NAME, RunLog, check_wandb
-from matgptq.scoring import Fitness, Scorer
-from matgptq.search_run import SearchRun
-from matgptq.search_settings import DEFAULT_SEQLEN, DEFAULT_TOKENS, Fuse, Method, SearchSettings, make_settings
 from matgptq.slicing import WIDTHS
 from matgptq.source import ModelSource, load_tokenizer, open_source
 from matgptq.teacher import observe
+from matgptq.width_search.block_runner import block_modules
+from matgptq.width_search.budget import Budget, SearchSpace, bits_budget, size_budget
+from matgptq.width_search.layer_groups import group_layers
+from matgptq.width_search.optimum import Genome
+from matgptq.width_search.run import SearchRun
+from matgptq.width_search.scoring import Fitness, Scorer
+from matgptq.width_search.settings import DEFAULT_SEQLEN, DEFAULT_TOKENS, Fuse, Method, SearchSettings, make_settings
 
 DIRECTORY = "search"  # in the checkpoint: tables, states and the log
 # Calibration takes the plain seed; the search should not meet the same documents first.

@@ -21,11 +21,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from matgptq import native, triton_layout, triton_support
+from matgptq import native
 from matgptq.errors import ConfigurationError
+from matgptq.gpu import layout as gpu_layout
+from matgptq.gpu import support as gpu_support
+from matgptq.gpu.layout import PlaneWeight
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS
-from matgptq.triton_layout import PlaneWeight
 
 Activations = Literal["exact", "int8"]
 PackedWeight = native.Weight | PlaneWeight
@@ -162,7 +164,7 @@ def dequantize(weight: AnyWeight, bits: int, dtype: torch.dtype = torch.float32)
     if isinstance(weight, native.Weight):
         return native.dequantize_rows(weight, bits).to(dtype)
     if isinstance(weight, PlaneWeight):
-        return triton_layout.dequantize(weight, bits, dtype)
+        return gpu_layout.dequantize(weight, bits, dtype)
     return weight.dequantize(bits, dtype)
 
 
@@ -175,7 +177,7 @@ def packed_form(device: torch.device) -> Literal["native", "planes"]:
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why weights on a device cannot be packed for activations of a dtype; None if they can."""
     if packed_form(device) == "planes":
-        return triton_support.obstacle(device.type)
+        return gpu_support.obstacle(device.type)
     if dtype not in FUSED_ROWS:
         return f"the native kernels compute in float32 and bfloat16, not in {dtype}"
     return None if native.available() else native.reason()
@@ -202,8 +204,8 @@ def pack(weight: NestedWeight, bits: int | None = None, *, arena: native.Arena |
         half = {id(scale): scale.half() for scale in scales.values()}
         placed = {width: half[id(scale)] for width, scale in scales.items()}
         if bits is None:
-            return remember(triton_layout.pack_parent(weight.codes, placed))
-        return remember(triton_layout.pack_slice(weight.codes, placed[bits], bits))
+            return remember(gpu_layout.pack_parent(weight.codes, placed))
+        return remember(gpu_layout.pack_slice(weight.codes, placed[bits], bits))
     if bits is None:
         return remember(native.pack_parent(weight.codes, scales, arena=arena))
     return remember(native.pack_slice(weight.codes, scales[bits], bits, arena=arena))
@@ -250,7 +252,7 @@ def _refuses_on_gpu(product: Product) -> str | None:
         return "the weight is not packed for it (matgptq.load packs it on a GPU)"
     if product.activations != "exact":
         return "multiplies exact activations only"
-    return triton_support.obstacle(product.device)
+    return gpu_support.obstacle(product.device)
 
 
 def _refuses_on_tensor_cores(product: Product) -> str | None:
@@ -264,21 +266,21 @@ def _many_rows_on_gpu(product: Product) -> str | None:
 
 
 def _run_triton_fused(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, _: Activations) -> Tensor:
-    from matgptq import triton_products
+    from matgptq.gpu import products as gpu_products
 
-    return triton_products.matmul(x, weight, bits, bias)
+    return gpu_products.matmul(x, weight, bits, bias)
 
 
 def _run_triton_tiled(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, _: Activations) -> Tensor:
-    from matgptq import triton_products
+    from matgptq.gpu import products as gpu_products
 
     result = x.new_empty(len(x), weight.out_features)
-    block = triton_layout.BLOCK_ROWS
+    block = gpu_layout.BLOCK_ROWS
     step = max(block, _TRITON_TILE_BYTES // (weight.in_features * x.element_size()) // block * block)
     tile = x.new_empty(min(step, weight.out_features), weight.in_features)
     for start in range(0, weight.out_features, step):
         rows = tile[: weight.out_features - start]
-        triton_products.dequantize_blocks(weight, bits, start // block, rows)
+        gpu_products.dequantize_blocks(weight, bits, start // block, rows)
         torch.mm(x, rows.T, out=result[:, start : start + len(rows)])
     return result if bias is None else result.add_(bias.to(x.dtype))
 

@@ -11,11 +11,11 @@ from matgptq import kernels, native
 from matgptq.bit_stream import pack_rows, row_bytes, unpack_rows
 from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.format import CODES, SLICED_CODES, SLICED_SCALES, scales_name
+from matgptq.gpu.layout import PlaneWeight, unpack
 from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.shared_input import SharedInput
 from matgptq.sliced_weight import parent_of
 from matgptq.slicing import PARENT_BITS, ZERO_POINT, check_bits, slice_codes
-from matgptq.triton_layout import PlaneWeight, unpack
 
 
 class NestedLinear(nn.Module):

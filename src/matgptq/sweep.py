@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matgptq import native, triton_support
+from matgptq import native
 from matgptq.errors import ConfigurationError
+from matgptq.gpu import support as gpu_support
 from matgptq.rounding import cell_table, round_nested, round_shared, shared_table
 from matgptq.slicing import PARENT_BITS, slice_codes
 
@@ -154,7 +155,7 @@ def _solves_on_gpu(tensor: Tensor) -> bool:
     wanted = os.environ.get("MATGPTQ_SOLVER", "auto")
     if wanted not in ("auto", "triton") or (wanted == "auto" and tensor.device.type != "cuda"):
         return False
-    obstacle = triton_support.obstacle(tensor.device.type)
+    obstacle = gpu_support.obstacle(tensor.device.type)
     if obstacle is not None and wanted == "triton":
         raise ConfigurationError(f"MATGPTQ_SOLVER=triton: {obstacle}")
     return obstacle is None
@@ -163,12 +164,12 @@ def _solves_on_gpu(tensor: Tensor) -> bool:
 def _sweep_on_gpu(
     base: Tensor, trail: Tensor, coupling: Tensor, diagonal: Tensor, grid: SweepGrid, *, compensating: bool
 ) -> Tensor:
-    from matgptq import triton_sweep
+    from matgptq.gpu import sweep as gpu_sweep
 
     widths = grid.target_bits
     if grid.copies > 1:
         cell_table(widths)  # refuses what the kernel does not know, a set of widths without the parent
-    return triton_sweep.sweep(
+    return gpu_sweep.sweep(
         base,
         trail,
         coupling,

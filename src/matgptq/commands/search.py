@@ -78,8 +78,8 @@ def search(
         raise ConfigurationError("give one of --target-bits, --target-size and --sweep")
     chosen = parse_widths(widths, "--widths") or ()
     import matgptq
-    from matgptq.budget import parse_sweep
     from matgptq.console import search_table
+    from matgptq.width_search.budget import parse_sweep
 
     with progress_bars() as progress:
         result = matgptq.search(

@@ -1,4 +1,4 @@
-"""GPU code of products with packed weights, in Triton. ``triton_layout`` says how the weights lie; read it first.
+"""GPU code of products with packed weights, in Triton. ``gpu_layout`` says how the weights lie; read it first.
 
 Everything a thread needs of the weight it loads itself, 128 bits at a time, into the registers from which its tensor
 core multiplies: no shared memory, no barriers, until the parts of a sum meet at the end. On the way from planes to

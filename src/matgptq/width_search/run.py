@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from matgptq.atomic_files import write_text
-from matgptq.budget import Budget, SearchSpace
-from matgptq.evolution import EvolutionState, fill, next_generation, stopped
-from matgptq.optimum import Genome, optimum
 from matgptq.progress import Progress
 from matgptq.run_log import RunLog
-from matgptq.scoring import Scorer
-from matgptq.search_settings import SearchSettings
-from matgptq.sensitivity import measure_table, table_scores
+from matgptq.width_search.budget import Budget, SearchSpace
+from matgptq.width_search.evolution import EvolutionState, fill, next_generation, stopped
+from matgptq.width_search.optimum import Genome, optimum
+from matgptq.width_search.scoring import Scorer
+from matgptq.width_search.sensitivity import measure_table, table_scores
+from matgptq.width_search.settings import SearchSettings
 
 Losses = Sequence[Mapping[int, float]]
 

@@ -1,4 +1,4 @@
-"""Products with packed weights on a GPU: how the kernels of ``triton_kernels`` are called.
+"""Products with packed weights on a GPU: how the kernels of ``product_kernels`` are called.
 
 Importing this module imports Triton; ``kernels`` does so when a product needs it.
 """
@@ -14,9 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from matgptq import triton_kernels
-from matgptq.triton_layout import BLOCK_ROWS, CHUNK_COLUMNS, GROUP_UNIT, PlaneWeight
-from matgptq.triton_tuning import Launch, Tuner, candidate_launches, default_launch, describe
+from matgptq.gpu import product_kernels
+from matgptq.gpu.layout import BLOCK_ROWS, CHUNK_COLUMNS, GROUP_UNIT, PlaneWeight
+from matgptq.gpu.tuning import Launch, Tuner, candidate_launches, default_launch, describe
 
 _DEQUANTIZE_WARPS = 4
 _INTERPRETED_PROCESSORS = 1
@@ -55,7 +55,7 @@ def dequantize_blocks(weight: PlaneWeight, bits: int, first: int, out: Tensor) -
     _, blocks, chunks, _ = weight.planes.shape
     grid = (triton.cdiv(len(out), BLOCK_ROWS), triton.cdiv(chunks, _DEQUANTIZE_WARPS))
     with _on(out.device):
-        triton_kernels.dequantize[grid](
+        product_kernels.dequantize[grid](
             weight.planes,
             weight.scales[bits],
             out,
@@ -76,14 +76,14 @@ def dequantize_blocks(weight: PlaneWeight, bits: int, first: int, out: Tensor) -
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` when they were imported)."""
-    return not isinstance(triton_kernels.fused, triton.JITFunction)
+    return not isinstance(product_kernels.fused, triton.JITFunction)
 
 
 def _launch(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
     _, blocks, chunks, _ = weight.planes.shape
     grid = launch.grid(weight, len(x))
     parts = grid[0] * grid[1] * grid[2] * launch.blocks * BLOCK_ROWS * 8 * launch.tiles if launch.splits > 1 else 1
-    triton_kernels.fused[grid](
+    product_kernels.fused[grid](
         x,
         weight.planes,
         weight.scales[bits],
@@ -136,7 +136,7 @@ def _choose(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None) -> L
 @functools.cache
 def _tuner(device: int) -> tuple[Tuner, int]:
     properties = torch.cuda.get_device_properties(device)
-    version = f"triton {triton.__version__} {triton_kernels.fused.cache_key[:16]}"
+    version = f"triton {triton.__version__} {product_kernels.fused.cache_key[:16]}"
     return Tuner(version, properties.name), properties.multi_processor_count
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matgptq.cache import cache_dir
-from matgptq.triton_layout import CHUNK_COLUMNS, PlaneWeight
+from matgptq.gpu.layout import CHUNK_COLUMNS, PlaneWeight
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from matgptq.errors import AllocationError, ConfigurationError
-from matgptq.layer_groups import LayerGroup
+from matgptq.width_search.layer_groups import LayerGroup
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -21,8 +21,8 @@ from itertools import groupby
 from pathlib import Path
 
 from matgptq.atomic_files import write_text
-from matgptq.budget import SearchSpace
-from matgptq.optimum import Genome
+from matgptq.width_search.budget import SearchSpace
+from matgptq.width_search.optimum import Genome
 
 Score = Callable[[Sequence[Genome]], list[float]]
 _LARGEST_ALONE = 3  # width up to which each group is measured

@@ -1,4 +1,4 @@
-"""The solver's column loop on a GPU: how ``triton_sweep_kernel`` is called.
+"""The solver's column loop on a GPU: how ``sweep_kernel`` is called.
 
 Importing this module imports Triton; ``sweep`` does so for tensors on a GPU.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from matgptq.gpu.sweep_kernel import sweep_stretch
 from matgptq.rounding import SharedTable
-from matgptq.triton_sweep_kernel import sweep_stretch
 
 _ROWS = 32  # of a program: one warp, one row per thread
 # Columns of a launch; a thread keeps as many numbers per copy in registers.

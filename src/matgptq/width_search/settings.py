@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from matgptq.errors import ConfigurationError
-from matgptq.evolution import EvolutionSettings, Stage
-from matgptq.scoring import Fitness
 from matgptq.slicing import check_widths
+from matgptq.width_search.evolution import EvolutionSettings, Stage
+from matgptq.width_search.scoring import Fitness
 
 Method = Literal["sensitivity", "evolution"]
 Fuse = Literal["serving", "none"]

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from matgptq.block_runner import BlockRunner
-from matgptq.layer_groups import LayerGroup
 from matgptq.teacher import Teacher, chunks
+from matgptq.width_search.block_runner import BlockRunner
+from matgptq.width_search.layer_groups import LayerGroup
 
 Fitness = Literal["kl", "ppl"]
 Genome = tuple[int, ...]

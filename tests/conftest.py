@@ -40,6 +40,12 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeCh
 
 
 @pytest.fixture
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in float32 also where a CPU multiplies bfloat16 faster, for tests that compare to the last digit."""
+    monkeypatch.setattr("matgptq.devices.multiplies_bfloat16", lambda device: False)
+
+
+@pytest.fixture
 def checkpoint(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
     """A private copy of a small checkpoint, to be damaged at will."""
     return shutil.copytree(make_checkpoint("llama")[1], tmp_path / "checkpoint")

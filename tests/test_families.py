@@ -247,7 +247,7 @@ def test_ignoring_everything_is_refused(make_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_blocks_run_one_by_one_as_in_the_model(name):
+def test_blocks_run_one_by_one_as_in_the_model(name, float32_products):
     """Capture and propagation: hidden states after each block, and the Hessian of every layer."""
     model = build_model(name)
     blocks = find_blocks(model, find_family(model.config.model_type))

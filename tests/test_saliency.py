@@ -8,7 +8,7 @@ from tiny_models import MODELS, build_model, token_ids
 
 from matgptq.blocks import capture_inputs, collect_hessians, find_blocks
 from matgptq.families import find_family
-from matgptq.saliency import token_saliency, token_weights
+from matgptq.saliency import draw_tokens, token_saliency, token_weights
 
 
 def model_and_blocks(name, **overrides):
@@ -29,7 +29,7 @@ def expected_saliency(model, blocks, window, seed):
 
             hooks.append(layer.register_forward_hook(keep))
     logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0]
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(seed))
+    drawn = draw_tokens(logits.detach().softmax(-1), torch.Generator().manual_seed(seed))
     torch.nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
     for hook in hooks:
         hook.remove()
@@ -46,6 +46,15 @@ def test_against_plain_differentiation(name, monkeypatch):
     assert set(found) == set(expected)
     for layer, values in expected.items():
         torch.testing.assert_close(found[layer][0], values, rtol=1e-3, atol=1e-5 * float(values.max()))
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says():
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
+    drawn = draw_tokens(probabilities.expand(20000, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (20000, 1)
+    frequencies = torch.bincount(drawn.flatten(), minlength=6) / 20000
+    assert (frequencies[probabilities == 0] == 0).all()
+    torch.testing.assert_close(frequencies, probabilities, rtol=0, atol=0.02)
 
 
 def test_the_model_is_left_as_it_was():

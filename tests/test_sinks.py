@@ -26,7 +26,7 @@ def test_first_tokens_are_those_of_the_text_and_bos() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
-def test_a_weight_counts_first_positions_that_often(name: str) -> None:
+def test_a_weight_counts_first_positions_that_often(name: str, float32_products) -> None:
     """With the windows' own first tokens, the weighted Hessian is that of windows whose first position is repeated."""
     model, windows, weight = build_model(name), token_ids(5, 12), 7.0
     blocks = find_blocks(model, find_family(model.config.model_type))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matgptq.devices import fast_products
 from matgptq.errors import UnsupportedModelError
 from matgptq.families import Family
 from matgptq.hessian import accumulate_hessian
@@ -177,6 +178,7 @@ def _accumulate(
         accumulate_hessian(totals[name], positional[0], stream.weight, None if weights is None else weights[batch])
 
     with ExitStack() as stack:
+        stack.enter_context(fast_products(stream.hidden[0].device))
         for name, layer in observed.items():
             stack.callback(layer.register_forward_pre_hook(partial(show, name)).remove)
         for hidden in stream.hidden:
@@ -224,6 +226,8 @@ def collect_hessians(block: Block, inputs: Sequence[BlockInputs], index: int, ti
 def propagate(block: Block, inputs: Sequence[BlockInputs], index: int, tick: Callable[[], None]) -> None:
     """Replace every hidden state by the block's output."""
     for stream in inputs:
-        for position, hidden in enumerate(stream.hidden):
-            stream.hidden[position] = run_block(block, hidden, stream.arguments[index])
-            tick()
+        with fast_products(stream.hidden[0].device):
+            for position, hidden in enumerate(stream.hidden):
+                # The residual stream keeps its dtype; only products are rounded.
+                stream.hidden[position] = run_block(block, hidden, stream.arguments[index]).to(hidden.dtype)
+                tick()

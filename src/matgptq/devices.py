@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from matgptq.errors import ConfigurationError
@@ -47,3 +50,23 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         # Without matrix tiles a CPU emulates them.
         return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Let a float32 model on a CPU with matrix tiles multiply in bfloat16; sums, and what is added up, stay float32.
+
+    For what averages over thousands of tokens (Hessians, gradients that weigh tokens, activations that go from block to
+    block while a model is quantized), not for measuring a model. Elsewhere nothing changes: a model on a GPU is run in
+    the dtype that it was loaded in.
+    """
+    if device.type != "cpu" or not multiplies_bfloat16(device):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -19,11 +19,13 @@ def accumulate_hessian(total: Tensor, inputs: Tensor, weight: float = 1.0, row_w
         inputs: ``[..., in]`` activations of any float dtype; products are formed in ``total``'s dtype, because a
             sum of tens of thousands of bfloat16 products would lose the small eigenvalues.
         weight: of all these rows.
-        row_weights: one more weight for each row; None for ones.
+        row_weights: one more weight for each row, not negative; None for ones.
     """
     rows = inputs.reshape(-1, inputs.shape[-1]).to(total.dtype)
-    weighted = rows if row_weights is None else rows * row_weights.reshape(-1, 1).to(total)
-    total.addmm_(weighted.T, rows, alpha=weight)
+    if row_weights is not None:
+        # The root on both sides: whatever a product rounds its factors to, the sum is positive semidefinite.
+        rows = rows * row_weights.reshape(-1, 1).to(total).sqrt()
+    total.addmm_(rows.T, rows, alpha=weight)
 
 
 @dataclass(frozen=True)

@@ -87,11 +87,32 @@ def _gradient_at_head(head: Callable[[Tensor], Tensor], hidden: Tensor, generato
     for piece in chunks(len(hidden), vocabulary):
         states = hidden[piece].requires_grad_()
         logits = head(states)
-        drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator).squeeze(1)
-        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():  # d(-log p(y)) / dlogits = p - onehot(y)
+            probabilities = torch.softmax(logits, -1)
+            drawn = draw_tokens(probabilities, generator)
+            probabilities.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0, device=drawn.device))
+        logits.backward(probabilities)  # type: ignore[no-untyped-call]
         assert states.grad is not None
         gradient[piece] = states.grad
     return gradient
+
+
+def draw_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token for each row: where a uniform number falls among the cumulated probabilities.
+
+    ``torch.multinomial`` takes ten times as long as everything else that happens at the head.
+
+    Args:
+        probabilities: float32 ``[positions, vocabulary]``, rows sum to about 1.
+        generator: on the same device.
+
+    Returns:
+        int64 ``[positions, 1]``.
+    """
+    cumulated = probabilities.cumsum(-1)
+    uniform = torch.rand(len(probabilities), 1, generator=generator, device=probabilities.device)
+    drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
+    return drawn.clamp_(max=probabilities.shape[-1] - 1)
 
 
 def token_weights(saliency: Mapping[str, Tensor], blocks: Sequence[Block], exponent: float) -> dict[str, Tensor]:

@@ -32,6 +32,38 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {**_LLAMA_LIKE, "tie_word_embeddings": False, "sliding_window": 8}),
     "qwen2": ("qwen2", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**_LLAMA_LIKE, "head_dim": 32, "tie_word_embeddings": True}),
+    "mixtral": (
+        "mixtral",
+        {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+    ),
+    "qwen3_moe": (  # the first block has no experts
+        "qwen3_moe",
+        {
+            **_LLAMA_LIKE,
+            "head_dim": 32,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "moe_intermediate_size": 32,
+            "mlp_only_layers": [0],
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **_LLAMA_LIKE,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "olmoe": (
+        "olmoe",
+        {**_LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": None, "tie_word_embeddings": False},
+    ),
     "gemma": ("gemma", {**_LLAMA_LIKE}),
     "gemma2": ("gemma2", {**_LLAMA_LIKE, "sliding_window": 8, "query_pre_attn_scalar": 16}),
     "gemma3_text": (
@@ -86,9 +118,9 @@ def build_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any)
     with torch.no_grad():
         for parameter in model.parameters():
             # Loud enough that the logits differ between tokens and a wrong weight shows.
-            scale = 0.15 if parameter.dim() == 2 else 0.3
+            scale = 0.15 if parameter.dim() >= 2 else 0.3  # experts are fused in three dimensions
             noise = torch.randn(parameter.shape, generator=generator) * scale
-            parameter.copy_(noise if parameter.dim() == 2 else parameter + noise)
+            parameter.copy_(noise if parameter.dim() >= 2 else parameter + noise)
     return model.to(dtype).eval()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from matgptq.devices import fast_products
 from matgptq.errors import UnsupportedModelError
+from matgptq.expert_hessians import Coverage, ExpertCalibration, ExpertLayers, ExpertTotals
+from matgptq.experts import Experts
 from matgptq.families import Family
 from matgptq.hessian import accumulate_hessian
 
@@ -24,12 +26,15 @@ class Block:
     Attributes:
         name: module path in the model.
         module: the block.
-        inputs: layers grouped by shared input, ``(path inside the block, module)``, in forward order.
+        inputs: layers grouped by shared input, ``(path inside the block, module)``, in forward order; those of experts
+            come last.
+        experts: path of the experts inside the block, if it has any.
     """
 
     name: str
     module: nn.Module
     inputs: tuple[tuple[tuple[str, nn.Linear], ...], ...]
+    experts: str | None = None
 
     def layers(self) -> Iterator[tuple[str, nn.Linear]]:
         """All quantizable layers as ``(full name, module)``, in forward order."""
@@ -37,9 +42,39 @@ class Block:
             for path, layer in group:
                 yield f"{self.name}.{path}", layer
 
+    def ordinary_inputs(self) -> Iterator[tuple[tuple[str, nn.Linear], ...]]:
+        """The groups that every token goes through: all but those of experts."""
+        return (group for group in self.inputs if self._expert_of(group) is None)
+
+    def outputs(self) -> Iterator[tuple[str, nn.Module]]:
+        """What token weights are known for: the ordinary layers, and all experts together, by their full names."""
+        for group in self.ordinary_inputs():
+            for path, layer in group:
+                yield f"{self.name}.{path}", layer
+        if self.experts is not None:
+            yield f"{self.name}.{self.experts}", self.module.get_submodule(self.experts)
+
+    def expert_layers(self) -> dict[int, ExpertLayers]:
+        """The other groups, by the number of their expert."""
+        found: dict[int, dict[str, str]] = {}
+        for group in self.inputs:
+            number = self._expert_of(group)
+            if number is not None:
+                first, layer = group[0]
+                expert: Any = self.module.get_submodule(f"{self.experts}.{number}")
+                found.setdefault(number, {})["down" if layer is expert.down else "inner"] = f"{self.name}.{first}"
+        return {number: ExpertLayers(names.get("inner"), names.get("down")) for number, names in found.items()}
+
+    def _expert_of(self, group: tuple[tuple[str, nn.Linear], ...]) -> int | None:
+        if self.experts is None or not group[0][0].startswith(f"{self.experts}."):
+            return None
+        return int(group[0][0].removeprefix(f"{self.experts}.").partition(".")[0])
+
 
 def find_blocks(model: nn.Module, family: Family) -> list[Block]:
     """The blocks of a model, with every Linear in them accounted for.
+
+    Experts must be unfused (``matgptq.experts``).
 
     Raises:
         UnsupportedModelError: a layer of the family is missing, is not a Linear, or a block holds a Linear that the
@@ -57,16 +92,33 @@ def find_blocks(model: nn.Module, family: Family) -> list[Block]:
     for index, module in enumerate(modules):
         name = f"{family.blocks}.{index}"
         linears = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
-        missing = [path for path in family.layers if path not in linears]
-        extra = [path for path in linears if path not in family.layers]
+        experts = _experts_in(module, name, family)
+        inputs = family.block_inputs(None if experts is None else len(experts))
+        wanted = {path: None for group in inputs for path in group}
+        kept = () if family.experts is None else family.experts.kept
+        missing = [path for path in wanted if path not in linears]
+        extra = [path for path in linears if path not in wanted and path not in kept]
         if missing or extra:
             problem = f"has no Linear {missing[0]}" if missing else f"has a Linear {extra[0]} that is not described"
             raise UnsupportedModelError(f"block {name} {problem} in matgptq.families: this variant is not supported")
-        groups = tuple(tuple((path, linears[path]) for path in group) for group in family.inputs)
-        blocks.append(Block(name, module, groups))
+        groups = tuple(tuple((path, linears[path]) for path in group) for group in inputs)
+        path_of_experts = family.experts.path if family.experts is not None and experts is not None else None
+        blocks.append(Block(name, module, groups, path_of_experts))
     if not blocks:
         raise UnsupportedModelError(f"{family.blocks} is empty")
     return blocks
+
+
+def _experts_in(module: nn.Module, name: str, family: Family) -> Experts | None:
+    if family.experts is None:
+        return None
+    try:
+        experts = module.get_submodule(family.experts.path)
+    except AttributeError:
+        return None
+    if not isinstance(experts, Experts):
+        raise UnsupportedModelError(f"block {name}: {family.experts.path} is a {type(experts).__name__}, still fused")
+    return experts
 
 
 @dataclass
@@ -80,7 +132,8 @@ class BlockInputs:
             have one shape and no padding.
         weight: of each token in the Hessians.
         token_weights: ``[n, seqlen]`` further weights for the groups of layers that share an input, by the full name
-            of the first layer; a group that is not there counts all tokens alike.
+            of the first layer, and for all experts of a block by the experts' full name; a group that is not there
+            counts all tokens alike.
         device: where blocks are run; states in files are brought there.
     """
 
@@ -178,60 +231,129 @@ def complete(model: Any, blocks: Sequence[Block], hidden: Tensor) -> Tensor:
     return states
 
 
+@dataclass(frozen=True)
+class BlockHessians:
+    """What the layers of a block see.
+
+    Attributes:
+        matrices: for each group of layers that share an input, float32 ``[in, in]``: twice the weighted mean of
+            ``x x^T``. Not finite for an expert that nothing is known of.
+        coverage: of the groups of experts, by the full name of their first layer.
+    """
+
+    matrices: list[Tensor]
+    coverage: Mapping[str, Coverage]
+
+
 def _accumulate(
-    block: Block, stream: BlockInputs, index: int, observed: Mapping[str, nn.Linear], totals: Mapping[str, Tensor],
-    tick: Callable[[], None],
+    block: Block, inputs: Sequence[BlockInputs], index: int, observed: Mapping[str, nn.Linear],
+    totals: Mapping[str, Tensor], experts: ExpertTotals | None, tick: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Run a block over one stream and add what the observed layers see to their totals, all by full name."""
-    batch = slice(0, 0)  # windows that are being run; a layer may see them flattened
+    """Run a block over all streams and add what the observed layers and experts see to their totals."""
+    for number, stream in enumerate(inputs):
+        batch = slice(0, 0)  # windows that are being run; a layer may see them flattened
 
-    def show(name: str, _: nn.Module, positional: tuple[Tensor, ...]) -> None:
-        weights = stream.token_weights.get(name)
-        accumulate_hessian(totals[name], positional[0], stream.weight, None if weights is None else weights[batch])
+        def weights_of(name: str, stream: BlockInputs = stream) -> Tensor | None:
+            weights = stream.token_weights.get(name)
+            return None if weights is None else weights[batch]  # noqa: B023 - of the batch that is being run
 
-    with ExitStack() as stack:
-        stack.enter_context(fast_products(stream.device))
-        for name, layer in observed.items():
-            stack.callback(layer.register_forward_pre_hook(partial(show, name)).remove)
-        for hidden in stream.hidden:
-            batch = slice(batch.stop, batch.stop + len(hidden))
-            run_block(block, hidden.to(stream.device), stream.arguments[index])
-            tick()
+        def show(name: str, _: nn.Module, positional: tuple[Tensor, ...], stream: BlockInputs = stream) -> None:
+            accumulate_hessian(totals[name], positional[0], stream.weight, weights_of(name))  # noqa: B023
+
+        with ExitStack() as stack:
+            stack.enter_context(fast_products(stream.device))
+            for name, layer in observed.items():
+                stack.callback(layer.register_forward_pre_hook(partial(show, name)).remove)
+            if experts is not None:
+                of_experts = partial(weights_of, f"{block.name}.{block.experts}")
+                stack.enter_context(experts.watching(stream.weight, of_experts, counts=number == 0))
+            for hidden in stream.hidden:
+                batch = slice(batch.stop, batch.stop + len(hidden))
+                run_block(block, hidden.to(stream.device), stream.arguments[index])
+                tick()
 
 
 @torch.no_grad()
-def collect_hessians(block: Block, inputs: Sequence[BlockInputs], index: int, tick: Callable[[], None]) -> list[Tensor]:
+def collect_hessians(
+    block: Block,
+    inputs: Sequence[BlockInputs],
+    index: int,
+    tick: Callable[[], None],
+    experts: ExpertCalibration | None = None,
+) -> BlockHessians:
     """Hessians of the block's input groups: twice the weighted mean of ``x x^T`` over all tokens.
 
     Args:
         block: still at full precision.
-        inputs: as left by the blocks before it; not changed.
+        inputs: as left by the blocks before it; not changed. The first are the calibration windows, whose tokens are
+            counted for experts.
         index: position of the block, selects its arguments.
         tick: called after each batch.
-
-    Returns:
-        One float32 ``[in, in]`` for each group.
+        experts: how experts are calibrated; None for the defaults.
 
     Raises:
         UnsupportedModelError: an activation is not finite; names the layer that receives it.
     """
+    experts = experts or ExpertCalibration()
     # All layers of a group see the same input, one of them is enough.
-    observed = {f"{block.name}.{group[0][0]}": group[0][1] for group in block.inputs}
+    observed = {f"{block.name}.{group[0][0]}": group[0][1] for group in block.ordinary_inputs()}
     totals = {
         name: torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
         for name, layer in observed.items()
     }
-    for stream in inputs:
-        _accumulate(block, stream, index, observed, totals, tick)
+    of_experts = _expert_totals(block, experts)
+    _accumulate(block, inputs, index, observed, totals, of_experts, tick)
     weight = sum(stream.weight * stream.tokens for stream in inputs)
     for name, total in totals.items():
-        if not bool(torch.isfinite(total).all()):
-            raise UnsupportedModelError(
-                f"the inputs of {name} are not finite during calibration; "
-                "use a dtype with more range (--dtype bfloat16 or float32)"
-            )
+        _check_finite(name, total)
         total.mul_(2 / weight)
-    return [*totals.values()]
+    coverage: dict[str, Coverage] = {}
+    if of_experts is not None:
+        coverage = _finish_experts(block, inputs, index, experts, of_experts, totals)
+    return BlockHessians([totals[f"{block.name}.{group[0][0]}"] for group in block.inputs], coverage)
+
+
+def _check_finite(name: str, total: Tensor) -> None:
+    if not bool(torch.isfinite(total).all()):
+        raise UnsupportedModelError(
+            f"the inputs of {name} are not finite during calibration; "
+            "use a dtype with more range (--dtype bfloat16 or float32)"
+        )
+
+
+def _expert_totals(block: Block, how: ExpertCalibration, only: Sequence[int] | None = None) -> ExpertTotals | None:
+    layers = block.expert_layers()
+    if only is not None:
+        layers = {number: layers[number] for number in only}
+    if not layers:
+        return None
+    experts = block.module.get_submodule(str(block.experts))
+    assert isinstance(experts, Experts)
+    return ExpertTotals(experts, layers, how)
+
+
+def _finish_experts(
+    block: Block, inputs: Sequence[BlockInputs], index: int, how: ExpertCalibration, own: ExpertTotals,
+    totals: dict[str, Tensor],
+) -> dict[str, Coverage]:  # fmt: skip
+    """Add the Hessians of experts to the others; those that saw too few tokens see all of them in a second pass."""
+    own.finish()
+    totals.update(own.totals)
+    starved = own.starved()
+    shared = _expert_totals(block, replace(how, every_token=True), starved)
+    if shared is not None:
+        _accumulate(block, inputs, index, {}, {}, shared, lambda: None)
+        shared.finish()
+        totals.update(shared.totals)
+    coverage = {}
+    for number, layers in block.expert_layers().items():
+        alone = number not in starved and not how.every_token
+        for name in (layers.inner, layers.down):
+            if name is not None:
+                if alone or name == layers.inner:  # what enters all experts is what the block computes with
+                    _check_finite(name, totals[name])
+                coverage[name] = Coverage(own.tokens[number], number in starved)
+    return coverage
 
 
 @torch.no_grad()

@@ -170,6 +170,7 @@ def _fallbacks(layers: Sequence[LayerReport]) -> str:
         "smaller groups": sum(layer.fallback_group_size for layer in layers),
         "dead inputs": sum(layer.dead_columns > 0 for layer in layers),
         "more damping": sum(layer.damping_steps > 0 for layer in layers),
+        "on all tokens": sum(layer.shared_hessian for layer in layers),
         "to nearest": sum(layer.rounded_to_nearest for layer in layers),
     }
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from matgptq.errors import UnsupportedModelError
@@ -11,10 +12,12 @@ from matgptq.errors import UnsupportedModelError
 class RotationSites:
     """Where the modules lie that a rotation of the residual stream and of the value heads changes.
 
-    Paths of ``norms``, ``writers``, ``values`` and ``outputs`` are inside a block.
+    Paths of ``norms``, ``writers``, ``values`` and ``outputs`` are inside a block. One with a ``*`` stands for the
+    same layer of every expert; a family with experts names the layers of all kinds of its blocks, and each block has
+    some of them.
 
     Attributes:
-        norms: each RMSNorm of the residual stream, and all Linears that read what it puts out.
+        norms: each RMSNorm of the residual stream, and all Linears (and routers) that read what it puts out.
         writers: Linears that add to the residual stream.
         values: the Linear whose last rows are the value heads.
         outputs: the Linear that reads what attention makes of them.
@@ -33,6 +36,47 @@ class RotationSites:
 
 
 @dataclass(frozen=True)
+class ExpertSites:
+    """The experts of a block: alike, each with a gate, an up and a down projection, and a router that chooses.
+
+    Attributes:
+        module: name of the layer with the experts in transformers' block.
+        name: its name in files, in vLLM, and in a model that is quantized: layers carry that one.
+        gate, up, down: the Linears of an expert, which is ``{name}.experts.{number}``.
+        shared: quantizable layers that every token goes through beside the experts, grouped by the input they share;
+            paths inside the block.
+        kept: Linears inside the block that stay at full precision: what weighs the shared expert.
+    """
+
+    module: str = "mlp"
+    name: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: tuple[tuple[str, ...], ...] = ()
+    kept: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Of the experts inside a block."""
+        return f"{self.name}.experts"
+
+    @property
+    def router(self) -> str:
+        """Path inside a block of what gives each token to experts; always kept at full precision."""
+        return f"{self.name}.gate"
+
+    def inputs(self, number: int) -> tuple[tuple[str, ...], ...]:
+        """The layers of one expert, grouped by the input they share; paths inside the block."""
+        expert = f"{self.path}.{number}"
+        return (f"{expert}.{self.gate}", f"{expert}.{self.up}"), (f"{expert}.{self.down}",)
+
+    def belongs(self, path: str) -> bool:
+        """Whether a layer, by its path inside the block, is an expert's."""
+        return path.startswith(f"{self.path}.")
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture.
 
@@ -40,28 +84,65 @@ class Family:
         model_types: values of ``config.model_type`` that it serves.
         blocks: module path of the list of blocks in the causal language model.
         inputs: the quantizable layers of a block, grouped by the input they share, in the order of the forward pass.
-            A group is solved as one matrix with one Hessian.
+            A group is solved as one matrix with one Hessian. In a family with experts, those of a block without any.
         rotation: what a rotation changes, or the reason why none leaves the model the same.
+        experts: where blocks have experts, if the family has such blocks.
     """
 
     model_types: tuple[str, ...]
     blocks: str
     inputs: tuple[tuple[str, ...], ...]
     rotation: RotationSites | str
+    experts: ExpertSites | None = None
+
+    @property
+    def ordinary_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of all layers that a block may have beside those of its experts."""
+        return self.inputs + (self.experts.shared if self.experts else ())
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Quantizable layers of a block, by their path inside the block."""
-        return tuple(layer for group in self.inputs for layer in group)
+        """Quantizable layers of a block beside those of its experts, by their path inside the block."""
+        return tuple(layer for group in self.ordinary_inputs for layer in group)
 
-    def shared_inputs(self, num_blocks: int) -> list[tuple[str, ...]]:
-        """Layers that see one input, by their full names, over all blocks."""
-        return [
-            tuple(f"{self.blocks}.{block}.{layer}" for layer in group)
-            for block in range(num_blocks)
-            for group in self.inputs
-            if len(group) > 1
-        ]
+    def block_inputs(self, num_experts: int | None) -> tuple[tuple[str, ...], ...]:
+        """Groups of quantizable layers of a block with so many experts, or of one that has none."""
+        if self.experts is None or num_experts is None:
+            return self.inputs
+        dense = f"{self.experts.name}."
+        attention = tuple(group for group in self.inputs if not group[0].startswith(dense))
+        experts = tuple(group for number in range(num_experts) for group in self.experts.inputs(number))
+        return attention + self.experts.shared + experts
+
+    def place(self, layer: str) -> tuple[int, str]:
+        """Block of a layer and path inside it; block -1 and the whole name for a layer outside the blocks."""
+        prefix = f"{self.blocks}."
+        index, _, path = layer.removeprefix(prefix).partition(".")
+        if not layer.startswith(prefix) or not index.isdecimal() or not path:
+            return -1, layer
+        return int(index), path
+
+    def shared_inputs(self, layers: Iterable[str]) -> list[tuple[str, ...]]:
+        """Those of some layers that see one input, group by group; layers by their full names."""
+        first = {path: group[0] for group in self.ordinary_inputs for path in group}
+        groups: dict[tuple[int, str], list[str]] = {}
+        for layer in layers:
+            block, path = self.place(layer)
+            if self.experts is not None and self.experts.belongs(path):
+                expert, _, leaf = path.rpartition(".")
+                key = f"{expert}.{self.experts.gate if leaf == self.experts.up else leaf}"
+            else:
+                key = first.get(path, path)
+            groups.setdefault((block, key), []).append(layer)
+        return [tuple(group) for group in groups.values() if len(group) > 1]
+
+    def routers(self, layers: Iterable[str]) -> list[str]:
+        """Full names of the routers of all blocks that have expert layers among these."""
+        if self.experts is None:
+            return []
+        places = map(self.place, layers)
+        blocks = {block: None for block, path in places if block >= 0 and self.experts.belongs(path)}
+        return [f"{self.blocks}.{block}.{self.experts.router}" for block in blocks]
 
 
 _LLAMA_INPUTS = (
@@ -76,6 +157,30 @@ _LLAMA_ROTATION = RotationSites(
     values="self_attn.v_proj",
     outputs="self_attn.o_proj",
 )
+
+
+def _with_experts(sites: RotationSites, experts: ExpertSites) -> RotationSites:
+    """Rotation sites of blocks of which some or all have experts in the place of the MLP."""
+    attention, (norm, dense) = sites.norms
+    expert = f"{experts.path}.*"
+    readers = (*dense, experts.router, f"{expert}.{experts.gate}", f"{expert}.{experts.up}", *experts.kept)
+    shared = [group for group in experts.shared if group[0].endswith(f".{experts.gate}")]
+    readers += tuple(path for group in shared for path in group)
+    writers = tuple(path for group in experts.shared if group not in shared for path in group)
+    return replace(
+        sites, norms=(attention, (norm, readers)), writers=(*sites.writers, f"{expert}.{experts.down}", *writers)
+    )
+
+
+_MIXTRAL = ExpertSites(name="block_sparse_moe", gate="w1", up="w3", down="w2")
+_QWEN_MOE = ExpertSites()
+_QWEN2_MOE = ExpertSites(
+    shared=(
+        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        ("mlp.shared_expert.down_proj",),
+    ),
+    kept=("mlp.shared_expert_gate",),
+)
 _CENTRED = "its LayerNorm subtracts the mean over the channels, which a rotation does not keep"
 
 FAMILIES: tuple[Family, ...] = (
@@ -84,6 +189,34 @@ FAMILIES: tuple[Family, ...] = (
         blocks="model.layers",
         inputs=_LLAMA_INPUTS,
         rotation=_LLAMA_ROTATION,
+    ),
+    Family(
+        model_types=("mixtral",),
+        blocks="model.layers",
+        inputs=_LLAMA_INPUTS[:2],
+        rotation=_with_experts(
+            replace(
+                _LLAMA_ROTATION,
+                norms=(_LLAMA_ROTATION.norms[0], ("post_attention_layernorm", ())),
+                writers=("self_attn.o_proj",),
+            ),
+            _MIXTRAL,
+        ),
+        experts=_MIXTRAL,
+    ),
+    Family(
+        model_types=("qwen3_moe", "olmoe"),
+        blocks="model.layers",
+        inputs=_LLAMA_INPUTS,
+        rotation=_with_experts(_LLAMA_ROTATION, _QWEN_MOE),
+        experts=_QWEN_MOE,
+    ),
+    Family(
+        model_types=("qwen2_moe",),
+        blocks="model.layers",
+        inputs=_LLAMA_INPUTS,
+        rotation=_with_experts(_LLAMA_ROTATION, _QWEN2_MOE),
+        experts=_QWEN2_MOE,
     ),
     Family(
         model_types=("gemma",),

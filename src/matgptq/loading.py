@@ -131,7 +131,7 @@ def _shared_inputs(model: Any) -> list[tuple[str, ...]]:
         family = find_family(str(model.config.model_type))
     except UnsupportedModelError:  # a checkpoint of another program may hold any architecture
         return []
-    return family.shared_inputs(int(model.config.num_hidden_layers))
+    return family.shared_inputs(nested_layers(model))
 
 
 def _packs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def _without(block: Block, ignore: tuple[str, ...]) -> Block:
         )
         for group in block.inputs
     )
-    return Block(block.name, block.module, tuple(group for group in inputs if group))
+    return replace(block, inputs=tuple(group for group in inputs if group))
 
 
 def _calibration_size(

@@ -30,6 +30,8 @@ from matgptq.checkpoint import (
     read_layer,
 )
 from matgptq.devices import resolve_device, resolve_dtype
+from matgptq.expert_hessians import Coverage, ExpertCalibration
+from matgptq.experts import check_expert_tensors, unfuse_experts
 from matgptq.families import Family, find_family
 from matgptq.fingerprint import fingerprint_data, fingerprint_model, fingerprint_software
 from matgptq.format import Settings
@@ -223,13 +225,16 @@ def prepare(
     streamed = can_stream(source)
     if streamed:
         family = _check_family(str(source.config.get("model_type")), recipe)
+        check_expert_tensors(source.tensors, family)
         network = build_empty(source, dtype)
+        unfuse_experts(network, family)
         streamed = not needs_conversion(network, source)
     if streamed:
         plan = make_plan(network, recipe, request, ignore, device)
     else:
         network = source.load_model(dtype, device)
         family = _check_family(network.config.model_type, recipe)
+        unfuse_experts(network, family)
         plan = make_plan(network, recipe, request, ignore, device)
     rotated = rotated_tensors(rotation_sites(family, network.config.model_type), plan.blocks) if recipe.rotate else ()
     quantized = frozenset(f"{layer}.weight" for layer in plan.layers)
@@ -459,19 +464,42 @@ class _Run:
     def _quantize_block(self, block: Block, index: int, inputs: list[BlockInputs]) -> list[LayerReport]:
         """Solve one block, keep it for good, and leave the quantized weights in the model."""
         hessians: list[Tensor | None] = [None] * len(block.inputs)
+        coverage: Mapping[str, Coverage] = {}
         if inputs:
-            hessians = [*collect_hessians(block, inputs, index, self.progress.advance)]
+            recipe = self.recipe
+            how = ExpertCalibration(recipe.min_expert_tokens, recipe.all_experts, recipe.saliency)
+            seen = collect_hessians(block, inputs, index, self.progress.advance, how)
+            hessians, coverage = [*seen.matrices], seen.coverage
+            self._note_starved(block, coverage)
         tensors: dict[str, Tensor] = {}
         reports: list[LayerReport] = []
         for group, hessian in zip(block.inputs, hessians, strict=True):
             layers = [(f"{block.name}.{path}", layer) for path, layer in group]
-            reports += self._quantize_layers(layers, hessian, tensors)
+            reports += self._quantize_layers(layers, hessian, coverage.get(layers[0][0]), tensors)
         tensors.update(read_kept(self.source, self.network, self.kept.by_block[index]))
         self.work.finish_block(index, tensors, {"layers": [asdict(report) for report in reports]})
         return reports
 
+    def _note_starved(self, block: Block, coverage: Mapping[str, Coverage]) -> None:
+        """Say which experts were calibrated on all tokens because few reached them."""
+        starved = {}
+        for number, layers in block.expert_layers().items():
+            seen = coverage[str(layers.inner or layers.down)]
+            if seen.shared:
+                starved[number] = seen.tokens
+        if starved:
+            listed = ", ".join(f"{number} ({tokens})" for number, tokens in starved.items())
+            self.progress.note(
+                f"{block.name}.{block.experts}: {len(starved)} of {len(block.expert_layers())} experts were calibrated "
+                f"on all tokens, fewer than {self.recipe.min_expert_tokens} reached them: {listed}"
+            )
+
     def _quantize_layers(
-        self, layers: list[tuple[str, nn.Linear]], hessian: Tensor | None, tensors: dict[str, Tensor]
+        self,
+        layers: list[tuple[str, nn.Linear]],
+        hessian: Tensor | None,
+        coverage: Coverage | None,
+        tensors: dict[str, Tensor],
     ) -> Iterator[LayerReport]:
         """Solve layers that share an input as one stack, and leave the quantized weights in the model."""
         started = time.monotonic()
@@ -500,6 +528,8 @@ class _Run:
                 dead_columns=solution.dead_columns,
                 damping_steps=solution.damping_steps,
                 rounded_to_nearest=solution.rounded_to_nearest,
+                expert_tokens=None if coverage is None else coverage.tokens,
+                shared_hessian=coverage is not None and coverage.shared,
             )
 
     def _finished_reports(self, index: int) -> list[LayerReport]:

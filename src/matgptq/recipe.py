@@ -66,6 +66,9 @@ class Recipe:
         tuning_steps: steps of that tuning for each width.
         rotate: spread outliers over all channels by rotating the weights before anything else, with the model left
             the same function (``matgptq.rotated_model``).
+        min_expert_tokens: calibration tokens that an expert has to see for Hessians of its own; one with fewer gets
+            those of all tokens of its block (``matgptq.expert_hessians``).
+        all_experts: calibrate every expert with every token, whatever the router says.
         seed: of the calibration windows, the first tokens and the rotation.
     """
 
@@ -89,6 +92,8 @@ class Recipe:
     tuned_bits: tuple[int, ...] = ()
     tuning_steps: int = 64
     rotate: bool = False
+    min_expert_tokens: int = 128
+    all_experts: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,6 +127,7 @@ class Recipe:
             "tuned_bits must ascend without repeats",
         )
         _require(self.tuning_steps >= 1, "tuning_steps must be at least 1")
+        _require(self.min_expert_tokens >= 0, f"min_expert_tokens cannot be negative, it is {self.min_expert_tokens}")
         _require(math.isfinite(self.damping) and self.damping >= 0, f"damping must be >= 0, not {self.damping}")
         _require(0 <= self.saliency <= 2, f"saliency must lie in [0, 2], not {self.saliency}")
         _require(

@@ -24,6 +24,8 @@ class LayerReport:
         dead_columns: input columns that calibration never excited.
         damping_steps: times the damping was raised.
         rounded_to_nearest: the Hessian could not be factored and the layer was rounded to nearest.
+        expert_tokens: tokens of the calibration windows that reached the expert, None for other layers.
+        shared_hessian: an expert's layer that was calibrated on all tokens of its block.
     """
 
     name: str
@@ -35,6 +37,8 @@ class LayerReport:
     dead_columns: int = 0
     damping_steps: int = 0
     rounded_to_nearest: bool = False
+    expert_tokens: int | None = None
+    shared_hessian: bool = False
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> LayerReport:
@@ -70,6 +74,7 @@ class Report:
             "smaller group size": sum(layer.fallback_group_size for layer in self.layers),
             "dead input columns": sum(layer.dead_columns > 0 for layer in self.layers),
             "raised damping": sum(layer.damping_steps > 0 for layer in self.layers),
+            "expert on all tokens": sum(layer.shared_hessian for layer in self.layers),
             "rounded to nearest": sum(layer.rounded_to_nearest for layer in self.layers),
         }
 

@@ -15,7 +15,7 @@ A block is rotated without looking at any other part of the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,11 +72,32 @@ def rotated_tensors(sites: RotationSites, blocks: Sequence[Block]) -> frozenset[
     """Names of all parameters that a rotation changes; a bias among them may not exist in this model."""
     names = {f"{path}.weight" for path in (sites.embedding, sites.final_norm, sites.head)}
     for block in blocks:
-        readers = [path for _, paths in sites.norms for path in paths]
-        changed = [*(norm for norm, _ in sites.norms), *readers, *sites.writers, sites.outputs]
+        inside = sites_inside(sites, block.module)
+        readers = [path for _, paths in inside.norms for path in paths]
+        changed = [*(norm for norm, _ in inside.norms), *readers, *inside.writers, inside.outputs]
         names |= {f"{block.name}.{path}.weight" for path in changed}
-        names |= {f"{block.name}.{path}.bias" for path in (*sites.writers, sites.values)}
+        names |= {f"{block.name}.{path}.bias" for path in (*inside.writers, inside.values)}
     return frozenset(names)
+
+
+def sites_inside(sites: RotationSites, block: nn.Module) -> RotationSites:
+    """The sites that a block has, those of experts one by one."""
+    modules = dict(block.named_modules())
+
+    def present(paths: Sequence[str]) -> tuple[str, ...]:
+        found: list[str] = []
+        for path in paths:
+            before, star, after = path.partition("*")
+            if not star:
+                found += [path] if path in modules else []
+                continue
+            matches = (name[len(before) :].partition(after) for name in modules if name.startswith(before))
+            found += [f"{before}{number}{after}" for number, end, rest in matches if end and number.isdecimal()
+                      and not rest]  # fmt: skip
+        return tuple(found)
+
+    norms = tuple((norm, present(paths)) for norm, paths in sites.norms)
+    return replace(sites, norms=norms, writers=present(sites.writers))
 
 
 @torch.no_grad()
@@ -155,10 +176,12 @@ def rotate_block(block: nn.Module, sites: RotationSites, residual: Rotation, hea
         residual: Q, the same for all blocks.
         heads: R of this block's value heads.
     """
+    sites = sites_inside(sites, block)
     gains = {path: _gain(block.get_submodule(norm), sites) for norm, paths in sites.norms for path in paths}
     for path in dict.fromkeys((*gains, *sites.writers, sites.values, sites.outputs)):
         linear: Any = block.get_submodule(path)
-        weight, bias = linear.weight.double(), None if linear.bias is None else linear.bias.double()
+        weight, bias = linear.weight.double(), getattr(linear, "bias", None)  # a router has none
+        bias = None if bias is None else bias.double()
         if path in gains:
             weight = residual.apply(weight * gains[path])
         if path == sites.outputs:

@@ -50,10 +50,11 @@ def token_saliency(
         most_bytes: of what is kept of some windows between the blocks; at least one window is taken.
 
     Returns:
-        float32 ``[n, seqlen]`` on the CPU for each layer, by its full name.
+        float32 ``[n, seqlen]`` on the CPU for each layer, by its full name; for the experts of a block one for the sum
+        of what they put out, which times the router's weight squared is that of each of them.
     """
     network = residency.network
-    names = [name for block in blocks for name, _ in block.layers()]
+    names = [name for block in blocks for name, _ in block.outputs()]
     saliency = {name: torch.zeros(windows.shape, dtype=torch.float32) for name in names}
     generator = torch.Generator(network.device).manual_seed(seed)
     head = output_head(network, blocks)
@@ -124,7 +125,7 @@ def _observed(block: Block, saliency: Mapping[str, Tensor], window: int) -> Iter
         output.register_hook(record)  # type: ignore[no-untyped-call]
 
     with ExitStack() as stack:
-        for name, layer in block.layers():
+        for name, layer in block.outputs():
             stack.callback(layer.register_forward_hook(partial(observe, name)).remove)
         yield
 
@@ -175,12 +176,12 @@ def token_weights(saliency: Mapping[str, Tensor], blocks: Sequence[Block], expon
             describes small errors and those of 2 bits are large.
 
     Returns:
-        float32 ``[n, seqlen]`` by the full name of the first layer of the group.
+        float32 ``[n, seqlen]`` by the full name of the first layer of the group, or by that of a block's experts.
     """
     weights = {}
     for block in blocks:
-        for group in block.inputs:
-            names = [f"{block.name}.{path}" for path, _ in group]
+        groups = [[f"{block.name}.{path}" for path, _ in group] for group in block.ordinary_inputs()]
+        for names in groups if block.experts is None else [*groups, [f"{block.name}.{block.experts}"]]:
             together = torch.stack([saliency[name] for name in names]).sum(0) ** (exponent / 2)
             mean = together.mean()
             if mean > 0:

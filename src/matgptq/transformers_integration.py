@@ -18,7 +18,9 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from matgptq.errors import CheckpointError, ConfigurationError, SourceError
+from matgptq.errors import CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
+from matgptq.experts import unfuse_experts
+from matgptq.families import find_family
 from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
@@ -70,11 +72,19 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
                 headers.update(read_header(file))
         except SourceError as error:
             raise CheckpointError(str(error)) from error
+        self._unfused = _unfuse(model)
         replace_linears(model, settings, headers)
         state = model.state_dict()
         self._renamed = {
             name: state[name].dtype for stored, name in match_names(model, headers).items() if stored != name
         }
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """None for a model whose experts are layers of their own: they are called in it as they are in the files.
+
+        What loads a model without conversions also saves it without.
+        """
+        return [] if self._unfused else super().update_weight_conversions(weight_conversions, *model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # Older supported transformers leave a tensor of a quantized model in its stored dtype if its name changed on
@@ -113,6 +123,14 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _unfuse(model: Any) -> bool:
+    try:
+        family = find_family(str(model.config.model_type))
+    except UnsupportedModelError:  # a checkpoint of another program may hold any architecture
+        return False
+    return unfuse_experts(model, family)
 
 
 def _set_bits(model: Any, bits: int | Mapping[str, int]) -> None:

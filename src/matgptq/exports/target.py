@@ -70,7 +70,7 @@ class Target:
             family = find_family(str(self.checkpoint.config.get("model_type")))
         except UnsupportedModelError:  # a checkpoint of another program may hold any architecture
             return []
-        return family.shared_inputs(int(self.checkpoint.config["num_hidden_layers"]))
+        return family.shared_inputs((*self.checkpoint.layers, *self.checkpoint.settings.ignore))
 
     def read(self, layer: str) -> SlicedWeight:
         """The slice of one layer."""

@@ -47,10 +47,10 @@ def group_layers(layers: Mapping[str, LayerInfo], family: Family, *, fuse: bool 
         fuse: False gives each layer a group of its own.
     """
     order = {path: position for position, path in enumerate(family.layers)}
-    fused = {path: group[0] for group in family.inputs for path in group}
+    fused = {path: group[0] for group in family.ordinary_inputs for path in group}
     members: dict[tuple[int, int, str], list[tuple[int, str, str]]] = {}
     for layer in layers:
-        block, path = _place(layer, family)
+        block, path = family.place(layer)
         position = order.get(path, len(order))
         key = path
         if fuse:
@@ -70,15 +70,6 @@ def group_layers(layers: Mapping[str, LayerInfo], family: Family, *, fuse: bool 
             )
         )
     return tuple(groups)
-
-
-def _place(layer: str, family: Family) -> tuple[int, str]:
-    """Block and path inside it; block -1 and the whole name for a layer outside the blocks."""
-    prefix = f"{family.blocks}."
-    index, _, path = layer.removeprefix(prefix).partition(".")
-    if not layer.startswith(prefix) or not index.isdecimal() or not path:
-        return -1, layer
-    return int(index), path
 
 
 def _kind(paths: list[str]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import GROUP_SIZE, MODELS, save_model, token_ids
+from tiny_models import GROUP_SIZE, MODELS, blocks_of, save_model, token_ids
 
 import matgptq
-from matgptq.blocks import capture_inputs, find_blocks, propagate
+from matgptq.blocks import capture_inputs, propagate
 from matgptq.errors import SourceError
 from matgptq.families import find_family
 from matgptq.residency import Streamed, build_empty, can_stream, needs_conversion
@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 def streamed(source):
     network = build_empty(source, torch.float32)
     family = find_family(network.config.model_type)
-    return Streamed(network, source, family.blocks, CPU), find_blocks(network, family)
+    blocks = blocks_of(network)
+    return Streamed(network, source, family.blocks, CPU), blocks
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -30,7 +31,7 @@ def test_blocks_are_filled_from_the_files_and_emptied(name, tmp_path):
     residency, blocks = streamed(source)
     assert not needs_conversion(residency.network, source)
     whole = source.load_model(torch.float32)
-    whole_blocks = find_blocks(whole, find_family(whole.config.model_type))
+    whole_blocks = blocks_of(whole)
     expected, found = (
         capture_inputs(model, each, token_ids()) for model, each in ((whole, whole_blocks), (residency.network, blocks))
     )

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import MODELS, build_model, save_model, token_ids
+from tiny_models import MODELS, blocks_of, build_model, save_model, token_ids
 
 import matgptq
 from matgptq.blocks import find_blocks
@@ -28,7 +28,7 @@ def rotated(name, dtype, seed=0, **overrides):
     family = find_family(model.config.model_type)
     with torch.no_grad():
         before = model(token_ids(2, 12)).logits
-    change = rotate_model(Whole(model), family, find_blocks(model, family), seed)
+    change = rotate_model(Whole(model), family, blocks_of(model), seed)
     return model, before, change
 
 
@@ -59,7 +59,9 @@ def test_a_rotated_model_is_the_same_function(name, dtype):
 def test_only_the_named_tensors_change(name):
     model, _, _ = rotated(name, torch.float32)
     family = find_family(model.config.model_type)
-    before = build_model(name).state_dict()
+    original = build_model(name)
+    blocks_of(original)
+    before = original.state_dict()
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed == rotated_tensors(family.rotation, find_blocks(model, family)) & before.keys()
 

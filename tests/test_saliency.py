@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import MODELS, build_model, token_ids
+from tiny_models import MODELS, blocks_of, build_model, token_ids
 
-from matgptq.blocks import capture_inputs, collect_hessians, find_blocks
-from matgptq.families import find_family
+from matgptq.blocks import capture_inputs, collect_hessians
 from matgptq.residency import Whole
 from matgptq.saliency import draw_tokens, token_saliency, token_weights
 
 
 def model_and_blocks(name, **overrides):
     model = build_model(name, **overrides).eval()
-    return model, find_blocks(model, find_family(model.config.model_type))
+    return model, blocks_of(model)
 
 
 def expected_saliency(model, blocks, window, seed):
@@ -22,7 +21,7 @@ def expected_saliency(model, blocks, window, seed):
     outputs = {}
     hooks = []
     for block in blocks:
-        for name, layer in block.layers():
+        for name, layer in block.outputs():
 
             def keep(_, __, output, name=name):
                 output.retain_grad()
@@ -115,6 +114,6 @@ def test_weights_enter_the_hessian(name, batch):
     handle.remove()
     rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).double()
     inputs = capture_inputs(model, blocks, windows, batch=batch, token_weights={first: weights})
-    hessians = collect_hessians(block, [inputs], 0, lambda: None)
+    hessians = collect_hessians(block, [inputs], 0, lambda: None).matrices
     expected = 2 / windows.numel() * (rows.T * weights.double().flatten()) @ rows
     torch.testing.assert_close(hessians[0].double(), expected, rtol=1e-4, atol=1e-5 * float(expected.max()))

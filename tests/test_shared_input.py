@@ -127,10 +127,18 @@ def test_a_loaded_model_shares_in_every_block(make_checkpoint, calls):
 
 
 def test_names_of_shared_inputs():
-    names = find_family("llama").shared_inputs(2)
+    layers = [f"model.layers.{block}.{path}" for block in range(2) for path in find_family("llama").layers]
+    names = find_family("llama").shared_inputs(layers)
     assert names[0] == tuple(f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv")
     assert names[3] == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
-    assert find_family("gpt_neox").shared_inputs(2) == []
+    layers = [f"gpt_neox.layers.0.{path}" for path in find_family("gpt_neox").layers]
+    assert find_family("gpt_neox").shared_inputs(layers) == []
+
+
+def test_the_gate_and_up_projection_of_an_expert_share_an_input():
+    experts = [f"model.layers.1.block_sparse_moe.experts.{number}.w{leaf}" for number in (0, 10) for leaf in (1, 2, 3)]
+    names = find_family("mixtral").shared_inputs(experts)
+    assert names == [(experts[0], experts[2]), (experts[3], experts[5])]
 
 
 # --- the output head --------------------------------------------------------------------------------------------------

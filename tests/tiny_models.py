@@ -10,6 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from matgptq.blocks import Block, find_blocks
+from matgptq.experts import unfuse_experts
+from matgptq.families import find_family
+
 VOCAB = 288  # 256 bytes and a few specials, and more rows than the tokenizer has tokens, as real models have
 GROUP_SIZE = 64  # divides some layers below; the others fall back to 32
 
@@ -115,6 +119,8 @@ def build_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any)
     )
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config)
+    if dtype == torch.float64 and hasattr(config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # the other one has no products in float64
     with torch.no_grad():
         for parameter in model.parameters():
             # Loud enough that the logits differ between tokens and a wrong weight shows.
@@ -122,6 +128,13 @@ def build_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any)
             noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(noise if parameter.dim() >= 2 else parameter + noise)
     return model.to(dtype).eval()
+
+
+def blocks_of(model: Any) -> list[Block]:
+    """The blocks of a model, whose experts become layers of their own."""
+    family = find_family(model.config.model_type)
+    unfuse_experts(model, family)
+    return find_blocks(model, family)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -258,7 +258,7 @@ def _accumulate(
             return None if weights is None else weights[batch]  # noqa: B023 - of the batch that is being run
 
         def show(name: str, _: nn.Module, positional: tuple[Tensor, ...], stream: BlockInputs = stream) -> None:
-            accumulate_hessian(totals[name], positional[0], stream.weight, weights_of(name))  # noqa: B023
+            accumulate_hessian(totals[name], positional[0], stream.weight, weights_of(name))
 
         with ExitStack() as stack:
             stack.enter_context(fast_products(stream.device))

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from matgptq.experts import Experts
 from matgptq.hessian import accumulate_hessian
 
-DEFAULT_MIN_TOKENS = 128
-
 
 @dataclass(frozen=True)
 class ExpertCalibration:
@@ -36,7 +34,7 @@ class ExpertCalibration:
             an expert's output is the router's weight times that in the sum of all experts.
     """
 
-    min_tokens: int = DEFAULT_MIN_TOKENS
+    min_tokens: int = 128
     every_token: bool = False
     saliency: float = 0.0
 
@@ -98,9 +96,7 @@ class ExpertTotals:
         self.weights = dict.fromkeys(self.totals, 0.0)
 
     @contextmanager
-    def watching(
-        self, weight: float, token_weights: Callable[[], Tensor | None], *, counts: bool
-    ) -> Iterator[None]:
+    def watching(self, weight: float, token_weights: Callable[[], Tensor | None], *, counts: bool) -> Iterator[None]:
         """Inside, add what the experts see whenever the block is run.
 
         Args:
@@ -175,4 +171,3 @@ class ExpertTotals:
             if id(total) not in done and self.weights[name]:
                 total.mul_(2 / self.weights[name])
                 done.add(id(total))
-

@@ -136,13 +136,20 @@ class Family:
             groups.setdefault((block, key), []).append(layer)
         return [tuple(group) for group in groups.values() if len(group) > 1]
 
+    def expert_groups(self, layers: Iterable[str]) -> dict[int, tuple[str, ...]]:
+        """Those of some layers that belong to experts, by their block."""
+        groups: dict[int, list[str]] = {}
+        for layer in layers:
+            block, path = self.place(layer)
+            if self.experts is not None and self.experts.belongs(path):
+                groups.setdefault(block, []).append(layer)
+        return {block: tuple(group) for block, group in groups.items()}
+
     def routers(self, layers: Iterable[str]) -> list[str]:
         """Full names of the routers of all blocks that have expert layers among these."""
         if self.experts is None:
             return []
-        places = map(self.place, layers)
-        blocks = {block: None for block, path in places if block >= 0 and self.experts.belongs(path)}
-        return [f"{self.blocks}.{block}.{self.experts.router}" for block in blocks]
+        return [f"{self.blocks}.{block}.{self.experts.router}" for block in self.expert_groups(layers)]
 
 
 _LLAMA_INPUTS = (

@@ -66,6 +66,12 @@ def quantize(
             "--rotate/--no-rotate", help="Spread outliers by rotating the weights; unties the head. (default: in best)"
         ),
     ] = None,
+    min_expert_tokens: Annotated[
+        int, typer.Option(help="Calibration tokens that an expert needs; with fewer it is calibrated on all of them.")
+    ] = 128,
+    all_experts: Annotated[
+        bool, typer.Option("--all-experts", help="Calibrate every expert on every token, not on those routed to it.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows, and of the rotation.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -84,7 +90,9 @@ def quantize(
 ) -> None:
     """Quantize MODEL once for all widths and write the checkpoint OUT."""
     widths, weights = parse_widths(bits), parse_bit_weights(bit_weights)
-    chosen: dict[str, Any] = {"sink_weight": sink_weight, "rotate": rotate}
+    chosen: dict[str, Any] = {
+        "sink_weight": sink_weight, "rotate": rotate, "min_expert_tokens": min_expert_tokens, "all_experts": all_experts
+    }  # fmt: skip
     ingredients = {name: value for name, value in chosen.items() if value is not None}
     ignored = tuple(filter(None, (part.strip() for part in ignore.split(","))))
     if dry_run:

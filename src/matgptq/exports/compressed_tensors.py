@@ -43,6 +43,10 @@ class CompressedTensors(SafetensorsExport):
             name: WHOLE_ROW if info.group_size == info.in_features else kernel_group_size(name, [info.group_size])
             for name, info in target.checkpoint.layers.items()
         }
+        for group in target.expert_groups:  # one kernel runs all experts of a block, and knows one group size
+            if len({self.group_sizes.get(name) for name in group}) > 1:
+                sizes = (target.checkpoint.layers[name].group_size for name in group)
+                self.group_sizes.update(dict.fromkeys(group, kernel_group_size(group[0], sizes)))
         widths = set(target.widths.values())
         if widths & {3, 5, 6, 7}:
             self.notes.append("3, 5, 6 and 7 bits: transformers needs compressed-tensors 0.18 or newer")
@@ -70,7 +74,7 @@ class CompressedTensors(SafetensorsExport):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
-            "ignore": list(self.target.checkpoint.settings.ignore),
+            "ignore": self.target.kept_layers,
             "config_groups": {
                 f"group_{number}": {
                     "targets": names,

@@ -85,11 +85,11 @@ class GPTQ(SafetensorsExport):
         }
 
     def _skipped(self) -> dict[str, Any]:
-        """Linears inside the blocks that are not quantized; readers take all of them for quantized otherwise.
+        """Linears and routers in the blocks that are not quantized; readers take all of them for quantized otherwise.
 
         vLLM asks for the name of the fused matrix, GPTQModel for the layer's own.
         """
-        kept = [name.split(".") for name in self.target.checkpoint.settings.ignore if name != "lm_head"]
+        kept = [name.split(".") for name in self.target.kept_layers if name != "lm_head"]
         return {
             "-:^" + r"\.".join([*path, f"({leaf}|{_FUSED[leaf]})" if leaf in _FUSED else leaf]) + "$": {}
             for *path, leaf in kept

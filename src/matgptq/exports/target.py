@@ -15,7 +15,7 @@ from torch import Tensor
 
 from matgptq.checkpoint import Checkpoint, CheckpointWriter
 from matgptq.errors import ExportError, UnsupportedModelError
-from matgptq.families import find_family
+from matgptq.families import Family, find_family
 from matgptq.format import CODES, GUARD, scales_name
 from matgptq.nested_weight import NestedWeight
 from matgptq.sliced_weight import SlicedWeight, cut
@@ -63,14 +63,33 @@ class Target:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         return config | {key: str(self.dtype).removeprefix("torch.")}
 
+    @cached_property
+    def family(self) -> Family | None:
+        """The architecture, unless it is unknown: a checkpoint of another program may hold any."""
+        try:
+            return find_family(str(self.checkpoint.config.get("model_type")))
+        except UnsupportedModelError:
+            return None
+
     @property
     def fused(self) -> list[tuple[str, ...]]:
         """Groups of layers that engines fuse into one matrix: those that share an input."""
-        try:
-            family = find_family(str(self.checkpoint.config.get("model_type")))
-        except UnsupportedModelError:  # a checkpoint of another program may hold any architecture
-            return []
-        return family.shared_inputs((*self.checkpoint.layers, *self.checkpoint.settings.ignore))
+        return [] if self.family is None else self.family.shared_inputs(self._linears)
+
+    @property
+    def expert_groups(self) -> list[tuple[str, ...]]:
+        """The layers of all experts of each block, which engines run with one kernel."""
+        return [] if self.family is None else [*self.family.expert_groups(self._linears).values()]
+
+    @property
+    def kept_layers(self) -> list[str]:
+        """Layers that engines could take for quantized ones: Linears at full precision, and routers."""
+        routers = [] if self.family is None else self.family.routers(self._linears)
+        return [*self.checkpoint.settings.ignore, *routers]
+
+    @property
+    def _linears(self) -> list[str]:
+        return [*self.checkpoint.layers, *self.checkpoint.settings.ignore]
 
     def read(self, layer: str) -> SlicedWeight:
         """The slice of one layer."""
@@ -160,6 +179,18 @@ def check_fused(target: Target) -> None:
             raise ExportError(
                 f"engines fuse these layers and need them alike: {shown}. Give them one width "
                 "(search with its default --fuse), or export gguf, matgptq-slice or dense, which hold any mixture"
+            )
+    for group in target.expert_groups:
+        widths = {target.widths.get(name) for name in group}
+        if len(widths) > 1:
+            first = {width: name for name, width in ((name, target.widths.get(name)) for name in reversed(group))}
+            shown = ", ".join(
+                f"{name} {'is not quantized' if width is None else f'has {width} bits'}"
+                for width, name in first.items()
+            )
+            raise ExportError(
+                f"engines run all experts of a block with one kernel and need them at one width: {shown}. Give them "
+                "one (search with its default --fuse), or export matgptq-slice or dense, which hold any mixture"
             )
 
 

@@ -128,17 +128,23 @@ def test_force_does_not_delete_what_is_not_ours(make_checkpoint, tmp_path):
 
 
 def test_a_destination_that_appears_during_the_run_is_not_replaced(make_checkpoint, tmp_path, monkeypatch):
-    source, _ = make_checkpoint("llama")  # before the patch, which is not meant for the fixture
-    real = checkpoint_module.save_file
+    source, whole = make_checkpoint("llama")
+    out = tmp_path / "out"
+    real = checkpoint_module.write_tensors
 
-    def save(*arguments, **options):
-        (tmp_path / "out").mkdir()
-        return real(*arguments, **options)
+    def write(*arguments):
+        out.mkdir()
+        return real(*arguments)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", save)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", write)
     with pytest.raises(CheckpointError, match="exists already"):
-        quantize(source, tmp_path / "out", method="rtn")
-    assert [file.name for file in tmp_path.rglob("*")] == ["out"]
+        quantize(source, out)
+    assert [*out.iterdir()] == []
+    monkeypatch.undo()
+    out.rmdir()
+    quantize(source, out)  # what was finished is not lost
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_directory_has_ordinary_permissions(make_checkpoint, tmp_path):
@@ -157,7 +163,9 @@ def test_the_directory_has_ordinary_permissions(make_checkpoint, tmp_path):
     [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
     ids=["full-disk", "ctrl-c"],
 )
-def test_a_failing_write_leaves_nothing_behind(error, call, force, make_checkpoint, tmp_path, monkeypatch):
+def test_a_failing_write_changes_nothing_and_the_same_command_goes_on(
+    error, call, force, make_checkpoint, tmp_path, monkeypatch
+):
     """The first shard, one in the middle, and the last one, which ``commit`` writes."""
     source, whole = make_checkpoint("llama")
     out = tmp_path / "out"
@@ -165,44 +173,31 @@ def test_a_failing_write_leaves_nothing_behind(error, call, force, make_checkpoi
         shutil.copytree(whole, out)
     before = everything_under(tmp_path)
     calls = []
-    real = checkpoint_module.save_file
+    real = checkpoint_module.write_tensors
 
-    def save(tensors, file, **options):
+    def write(file, tensors):
         calls.append(file)
         if len(calls) > call * 5:
             Path(file).write_bytes(b"half a shard")
             raise error
-        return real(tensors, file, **options)
+        return real(file, tensors)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", save)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", write)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
         quantize(source, out, force=force, shard_bytes=10_000, method="rtn")
     assert len(calls) == call * 5 + 1
     if isinstance(error, OSError):
         assert "No space left on device" in str(caught.value)
         assert str(out) in str(caught.value)
-    assert everything_under(tmp_path) == before
-    assert [file.name for file in tmp_path.iterdir()] == ["out"] * force
-
-
-def test_ctrl_c_in_the_solver_leaves_nothing_behind(make_checkpoint, tmp_path, monkeypatch):
-    import matgptq.quantization as quantization
-
-    source, _ = make_checkpoint("llama")
-    real = quantization.solve
-    calls = []
-
-    def solve(*arguments):
-        calls.append(1)
-        if len(calls) == 6:
-            assert len(list(tmp_path.iterdir())) == 1  # there is something to clean up
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(quantization, "solve", solve)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(source, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    work = tmp_path / ".out.unfinished"
+    assert {name: content for name, content in everything_under(tmp_path).items() if work.name not in name} == before
+    assert sorted(file.name for file in work.glob("block-*.json")) == ["block-00000.json", "block-00001.json"]
+    assert not (work / "checkpoint").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("matgptq.quantization.solve", lambda *_: pytest.fail("was solved again"))
+    quantize(source, out, force=force, shard_bytes=10_000, method="rtn")
+    open_checkpoint(out)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "broken")], ids=["ctrl-c", "io-error"])
@@ -215,8 +210,12 @@ def test_stopped_between_the_two_renames_the_old_checkpoint_comes_back(error, ch
             raise error
         real(old, new)
 
+    class NoExchange:  # a system that cannot swap two directories in one step
+        renameat2 = None
+
     with CheckpointWriter(checkpoint, force=True) as writer:
         writer.add("a", torch.zeros(2))
+        monkeypatch.setattr(checkpoint_module.ctypes, "CDLL", lambda _: NoExchange)
         monkeypatch.setattr(checkpoint_module.os, "rename", rename)
         with pytest.raises((KeyboardInterrupt, CheckpointError)):
             writer.commit()

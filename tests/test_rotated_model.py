@@ -14,6 +14,7 @@ from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import UnsupportedModelError
 from matgptq.families import find_family
 from matgptq.nested_linear import nested_layers
+from matgptq.residency import Whole
 from matgptq.rotated_model import make_rotation, rotate_block, rotate_model, rotated_tensors
 from matgptq.source import read_headers, read_tensor
 
@@ -27,7 +28,7 @@ def rotated(name, dtype, seed=0, **overrides):
     family = find_family(model.config.model_type)
     with torch.no_grad():
         before = model(token_ids(2, 12)).logits
-    change = rotate_model(model, family, find_blocks(model, family), seed)
+    change = rotate_model(Whole(model), family, find_blocks(model, family), seed)
     return model, before, change
 
 
@@ -96,7 +97,7 @@ def test_a_model_that_became_another_is_refused():
     # Reads the residual stream, and the family says nothing of it.
     model.model.layers[1].mlp.register_forward_pre_hook(lambda _, x: x[0] + x[0].flip(-1))
     with pytest.raises(UnsupportedModelError, match=r"logits change by \S+ where rounding to float32 explains 1e-04"):
-        rotate_model(model, family, find_blocks(model, family), 0)
+        rotate_model(Whole(model), family, find_blocks(model, family), 0)
 
 
 def test_shared_tensors_are_refused_by_name():
@@ -105,7 +106,7 @@ def test_shared_tensors_are_refused_by_name():
     family = find_family("llama")
     message = r"model\.layers\.0\.mlp\.up_proj\.weight and model\.layers\.1\.mlp\.up_proj\.weight are one tensor"
     with pytest.raises(UnsupportedModelError, match=message):
-        rotate_model(model, family, find_blocks(model, family), 0)
+        rotate_model(Whole(model), family, find_blocks(model, family), 0)
 
 
 @pytest.mark.parametrize("name", REFUSED)

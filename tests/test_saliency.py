@@ -8,6 +8,7 @@ from tiny_models import MODELS, build_model, token_ids
 
 from matgptq.blocks import capture_inputs, collect_hessians, find_blocks
 from matgptq.families import find_family
+from matgptq.residency import Whole
 from matgptq.saliency import draw_tokens, token_saliency, token_weights
 
 
@@ -41,7 +42,7 @@ def test_against_plain_differentiation(name, monkeypatch):
     monkeypatch.setattr("matgptq.saliency.multiplies_bfloat16", lambda device: False)
     model, blocks = model_and_blocks(name)
     windows = token_ids()[:1, :12]
-    found = token_saliency(model, blocks, windows, seed=3)
+    found = token_saliency(Whole(model), blocks, windows, seed=3)
     expected = expected_saliency(model, blocks, windows[0], seed=3)
     assert set(found) == set(expected)
     for layer, values in expected.items():
@@ -62,8 +63,8 @@ def test_the_model_is_left_as_it_was():
     before = model(input_ids=token_ids()[:1, :8]).logits
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     ticks = []
-    token_saliency(model, blocks, token_ids()[:3, :8], 0, lambda: ticks.append(1))
-    assert len(ticks) == 3
+    token_saliency(Whole(model), blocks, token_ids()[:3, :8], 0, lambda: ticks.append(1))
+    assert len(ticks) == 3 * 2 * len(blocks)
     assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(model(input_ids=token_ids()[:1, :8]).logits, before)
@@ -72,7 +73,7 @@ def test_the_model_is_left_as_it_was():
 
 def test_same_seed_same_weights_under_autocast():
     model, blocks = model_and_blocks("qwen2")
-    first, again, other = (token_saliency(model, blocks, token_ids()[:2, :8], seed) for seed in (0, 0, 1))
+    first, again, other = (token_saliency(Whole(model), blocks, token_ids()[:2, :8], seed) for seed in (0, 0, 1))
     for name, values in first.items():
         assert torch.equal(values, again[name])
     assert any(not torch.equal(values, other[name]) for name, values in first.items())

@@ -103,9 +103,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_model(name: str, directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+def save_model(
+    name: str, directory: Path, dtype: torch.dtype = torch.float32, num_hidden_layers: int = 2, **options: Any
+) -> Path:
     """Save model and tokenizer, and a few more files that a model on the hub has."""
-    build_model(name, dtype).save_pretrained(directory, **options)
+    build_model(name, dtype, num_hidden_layers=num_hidden_layers).save_pretrained(directory, **options)
     make_tokenizer().save_pretrained(directory)
     (directory / "LICENSE").write_text("made of dice\n")
     (directory / "vocab.bin.txt").write_bytes(b"\x00\xff not text, and named like a weight\n")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -74,18 +74,21 @@ class BlockInputs:
     """What the blocks are called with.
 
     Attributes:
-        hidden: one ``[batch, seqlen, hidden]`` tensor per batch of windows, replaced as the blocks are run.
+        hidden: one ``[batch, seqlen, hidden]`` tensor per batch of windows, replaced as the blocks are run; in memory
+            or in files (``matgptq.activations``).
         arguments: keyword arguments of each block (masks, position embeddings); the same for all batches, which
             have one shape and no padding.
         weight: of each token in the Hessians.
         token_weights: ``[n, seqlen]`` further weights for the groups of layers that share an input, by the full name
             of the first layer; a group that is not there counts all tokens alike.
+        device: where blocks are run; states in files are brought there.
     """
 
-    hidden: list[Tensor]
+    hidden: MutableSequence[Tensor]
     arguments: list[dict[str, Any]]
     weight: float = 1.0
     token_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def tokens(self) -> int:
@@ -138,7 +141,7 @@ def capture_inputs(
     finally:
         for block in blocks:
             block.module.__dict__.pop("forward", None)
-    return BlockInputs(hidden, arguments, weight, token_weights or {})
+    return BlockInputs(hidden, arguments, weight, token_weights or {}, device)
 
 
 def run_block(block: Block, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -147,22 +150,31 @@ def run_block(block: Block, hidden: Tensor, arguments: dict[str, Any]) -> Tensor
     return output[0] if isinstance(output, tuple) else output
 
 
-@torch.no_grad()
-def complete(model: Any, blocks: Sequence[Block], hidden: Tensor) -> Tensor:
-    """What the base model makes of the last block's output, ``[1, seqlen, hidden]``: the states that enter the head."""
+@contextmanager
+def skipped(blocks: Sequence[Block]) -> Iterator[None]:
+    """Inside, every block hands on what it gets, so that its weights are not needed."""
 
     def skip(passed: Tensor, *_: Any, **__: Any) -> Tensor:
         return passed
 
-    nothing = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=model.get_input_embeddings().weight.device)
     try:
         for block in blocks:
             block.module.forward = skip
-        blocks[-1].module.forward = lambda *_, **__: hidden.to(nothing.device)
-        states: Tensor = model.base_model(input_ids=nothing, use_cache=False).last_hidden_state
+        yield
     finally:
         for block in blocks:
             block.module.__dict__.pop("forward", None)
+
+
+def complete(model: Any, blocks: Sequence[Block], hidden: Tensor) -> Tensor:
+    """What the base model makes of the last block's output, ``[1, seqlen, hidden]``: the states that enter the head.
+
+    Differentiable; no block's weights are needed.
+    """
+    nothing = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    with skipped(blocks):
+        blocks[-1].module.forward = lambda *_, **__: hidden.to(nothing.device)
+        states: Tensor = model.base_model(input_ids=nothing, use_cache=False).last_hidden_state
     return states
 
 
@@ -178,12 +190,12 @@ def _accumulate(
         accumulate_hessian(totals[name], positional[0], stream.weight, None if weights is None else weights[batch])
 
     with ExitStack() as stack:
-        stack.enter_context(fast_products(stream.hidden[0].device))
+        stack.enter_context(fast_products(stream.device))
         for name, layer in observed.items():
             stack.callback(layer.register_forward_pre_hook(partial(show, name)).remove)
         for hidden in stream.hidden:
             batch = slice(batch.stop, batch.stop + len(hidden))
-            run_block(block, hidden, stream.arguments[index])
+            run_block(block, hidden.to(stream.device), stream.arguments[index])
             tick()
 
 
@@ -223,11 +235,31 @@ def collect_hessians(block: Block, inputs: Sequence[BlockInputs], index: int, ti
 
 
 @torch.no_grad()
-def propagate(block: Block, inputs: Sequence[BlockInputs], index: int, tick: Callable[[], None]) -> None:
-    """Replace every hidden state by the block's output."""
-    for stream in inputs:
-        with fast_products(stream.hidden[0].device):
+def propagate(
+    block: Block,
+    inputs: Sequence[BlockInputs],
+    index: int,
+    tick: Callable[[], None],
+    into: Sequence[MutableSequence[Tensor]] | None = None,
+) -> None:
+    """Replace every hidden state by the block's output.
+
+    Args:
+        block: with the weights to compute with.
+        inputs: states that enter it; afterwards those that leave it.
+        index: position of the block, selects its arguments.
+        tick: called after each batch.
+        into: an empty list for each stream, to hold the new states from now on; None replaces the old ones in place.
+    """
+    for number, stream in enumerate(inputs):
+        with fast_products(stream.device):
             for position, hidden in enumerate(stream.hidden):
                 # The residual stream keeps its dtype; only products are rounded.
-                stream.hidden[position] = run_block(block, hidden, stream.arguments[index]).to(hidden.dtype)
+                output = run_block(block, hidden.to(stream.device), stream.arguments[index]).to(hidden.dtype)
+                if into is None:
+                    stream.hidden[position] = output
+                else:
+                    into[number].append(output)
                 tick()
+        if into is not None:
+            stream.hidden = into[number]

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.size import layer_bits
 from matgptq.slicing import MIN_BITS, WIDTHS
 from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_headers, read_json, read_tensor
+from matgptq.tensor_file import write_tensors
 
 REPORT_NAME = "report.json"
 RECORD_NAME = "evaluation.json"
@@ -59,20 +60,28 @@ class CheckpointWriter:
         destination: directory to create.
         force: replace a checkpoint, an export or an empty directory that stands there.
         shard_bytes: tensors are gathered up to this size before a file is written.
+        staging: the temporary directory; default one with a random name beside the destination.
 
     Raises:
         CheckpointError: the destination exists and ``force`` is off, or holds something that is neither a matgptq
             checkpoint nor an export and is therefore not ours to delete.
     """
 
-    def __init__(self, destination: Path, *, force: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        destination: Path,
+        *,
+        force: bool = False,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        staging: Path | None = None,
+    ) -> None:
         self.destination = Path(os.path.abspath(destination))
         self.force = force
         self.shard_bytes = shard_bytes
         check_destination(self.destination, force=force)
+        self._wanted_staging = staging
         self._staging: Path | None = None
-        self._replaced: Path | None = None  # what stood at the destination, between the two renames of commit
-        self._pending: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor | TensorInfo] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
@@ -80,7 +89,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         try:
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            staging = _beside(self.destination, "partial")
+            staging = self._wanted_staging or _beside(self.destination, "partial")
             staging.mkdir()  # not mkdtemp, which makes directories private: the user's umask decides
             self._staging = staging
         except OSError as error:
@@ -93,11 +102,6 @@ class CheckpointWriter:
         if self._staging is not None:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        if self._replaced is not None and not os.path.lexists(self.destination):
-            os.rename(self._replaced, self.destination)  # stopped before the new one was in place
-        elif self._replaced is not None and os.path.lexists(self._replaced):
-            _remove(self._replaced)
-        self._replaced = None
 
     @property
     def staging(self) -> Path:
@@ -108,21 +112,25 @@ class CheckpointWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor as it is."""
+        self._take(name, tensor.detach().to("cpu").contiguous(), tensor.numel() * tensor.element_size())
+
+    def add_stored(self, name: str, info: TensorInfo) -> None:
+        """Take one tensor from another file, whose bytes are copied when the shard is written."""
+        self._take(name, info, info.bytes)
+
+    def _take(self, name: str, tensor: Tensor | TensorInfo, size: int) -> None:
         if name in self._pending or any(name in shard for shard in self._shards):
             raise CheckpointError(f"tensor {name} is written twice")
-        size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.shard_bytes:
             self._flush()
-        self._pending[name] = tensor.detach().to("cpu").contiguous()
+        self._pending[name] = tensor
         self._pending_bytes += size
         self._total_bytes += size
 
     def add_layer(self, layer: str, weight: NestedWeight) -> None:
         """Take one quantized layer: codes, scales and the guard that stock loaders stumble over."""
-        self.add(f"{layer}.{CODES}", weight.codes)
-        for bits, scales in sorted(weight.scales.items()):
-            self.add(f"{layer}.{scales_name(bits)}", scales.to(torch.float16))
-        self.add(f"{layer}.{GUARD}", torch.empty(0, dtype=torch.float16))
+        for name, tensor in layer_tensors(layer, weight).items():
+            self.add(name, tensor)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON side file."""
@@ -145,9 +153,10 @@ class CheckpointWriter:
                 _sync(file)
             _sync(self.staging)
             if os.path.lexists(self.destination):
-                self._replaced = _beside(self.destination, "replaced")
-                os.rename(self.destination, self._replaced)
-            os.rename(self.staging, self.destination)
+                _exchange(self.staging, self.destination)
+                _remove(self.staging)  # what stood there before
+            else:
+                os.rename(self.staging, self.destination)
             self._staging = None
             _sync(self.destination.parent)
 
@@ -156,7 +165,7 @@ class CheckpointWriter:
             return
         file = self.staging / f"shard-{len(self._shards)}.safetensors"
         with disk_errors(self.destination):
-            save_file(self._pending, file, metadata={"format": "pt"})
+            write_tensors(file, self._pending)
         self._shards.append(list(self._pending))
         self._pending = {}
         self._pending_bytes = 0
@@ -175,6 +184,24 @@ class CheckpointWriter:
             weight_map.update(dict.fromkeys(names, name))
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (self.staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def layer_tensors(layer: str, weight: NestedWeight) -> dict[str, Tensor]:
+    """What a checkpoint holds of a quantized layer: codes, scales and the guard that stock loaders stumble over."""
+    return {
+        f"{layer}.{CODES}": weight.codes,
+        **{f"{layer}.{scales_name(bits)}": scales.to(torch.float16) for bits, scales in sorted(weight.scales.items())},
+        f"{layer}.{GUARD}": torch.empty(0, dtype=torch.float16),
+    }
+
+
+def read_layer(layer: str, tensors: Mapping[str, TensorInfo], scale_bits: Sequence[int]) -> NestedWeight:
+    """Codes and scales of a layer from the file that holds them."""
+    codes, *scales = (f"{layer}.{name}" for name in (CODES, *map(scales_name, scale_bits)))
+    return NestedWeight(
+        read_tensor(codes, tensors[codes]),
+        {bits: read_tensor(name, tensors[name]) for bits, name in zip(scale_bits, scales, strict=True)},
+    )
 
 
 def _beside(destination: Path, role: str) -> Path:
@@ -213,8 +240,9 @@ def _remove(path: Path) -> None:
 class disk_errors:
     """Turn a full disk or a read-only directory into an error that says so."""
 
-    def __init__(self, destination: Path) -> None:
+    def __init__(self, destination: Path, left: str = "nothing was left behind") -> None:
         self.destination = destination
+        self.left = left
 
     def __enter__(self) -> None:
         return None
@@ -223,7 +251,7 @@ class disk_errors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(f"{self.destination}: cannot be written: {error}; nothing was left behind") from error
+            raise CheckpointError(f"{self.destination}: cannot be written: {error}; {self.left}") from error
 
 
 def _sync(path: Path) -> None:

@@ -32,6 +32,7 @@ from matgptq.nested_weight import scale_source
 from matgptq.plan import Plan
 from matgptq.refinement import Refinement
 from matgptq.report import LayerReport, Report
+from matgptq.requirements import Requirements
 from matgptq.slicing import WIDTHS
 from matgptq.speed import Speed
 from matgptq.task_evaluation import TaskEvaluation
@@ -96,8 +97,8 @@ class ProgressBars:
             self._task = None
 
 
-def plan_table(plan: Plan, stored_bytes: int) -> Table:
-    """What a run would do."""
+def plan_table(plan: Plan, needs: Requirements, stored_bytes: int) -> Table:
+    """What a run would do, and what it would need."""
     table = Table(title="plan", show_header=False)
     sizes = sorted({layer.group_size for layer in plan.layers.values()})
     rows = {
@@ -108,10 +109,23 @@ def plan_table(plan: Plan, stored_bytes: int) -> Table:
         "group sizes": ", ".join(map(str, sizes)),
         "calibration": f"{plan.nsamples} windows of {plan.seqlen} tokens" if plan.nsamples else "none",
         "codes and scales on disk": megabytes(stored_bytes),
+        "memory, about": _parts(needs.memory),
+        "disk while it runs, about": _parts(needs.disk),
+        "activations": f"in {needs.activations}" if needs.activations == "memory" else "on disk",
+        "weights": "read one block at a time" if needs.streamed else "in memory as a whole",
     }
+    if needs.seconds is not None:
+        rows["time, roughly"] = "under a minute" if needs.seconds < 60 else f"{needs.seconds / 60:.0f} min"
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table
+
+
+def _parts(parts: Mapping[str, int]) -> str:
+    """A sum with its parts, the largest first."""
+    largest = sorted(parts.items(), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {megabytes(count)}" for name, count in largest)
+    return f"{megabytes(sum(parts.values()))}: {listed}"
 
 
 def error_table(layers: Sequence[LayerReport], *, every_layer: bool = False) -> Table:

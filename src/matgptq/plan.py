@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from matgptq.blocks import Block, find_blocks
@@ -75,14 +76,17 @@ class Plan:
         )
 
 
-def make_plan(network: Any, recipe: Recipe, request: CalibrationRequest, ignore: tuple[str, ...]) -> Plan:
+def make_plan(
+    network: Any, recipe: Recipe, request: CalibrationRequest, ignore: tuple[str, ...], device: torch.device
+) -> Plan:
     """Decide what will be quantized and how, or refuse.
 
     Args:
-        network: the loaded model.
+        network: the model; may be without weights.
         recipe: method and ingredients.
         request: calibration text and its amount.
         ignore: names or ``*`` patterns of Linear layers to leave alone.
+        device: where the model will run.
 
     Raises:
         UnsupportedModelError: unknown architecture, or a layer that no group size fits.
@@ -100,7 +104,7 @@ def make_plan(network: Any, recipe: Recipe, request: CalibrationRequest, ignore:
     kept = tuple(
         name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name not in layers
     )
-    nsamples, seqlen, notes = _calibration_size(network, recipe, request)
+    nsamples, seqlen, notes = _calibration_size(network, recipe, request, device)
     return Plan(blocks, layers, kept, recipe.group_size, nsamples, seqlen, (*notes, *_group_notes(layers, recipe)))
 
 
@@ -116,7 +120,9 @@ def _without(block: Block, ignore: tuple[str, ...]) -> Block:
     return Block(block.name, block.module, tuple(group for group in inputs if group))
 
 
-def _calibration_size(network: Any, recipe: Recipe, request: CalibrationRequest) -> tuple[int, int, list[str]]:
+def _calibration_size(
+    network: Any, recipe: Recipe, request: CalibrationRequest, device: torch.device
+) -> tuple[int, int, list[str]]:
     if not recipe.needs_calibration:
         return 0, 0, []
     if isinstance(request.dataset, Tensor):
@@ -124,7 +130,7 @@ def _calibration_size(network: Any, recipe: Recipe, request: CalibrationRequest)
             raise ConfigurationError(f"calibration token ids must be [n, seqlen], not {tuple(request.dataset.shape)}")
         return request.nsamples or len(request.dataset), request.seqlen or request.dataset.shape[1], []
     notes = []
-    on_cpu = network.device.type == "cpu"
+    on_cpu = device.type == "cpu"
     nsamples, seqlen = request.nsamples, request.seqlen
     if nsamples is None:
         nsamples = CPU_NSAMPLES if on_cpu else DEFAULT_NSAMPLES

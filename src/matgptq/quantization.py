@@ -1,42 +1,58 @@
-"""From a full-precision model to a checkpoint: check, calibrate, solve block by block, write."""
+"""From a full-precision model to a checkpoint: check, calibrate, solve block by block, write.
+
+No more of the model is in memory than one block and what stands around the blocks; every finished block is kept in a
+work directory, from which the same command goes on after whatever stopped it.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from matgptq.blocks import BlockInputs, capture_inputs, collect_hessians, propagate
-from matgptq.calibration import SELF, first_tokens, load_windows
-from matgptq.checkpoint import DEFAULT_SHARD_BYTES, REPORT_NAME, CheckpointWriter, check_destination
+from matgptq.activations import Boundaries, Placement, check_placement
+from matgptq.blocks import Block, BlockInputs, capture_inputs, collect_hessians, propagate
+from matgptq.calibration import SELF, Windows, first_tokens, load_windows
+from matgptq.checkpoint import (
+    DEFAULT_SHARD_BYTES,
+    REPORT_NAME,
+    CheckpointWriter,
+    check_destination,
+    layer_tensors,
+    read_layer,
+)
 from matgptq.devices import resolve_device, resolve_dtype
-from matgptq.errors import SourceError
-from matgptq.families import RotationSites, find_family
+from matgptq.families import Family, find_family
+from matgptq.fingerprint import fingerprint_data, fingerprint_model, fingerprint_software
 from matgptq.format import Settings
+from matgptq.kept_tensors import ROTATED_DTYPE, KeptTensors, find_kept, read_kept
 from matgptq.plan import CalibrationRequest, Plan, make_plan
 from matgptq.progress import Progress, Silent
 from matgptq.recipe import Recipe, make_recipe
 from matgptq.refinement import refine
 from matgptq.report import LayerReport, Report
+from matgptq.requirements import Requirements, check_requirements, estimate_requirements
+from matgptq.residency import Residency, Streamed, Whole, build_empty, can_stream, needs_conversion
 from matgptq.rotated_model import rotate_model, rotated_tensors, rotation_sites
 from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.saliency import token_saliency, token_weights
 from matgptq.slicing import check_bits
 from matgptq.solver import solve
-from matgptq.source import ModelSource, open_source, read_tensor
-from matgptq.tensor_names import is_derived, match_names
+from matgptq.source import ModelSource, open_source, read_header
+from matgptq.work_directory import WorkDirectory
 
 # One-token sequences for the weight of first positions; as one batch they cost half as much as one window.
 _FIRST_TOKENS = 1024
-# Of rotated embeddings and heads. On SmolLM2-135M it costs a KL of 4e-7; bfloat16 costs 2e-5 and is no smaller.
-_ROTATED_DTYPE = torch.float16
+# Activations that are kept in memory are also written for a later run to go on from, but not after every short block.
+_SECONDS_BETWEEN_STATES = 20.0
 
 
 def quantize(
@@ -60,6 +76,8 @@ def quantize(
     force: bool = False,
     trust_remote_code: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    activations: Placement = "auto",
+    resume: bool = True,
     wandb_project: str | None = None,
     progress: Progress | None = None,
     **ingredients: Any,
@@ -86,6 +104,9 @@ def quantize(
         force: replace a checkpoint that stands at ``out``.
         trust_remote_code: allow code in the model's directory to run.
         shard_bytes: size of one output file.
+        activations: where calibration activations are kept between blocks: ``memory``, ``disk``, or ``auto``: in memory
+            up to a quarter of it.
+        resume: go on with what an interrupted run of the same inputs left beside ``out``; otherwise throw it away.
         wandb_project: log to Weights & Biases, too, not only to ``log.jsonl`` in the checkpoint.
         progress: receives stages and notes.
         ingredients: any other field of ``matgptq.recipe.Recipe``, e.g. ``coordinate_passes=2`` or ``rotate=True``.
@@ -94,7 +115,8 @@ def quantize(
         What was done to each layer; the same record lies in the checkpoint as ``report.json``.
 
     Raises:
-        MatGPTQError: a subclass that says what is wrong; nothing is left at ``out``.
+        MatGPTQError: a subclass that says what is wrong; nothing is left at ``out``. Finished blocks are kept in
+            ``.OUT.unfinished`` beside it.
     """
     progress = progress or Silent()
     recipe = make_recipe(
@@ -102,99 +124,406 @@ def quantize(
     )
     default_bits = check_bits(recipe.target_bits[-1] if default_bits is None else default_bits)
     run_device = resolve_device(device)
-    check_destination(Path(out), force=force)
+    destination = Path(out)
+    committed = resume and WorkDirectory.is_committed(destination)
+    if not committed:
+        check_destination(destination, force=force)
     check_wandb(wandb_project)
     clock = _Clock()
-    source, network, plan = prepare(
-        model,
-        recipe,
-        CalibrationRequest(dataset, nsamples, seqlen),
-        ignore=tuple(ignore),
-        device=run_device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
-    kept = _kept_tensors(source, network, plan, recipe)
-    for note in plan.notes:
-        progress.note(note)
-    clock.lap("load")
-    with CheckpointWriter(Path(out), force=force, shard_bytes=shard_bytes) as writer:
-        _copy_side_files(writer, source, network)  # before the long part: what cannot be read is better known now
-        windows, calibration = _calibration_windows(source, network, recipe, plan, dataset, progress)
-        clock.lap("calibration text")
-        if recipe.rotate:
-            progress.start("rotate", 1)
-            change = rotate_model(network, find_family(network.config.model_type), plan.blocks, recipe.seed)
-            progress.note(f"rotated; rounding changes the full model's logits by {change:.1e}")
-            clock.lap("rotate")
-        report = Report(str(out), recipe.to_dict(), calibration)
-        described = {"model": source.name, "recipe": report.recipe, "calibration": calibration}
-        with RunLog(writer.staging / LOG_NAME, described, wandb_project=wandb_project) as log:
-            for layer_report in _quantize_blocks(network, plan, recipe, windows, writer, progress):
-                report.layers.append(layer_report)
-                log.write("layer", **asdict(layer_report))
-        clock.lap("blocks")
-        for name, tensor in kept:
-            writer.add(name, tensor)
-        _write_config(writer, source, network, recipe, _settings(source, plan, recipe, calibration, default_bits))
-        clock.lap("write")
-        report.seconds = clock.laps
-        writer.write_json(REPORT_NAME, report.to_dict())
-        writer.commit()
-    if recipe.tuned_bits:
-        del network
-        # The checkpoint stands already: if this is interrupted, `matgptq refine` goes on.
-        tuned = refine(
-            out,
-            recipe.tuned_bits,
-            steps=recipe.tuning_steps,
-            dataset=dataset if isinstance(dataset, Tensor) else None,
-            seed=seed,
-            reference=model,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-        report.refinement = {str(result.bits): result for result in tuned}
-        clock.lap("tune")
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    request = CalibrationRequest(dataset, nsamples, seqlen)
+    run_dtype = resolve_dtype(dtype, run_device, source.stored_dtype)
+    identity = {
+        "model": fingerprint_model(source),
+        "text": fingerprint_data(dataset),
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "recipe": recipe.to_dict(),
+        "ignore": [*ignore],
+        "dtype": str(run_dtype),
+        "default_bits": default_bits,
+        "shard_bytes": shard_bytes,
+        "software": fingerprint_software(run_device),
+    }
+    with WorkDirectory(destination, identity, resume=resume) as work:
+        try:
+            if committed and work.is_same:
+                report = Report.from_dict(json.loads((destination / REPORT_NAME).read_text(encoding="utf-8")))
+            else:
+                check_destination(destination, force=force)
+                prepared = prepare(
+                    source, recipe, request, ignore=tuple(ignore), device=run_device, dtype=run_dtype,
+                    activations=activations,
+                )  # fmt: skip
+                check_requirements(prepared.needs, destination)
+                clock.lap("load")
+                run = _Run(prepared, recipe, request, work, clock, progress)
+                report = run.quantize(destination, default_bits, wandb_project, force=force, shard_bytes=shard_bytes)
+                del run, prepared
+            if recipe.tuned_bits:
+                # The checkpoint stands already: if this is interrupted, `matgptq refine` goes on, too.
+                tuned = refine(
+                    out,
+                    recipe.tuned_bits,
+                    steps=recipe.tuning_steps,
+                    dataset=dataset if isinstance(dataset, Tensor) else None,
+                    seed=seed,
+                    reference=model,
+                    device=device,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                    progress=progress,
+                )
+                report.refinement = {str(result.bits): result for result in tuned}
+                clock.lap("tune")
+        except (KeyboardInterrupt, SystemExit):
+            progress.note(work.kept)
+            raise
+    report.seconds = {**report.seconds, **clock.laps}
     return report
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run in which everything that can be refused has been.
+
+    Attributes:
+        source: the files.
+        residency: the model, its blocks in memory or not.
+        plan: what will be quantized and how.
+        kept: everything else.
+        needs: memory, disk and time.
+        device: where blocks are run.
+    """
+
+    source: ModelSource
+    residency: Residency
+    plan: Plan
+    kept: KeptTensors
+    needs: Requirements
+    device: torch.device
+
+
 def prepare(
-    model: str | Path,
+    source: ModelSource,
     recipe: Recipe,
     request: CalibrationRequest,
     *,
     ignore: tuple[str, ...],
     device: torch.device,
-    dtype: str | torch.dtype,
-    trust_remote_code: bool = False,
-) -> tuple[ModelSource, Any, Plan]:
-    """Load the model and check everything that can be refused without calibration; ``--dry-run`` ends here."""
-    source = open_source(model, trust_remote_code=trust_remote_code)
-    if source.config:  # before gigabytes of an unknown architecture are read
-        _check_family(str(source.config.get("model_type")), recipe)
-    network = source.load_model(resolve_dtype(dtype, device, source.stored_dtype), device)
-    _check_family(network.config.model_type, recipe)
-    plan = make_plan(network, recipe, request, ignore)
-    head, embedding = network.get_output_embeddings().weight, network.get_input_embeddings().weight
-    if recipe.rotate and head is embedding:
-        size = f"{head.numel() * _ROTATED_DTYPE.itemsize / 1e6:,.1f} MB"
+    dtype: torch.dtype,
+    activations: Placement = "auto",
+) -> Prepared:
+    """Check everything that can be refused without calibration; ``--dry-run`` ends here.
+
+    Of a model in safetensors files only headers and what stands around the blocks are read.
+    """
+    check_placement(activations)
+    residency: Residency
+    streamed = can_stream(source)
+    if streamed:
+        family = _check_family(str(source.config.get("model_type")), recipe)
+        network = build_empty(source, dtype)
+        streamed = not needs_conversion(network, source)
+    if streamed:
+        plan = make_plan(network, recipe, request, ignore, device)
+    else:
+        network = source.load_model(dtype, device)
+        family = _check_family(network.config.model_type, recipe)
+        plan = make_plan(network, recipe, request, ignore, device)
+    rotated = rotated_tensors(rotation_sites(family, network.config.model_type), plan.blocks) if recipe.rotate else ()
+    quantized = frozenset(f"{layer}.weight" for layer in plan.layers)
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    tied = embedding.weight is head.weight or network.config.tie_word_embeddings
+    kept = find_kept(source, network, plan.blocks, quantized, frozenset(rotated))
+    if recipe.rotate and tied:
+        size = f"{head.weight.numel() * ROTATED_DTYPE.itemsize / 1e6:,.1f} MB"
         note = f"rotated, the head and the embedding are no longer one tensor: the checkpoint grows by {size}"
         plan = dataclasses.replace(plan, notes=(*plan.notes, note))
-    return source, network, plan
+    needs = estimate_requirements(
+        network,
+        plan,
+        recipe,
+        _kept_bytes(source, network, kept),
+        streamed=streamed,
+        activations=activations,
+        device=device,
+        whole_for_text=str(request.dataset) == SELF,
+    )
+    residency = Streamed(network, source, family.blocks, device) if streamed else Whole(network)
+    return Prepared(source, residency, plan, kept, needs, device)
 
 
-def _check_family(model_type: str, recipe: Recipe) -> None:
+def _kept_bytes(source: ModelSource, network: Any, kept: KeptTensors) -> int:
+    total = 0
+    for tensor in (*kept.ends, *(each for block in kept.by_block for each in block)):
+        if tensor.stored is not None and not tensor.rotated:
+            total += source.tensors[tensor.stored].bytes
+        else:
+            parameter = network.get_parameter_or_buffer(tensor.known)
+            total += parameter.numel() * (ROTATED_DTYPE.itemsize if tensor.rotated else parameter.element_size())
+    return total
+
+
+def _check_family(model_type: str, recipe: Recipe) -> Family:
     family = find_family(model_type)
     if recipe.rotate:
         rotation_sites(family, model_type)
+    return family
 
 
-def _rotation_sites(network: Any) -> RotationSites:
-    model_type = network.config.model_type
-    return rotation_sites(find_family(model_type), model_type)
+class _Run:
+    """The long part of a quantization, which can be interrupted anywhere."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        recipe: Recipe,
+        request: CalibrationRequest,
+        work: WorkDirectory,
+        clock: _Clock,
+        progress: Progress,
+    ) -> None:
+        self.source = prepared.source
+        self.residency = prepared.residency
+        self.network = prepared.residency.network
+        self.plan = prepared.plan
+        self.kept = prepared.kept
+        self.on_disk = prepared.needs.activations == "disk"
+        self.recipe = recipe
+        self.request = request
+        self.work = work
+        self.clock = clock
+        self.progress = progress
+
+    def quantize(
+        self, destination: Path, default_bits: int, wandb_project: str | None, *, force: bool, shard_bytes: int
+    ) -> Report:
+        """Do all blocks that are not done, and put the checkpoint together."""
+        for note in self.plan.notes:
+            self.progress.note(note)
+        if self.work.finished_blocks:
+            self.progress.note(f"going on after {self.work.finished_blocks} finished blocks in {self.work.path}")
+        work, recipe = self.work, self.recipe
+        writer = CheckpointWriter(destination, force=force, shard_bytes=shard_bytes, staging=work.staging)
+        with writer:
+            # before the long part: what cannot be read is better known now
+            _copy_side_files(writer, self.source, self.network)
+            windows, calibration = self._calibration_windows()
+            self.clock.lap("calibration text")
+            if recipe.rotate:
+                self.progress.start("rotate", 1)
+                family = find_family(self.network.config.model_type)
+                change = rotate_model(self.residency, family, self.plan.blocks, recipe.seed)
+                self.progress.note(f"rotated; rounding changes the full model's logits by {change:.1e}")
+                self.clock.lap("rotate")
+            report = Report(str(destination), recipe.to_dict(), calibration)
+            described = {"model": self.source.name, "recipe": report.recipe, "calibration": calibration}
+            with RunLog(work.path / LOG_NAME, described, wandb_project=wandb_project) as log:
+                for layer_report in self._quantize_blocks(windows):
+                    report.layers.append(layer_report)
+                    log.write("layer", **asdict(layer_report))
+            self.clock.lap("blocks")
+            self._put_together(writer)
+            settings = _settings(self.source, self.plan, recipe, calibration, default_bits)
+            _write_config(writer, self.source, self.network, recipe, settings)
+            writer.copy_file(LOG_NAME, work.path / LOG_NAME)
+            self.clock.lap("write")
+            report.seconds = dict(self.clock.laps)
+            writer.write_json(REPORT_NAME, report.to_dict())
+            work.mark_commit()
+            writer.commit()
+        work.drop_blocks()
+        return report
+
+    def _calibration_windows(self) -> tuple[Tensor | None, dict[str, Any]]:
+        """Token windows (None if the recipe needs none) and the record of them."""
+        if not self.recipe.needs_calibration:
+            return None, {}
+        plan, dataset = self.plan, self.request.dataset
+        made: dict[str, Any] = {}
+
+        def make() -> dict[str, Tensor]:
+            windows = self._load_windows(dataset)
+            made["protocol"] = windows.protocol
+            return {"tokens": windows.tokens}
+
+        kept = self.work.kept_or_made("windows.safetensors", make)
+        protocol = self.work.kept_text("protocol.txt", made.get("protocol"))
+        record = {
+            "dataset": "token ids" if isinstance(dataset, Tensor) else str(dataset),
+            "nsamples": plan.nsamples,
+            "seqlen": plan.seqlen,
+            "protocol": protocol,
+        }
+        return kept["tokens"], record
+
+    def _load_windows(self, dataset: str | Path | Tensor) -> Windows:
+        plan = self.plan
+        self.progress.start("calibration text", plan.nsamples)
+        done = 0
+
+        def report(count: int, total: int) -> None:
+            nonlocal done
+            if total:
+                reached = count * plan.nsamples // total
+                self.progress.advance(reached - done)
+                done = reached
+
+        network = self.network
+        if str(dataset) == SELF and isinstance(self.residency, Streamed):
+            network = self.source.load_model(network.dtype, network.device)  # writing text takes the whole model
+        return load_windows(
+            dataset,
+            None if isinstance(dataset, Tensor) else self.source.load_tokenizer(),
+            nsamples=plan.nsamples,
+            seqlen=plan.seqlen,
+            seed=self.recipe.seed,
+            model=network,
+            progress=report,
+        )
+
+    def _quantize_blocks(self, windows: Tensor | None) -> Iterator[LayerReport]:
+        """Solve block after block, feeding each with the outputs of the quantized ones before it."""
+        plan, work, progress = self.plan, self.work, self.progress
+        inputs = [] if windows is None else self._block_inputs(windows)
+        finished = work.finished_blocks
+        boundaries = Boundaries(work.path / "states")
+        restored = self._restore(inputs, boundaries, finished)
+        batches = sum(len(stream.hidden) for stream in inputs)
+        progress.start("quantize blocks", (3 * batches or 1) * len(plan.blocks))
+        last = len(plan.blocks) - 1
+        saved = time.monotonic()
+        for index, block in enumerate(plan.blocks):
+            if index < finished:
+                yield from self._finished_reports(index)
+                if inputs and index >= restored and index != last:
+                    with self.residency.present(block):
+                        self._install(block, index)
+                        self._propagate(block, inputs, index, boundaries)
+                progress.advance(3 * batches or 1)
+                continue
+            with self.residency.present(block):
+                yield from self._quantize_block(block, index, inputs)
+                progress.advance(batches or 1)
+                if not inputs:
+                    continue
+                if index == last:
+                    progress.advance(batches)
+                    continue
+                self._propagate(block, inputs, index, boundaries)
+            if not self.on_disk and time.monotonic() - saved > _SECONDS_BETWEEN_STATES:
+                boundaries.keep(index + 1, [stream.hidden for stream in inputs])
+                saved = time.monotonic()
+
+    def _block_inputs(self, windows: Tensor) -> list[BlockInputs]:
+        """Calibration windows, and one-token sequences that give first positions the recipe's weight."""
+        recipe, blocks, network = self.recipe, self.plan.blocks, self.network
+        weights: dict[str, Tensor] = {}
+        if recipe.saliency:
+
+            def make() -> dict[str, Tensor]:
+                self.progress.start("saliency of tokens", 2 * len(windows) * len(blocks))
+                saliency = token_saliency(self.residency, blocks, windows, recipe.seed, self.progress.advance)
+                return token_weights(saliency, blocks, recipe.saliency)
+
+            weights = self.work.kept_or_made("token_weights.safetensors", make)
+            self.clock.lap("saliency")
+        inputs = [capture_inputs(network, blocks, windows, token_weights=weights)]
+        if recipe.sink_weight > 1:
+            bos = getattr(network.config, "bos_token_id", None)
+            first = first_tokens(windows, _FIRST_TOKENS, bos, recipe.seed)
+            # Each window has its first position in it once already.
+            weight = (recipe.sink_weight - 1) * len(windows) / len(first)
+            inputs.append(capture_inputs(network, blocks, first, batch=len(first), weight=weight))
+        return inputs
+
+    def _restore(self, inputs: list[BlockInputs], boundaries: Boundaries, finished: int) -> int:
+        """Give the inputs the last states that were kept; returns the block that they enter."""
+        if not inputs:
+            return 0
+        kept = boundaries.latest(finished)
+        if kept is None:
+            kept = 0, boundaries.keep(0, [stream.hidden for stream in inputs]) if self.on_disk else []
+        index, states = kept
+        for stream, hidden in zip(inputs, states, strict=False):
+            stream.hidden = hidden if self.on_disk else [each.to(stream.device) for each in hidden]
+        return index
+
+    def _propagate(self, block: Block, inputs: list[BlockInputs], index: int, boundaries: Boundaries) -> None:
+        into = boundaries.begin(index + 1, len(inputs)) if self.on_disk else None
+        propagate(block, inputs, index, self.progress.advance, into)
+        if self.on_disk:
+            boundaries.finish(index + 1)
+
+    def _quantize_block(self, block: Block, index: int, inputs: list[BlockInputs]) -> list[LayerReport]:
+        """Solve one block, keep it for good, and leave the quantized weights in the model."""
+        hessians: list[Tensor | None] = [None] * len(block.inputs)
+        if inputs:
+            hessians = [*collect_hessians(block, inputs, index, self.progress.advance)]
+        tensors: dict[str, Tensor] = {}
+        reports: list[LayerReport] = []
+        for group, hessian in zip(block.inputs, hessians, strict=True):
+            layers = [(f"{block.name}.{path}", layer) for path, layer in group]
+            reports += self._quantize_layers(layers, hessian, tensors)
+        tensors.update(read_kept(self.source, self.network, self.kept.by_block[index]))
+        self.work.finish_block(index, tensors, {"layers": [asdict(report) for report in reports]})
+        return reports
+
+    def _quantize_layers(
+        self, layers: list[tuple[str, nn.Linear]], hessian: Tensor | None, tensors: dict[str, Tensor]
+    ) -> Iterator[LayerReport]:
+        """Solve layers that share an input as one stack, and leave the quantized weights in the model."""
+        started = time.monotonic()
+        plan, recipe = self.plan, self.recipe
+        sizes = [layer.out_features for _, layer in layers]
+        group_size = plan.layers[layers[0][0]].group_size
+        solution = solve(torch.cat([layer.weight for _, layer in layers]), hessian, recipe, group_size)
+        seconds = time.monotonic() - started
+        first = 0
+        for (name, layer), weight in zip(layers, solution.weight.split_rows(sizes), strict=True):
+            rows = slice(first, first + layer.out_features)
+            first = rows.stop
+            tensors.update(layer_tensors(name, weight))
+            layer.weight.data = weight.dequantize(recipe.propagated_bits, layer.weight.dtype)
+            if solution.rounded_to_nearest:
+                self.progress.note(f"{name}: the Hessian could not be factored, rounded to nearest")
+            elif solution.damping_steps:
+                self.progress.note(f"{name}: damping raised to {solution.damping:g}")
+            yield LayerReport(
+                name=name,
+                shape=(layer.out_features, layer.in_features),
+                group_size=group_size,
+                errors=solution.errors.relative(rows) if solution.errors is not None else {},
+                seconds=round(seconds * layer.out_features / sum(sizes), 3),
+                fallback_group_size=group_size != plan.group_size and plan.group_size > 0,
+                dead_columns=solution.dead_columns,
+                damping_steps=solution.damping_steps,
+                rounded_to_nearest=solution.rounded_to_nearest,
+            )
+
+    def _finished_reports(self, index: int) -> list[LayerReport]:
+        return [LayerReport.from_dict(record) for record in self.work.block_record(index)["layers"]]
+
+    def _install(self, block: Block, index: int) -> None:
+        """Give a block the quantized weights that it left with when it was finished."""
+        tensors = read_header(self.work.block_file(index))
+        for name, layer in block.layers():
+            weight = read_layer(name, tensors, self.recipe.scale_bits)
+            values = weight.dequantize(self.recipe.propagated_bits, layer.weight.dtype)
+            layer.weight.data = values.to(layer.weight.device)
+
+    def _put_together(self, writer: CheckpointWriter) -> None:
+        """Hand all finished blocks to the writer, and what stands around them; bytes are copied from file to file."""
+        for index in range(len(self.plan.blocks)):
+            for name, info in read_header(self.work.block_file(index)).items():
+                writer.add_stored(name, info)
+        for tensor in self.kept.ends:
+            if tensor.stored is not None and not tensor.rotated:
+                writer.add_stored(tensor.name, self.source.tensors[tensor.stored])
+            else:
+                for name, value in read_kept(self.source, self.network, [tensor]):
+                    writer.add(name, value)
 
 
 class _Clock:
@@ -206,184 +535,6 @@ class _Clock:
         now = time.monotonic()
         self.laps[name] = round(now - self._last, 3)
         self._last = now
-
-
-def _calibration_windows(
-    source: ModelSource, network: Any, recipe: Recipe, plan: Plan, dataset: str | Path | Tensor, progress: Progress
-) -> tuple[Tensor | None, dict[str, Any]]:
-    """Token windows (None if the recipe needs none) and the record of them."""
-    if not recipe.needs_calibration:
-        return None, {}
-    from_tokens = isinstance(dataset, Tensor)
-    progress.start("calibration text", plan.nsamples)
-    done = 0
-
-    def report(count: int, total: int) -> None:
-        nonlocal done
-        if total:
-            reached = count * plan.nsamples // total
-            progress.advance(reached - done)
-            done = reached
-
-    windows = load_windows(
-        dataset,
-        None if from_tokens else source.load_tokenizer(),
-        nsamples=plan.nsamples,
-        seqlen=plan.seqlen,
-        seed=recipe.seed,
-        model=network,
-        progress=report,
-    )
-    return windows.tokens, {
-        "dataset": "token ids" if from_tokens else str(dataset),
-        "nsamples": plan.nsamples,
-        "seqlen": plan.seqlen,
-        "protocol": windows.protocol,
-    }
-
-
-def _quantize_blocks(
-    network: Any,
-    plan: Plan,
-    recipe: Recipe,
-    windows: Tensor | None,
-    writer: CheckpointWriter,
-    progress: Progress,
-) -> Iterator[LayerReport]:
-    """Solve block after block, feeding each with the outputs of the quantized ones before it."""
-    inputs = [] if windows is None else _block_inputs(network, plan, recipe, windows, progress)
-    batches = sum(len(stream.hidden) for stream in inputs)
-    steps = 3 * batches or 1  # of one block: see all windows, solve, see all windows again
-    progress.start("quantize blocks", steps * len(plan.blocks))
-    for index, block in enumerate(plan.blocks):
-        hessians: list[Tensor | None] = [None] * len(block.inputs)
-        if inputs:
-            hessians = [*collect_hessians(block, inputs, index, progress.advance)]
-        for group, hessian in zip(block.inputs, hessians, strict=True):
-            layers = [(f"{block.name}.{path}", layer) for path, layer in group]
-            yield from _quantize_layers(layers, hessian, plan, recipe, writer, progress)
-        progress.advance(batches or 1)
-        last = index == len(plan.blocks) - 1
-        if inputs and not last:
-            propagate(block, inputs, index, progress.advance)
-        elif last:
-            progress.advance(batches)
-
-
-def _block_inputs(network: Any, plan: Plan, recipe: Recipe, windows: Tensor, progress: Progress) -> list[BlockInputs]:
-    """Calibration windows, and one-token sequences that give first positions the recipe's weight."""
-    weights: dict[str, Tensor] = {}
-    if recipe.saliency:
-        progress.start("saliency of tokens", len(windows))
-        saliency = token_saliency(network, plan.blocks, windows, recipe.seed, progress.advance)
-        weights = token_weights(saliency, plan.blocks, recipe.saliency)
-    inputs = [capture_inputs(network, plan.blocks, windows, token_weights=weights)]
-    if recipe.sink_weight > 1:
-        bos = getattr(network.config, "bos_token_id", None)
-        first = first_tokens(windows, _FIRST_TOKENS, bos, recipe.seed)
-        # Each window has its first position in it once already.
-        weight = (recipe.sink_weight - 1) * len(windows) / len(first)
-        inputs.append(capture_inputs(network, plan.blocks, first, batch=len(first), weight=weight))
-    return inputs
-
-
-def _quantize_layers(
-    layers: list[tuple[str, nn.Linear]],
-    hessian: Tensor | None,
-    plan: Plan,
-    recipe: Recipe,
-    writer: CheckpointWriter,
-    progress: Progress,
-) -> Iterator[LayerReport]:
-    """Solve layers that share an input as one stack, write them, and leave the quantized weights in the model."""
-    started = time.monotonic()
-    sizes = [layer.out_features for _, layer in layers]
-    group_size = plan.layers[layers[0][0]].group_size
-    solution = solve(torch.cat([layer.weight for _, layer in layers]), hessian, recipe, group_size)
-    seconds = time.monotonic() - started
-    first = 0
-    for (name, layer), weight in zip(layers, solution.weight.split_rows(sizes), strict=True):
-        rows = slice(first, first + layer.out_features)
-        first = rows.stop
-        writer.add_layer(name, weight)
-        layer.weight.data = weight.dequantize(recipe.propagated_bits, layer.weight.dtype)
-        if solution.rounded_to_nearest:
-            progress.note(f"{name}: the Hessian could not be factored, rounded to nearest")
-        elif solution.damping_steps:
-            progress.note(f"{name}: damping raised to {solution.damping:g}")
-        yield LayerReport(
-            name=name,
-            shape=(layer.out_features, layer.in_features),
-            group_size=group_size,
-            errors=solution.errors.relative(rows) if solution.errors is not None else {},
-            seconds=round(seconds * layer.out_features / sum(sizes), 3),
-            fallback_group_size=group_size != plan.group_size and plan.group_size > 0,
-            dead_columns=solution.dead_columns,
-            damping_steps=solution.damping_steps,
-            rounded_to_nearest=solution.rounded_to_nearest,
-        )
-
-
-def _kept_tensors(source: ModelSource, network: Any, plan: Plan, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that is not quantized, under its stored name with the base model's prefix.
-
-    A tensor that a rotation changes comes from the model, every other one exactly as stored. The check that all of the
-    model's state is accounted for runs at the call, before any work; the tensors are read when the iterator is.
-
-    Raises:
-        SourceError: the files lack a tensor of the model, or hold one that the model does not know.
-    """
-    quantized = {f"{layer}.weight" for layer in plan.layers}
-    state = network.state_dict().keys()
-    rotated = rotated_tensors(_rotation_sites(network), plan.blocks) & state if recipe.rotate else frozenset()
-    kept: list[tuple[str, str, str | None]] = []  # name to write, name in the model, name in the files
-    if source.gguf_file:
-        tied = set(getattr(network, "all_tied_weights_keys", ())) - rotated
-        kept = [(name, name, None) for name in state if name not in quantized and name not in tied]
-    else:
-        kept = _matched_tensors(source, network, quantized)
-        found = {known for _, known, _ in kept} | quantized
-        kept += [(name, name, None) for name in sorted(rotated - found)]  # a head that was tied
-
-    def read(known: str, stored: str | None) -> Tensor:
-        if known in rotated:
-            return _storable(network.get_parameter(known))
-        if stored is None:
-            tensor: Tensor = network.get_parameter_or_buffer(known)
-            return tensor
-        return read_tensor(stored, source.tensors[stored])
-
-    return ((name, read(known, stored)) for name, known, stored in kept)
-
-
-def _storable(tensor: Tensor) -> Tensor:
-    """A rotated tensor in 16 bits, or in 32 where a value is out of their range."""
-    small = tensor.to(_ROTATED_DTYPE)
-    return small if bool(torch.isfinite(small).all()) else tensor.to(torch.float32)
-
-
-def _matched_tensors(source: ModelSource, network: Any, quantized: set[str]) -> list[tuple[str, str, str | None]]:
-    """The tensors of safetensors files that are kept: name to write, name in the model, name in the files."""
-    prefix = f"{network.base_model_prefix}."
-    matched = match_names(network, source.tensors)
-    kept: list[tuple[str, str, str | None]] = []
-    found: set[str] = set()
-    for name in source.tensors:
-        known = matched.get(name)
-        if known is None and is_derived(name):
-            continue
-        if known is None or known in found:
-            raise SourceError(f"{source.name}: tensor {name} has no place in {type(network).__name__}")
-        found.add(known)
-        if known not in quantized:
-            # Layers are named by their module, and the files of a model must agree on the prefix. Other renamings
-            # are transformers' own: the stored name is the one that other programs look for.
-            only_prefix = name.removeprefix(prefix) == known.removeprefix(prefix)
-            kept.append((known if only_prefix else name, known, name))
-    lost = sorted(quantized - found)
-    if lost:
-        raise SourceError(f"{source.name}: {lost[0]} is stored in pieces or another layout, which is not supported")
-    return kept
 
 
 def _settings(

@@ -300,7 +300,8 @@ class _Run:
         )
         head = output_head(full)
         for step, hidden in ((0, untuned), (len(blocks), inputs.hidden[-HELD_OUT:])):
-            states = [complete(student, blocks, each)[0] for each in hidden]
+            with torch.no_grad():
+                states = [complete(student, blocks, each)[0] for each in hidden]
             present.history.append((step, self.held_out.mean_kl(states.__getitem__, head)))
         present.finished = True
         self.workspace.keep_state(bits, present)

@@ -36,6 +36,12 @@ class LayerReport:
     damping_steps: int = 0
     rounded_to_nearest: bool = False
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> LayerReport:
+        """From JSON, whose keys are text and whose tuples are lists."""
+        errors = {int(bits): float(error) for bits, error in record["errors"].items()}
+        return cls(**{**record, "shape": tuple(record["shape"]), "errors": errors})
+
 
 @dataclass
 class Report:
@@ -66,6 +72,12 @@ class Report:
             "raised damping": sum(layer.damping_steps > 0 for layer in self.layers),
             "rounded to nearest": sum(layer.rounded_to_nearest for layer in self.layers),
         }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Report:
+        """From ``report.json``; what tuning did is not read back."""
+        layers = [LayerReport.from_dict(layer) for layer in record["layers"]]
+        return cls(record["output"], record["recipe"], record["calibration"], layers, dict(record["seconds"]))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

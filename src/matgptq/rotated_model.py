@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matgptq.blocks import Block
+from matgptq.blocks import Block, capture_inputs, complete, run_block
 from matgptq.errors import UnsupportedModelError
 from matgptq.families import Family, RotationSites
+from matgptq.residency import Residency
 from matgptq.rotation import Rotation, make_factors, random_signs
+from matgptq.teacher import output_head
 
 _CHECKED_TOKENS = 128
 _ROWS_AT_A_TIME = 8192  # of embedding and head, whose float64 copies would be the largest tensors of all
@@ -78,12 +80,13 @@ def rotated_tensors(sites: RotationSites, blocks: Sequence[Block]) -> frozenset[
 
 
 @torch.no_grad()
-def rotate_model(model: Any, family: Family, blocks: Sequence[Block], seed: int) -> float:
+def rotate_model(residency: Residency, family: Family, blocks: Sequence[Block], seed: int) -> float:
     """Rotate a model in place and check that it still computes the same.
 
     Args:
-        model: a causal language model in eval mode. A head that is tied to the embedding gets a tensor of its own,
-            because the final norm's weights move into the head alone.
+        residency: of a causal language model in eval mode. A head that is tied to the embedding gets a tensor of its
+            own, because the final norm's weights move into the head alone. Blocks that are not in memory are rotated
+            whenever they are filled.
         family: of the model.
         blocks: all its blocks in order.
         seed: of the rotation.
@@ -95,18 +98,22 @@ def rotate_model(model: Any, family: Family, blocks: Sequence[Block], seed: int)
         UnsupportedModelError: the family has no exact rotation, parts of the model share a tensor that the rotation
             changes, or the logits changed by more than rounding explains.
     """
+    model = residency.network
     sites = rotation_sites(family, model.config.model_type)
     _untie_head(model, sites)
     _check_shared(model, rotated_tensors(sites, blocks))
     tokens = torch.randint(
         model.config.vocab_size, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(seed)
     ).to(model.device)
-    before = model(input_ids=tokens, use_cache=False).logits.double()
+    before = _logits(residency, blocks, tokens)
     rotation = make_rotation(model.config, seed)
     rotate_ends(model, sites, rotation.residual)
-    for block, heads in zip(blocks, rotation.heads, strict=True):
-        rotate_block(block.module, sites, rotation.residual, heads)
-    after = model(input_ids=tokens, use_cache=False).logits.double()
+
+    def rotate(index: int, block: Block) -> None:
+        rotate_block(block.module, sites, rotation.residual, rotation.heads[index])
+
+    residency.change(blocks, rotate)
+    after = _logits(residency, blocks, tokens)
     change = float((after - before).norm() / before.norm())
     if not change <= _TOLERANCES[model.dtype]:
         raise UnsupportedModelError(
@@ -115,6 +122,17 @@ def rotate_model(model: Any, family: Family, blocks: Sequence[Block], seed: int)
             "do without --rotate"
         )
     return change
+
+
+def _logits(residency: Residency, blocks: Sequence[Block], tokens: Tensor) -> Tensor:
+    """float64 ``[1, seqlen, vocabulary]``, one block in memory at a time."""
+    inputs = capture_inputs(residency.network, blocks, tokens)
+    hidden = inputs.hidden[0]
+    for block, arguments in zip(blocks, inputs.arguments, strict=True):
+        with residency.present(block):
+            hidden = run_block(block, hidden, arguments)
+    head = output_head(residency.network, blocks)
+    return head(complete(residency.network, blocks, hidden)).double()
 
 
 def rotate_ends(model: Any, sites: RotationSites, residual: Rotation) -> None:

@@ -14,72 +14,122 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from matgptq.blocks import Block
+from matgptq.blocks import Block, capture_inputs, complete, run_block
 from matgptq.devices import multiplies_bfloat16
-from matgptq.teacher import chunks, output_head
+from matgptq.residency import Residency
+from matgptq.teacher import OutputHead, chunks, output_head
 
 
 def token_saliency(
-    model: Any, blocks: Sequence[Block], windows: Tensor, seed: int, tick: Callable[[], None] = lambda: None
+    residency: Residency,
+    blocks: Sequence[Block],
+    windows: Tensor,
+    seed: int,
+    tick: Callable[[], None] = lambda: None,
+    *,
+    most_bytes: int = 1 << 29,
 ) -> dict[str, Tensor]:
     """Squared gradient norms of all quantizable layers' outputs.
 
     The gradient is that of ``-log p(y)`` with y drawn from the model's own prediction at each position (the Fisher
-    information proper, not the loss on the text). One window at a time, each block computed again on the way back, so
-    that the memory is that of one block and a piece of the logits.
+    information proper, not the loss on the text). A few windows at a time go through the blocks and leave what enters
+    each; on the way back every block is computed again, so that neither a graph nor the weights of more than one block
+    are needed at once.
 
     Args:
-        model: a causal language model in eval mode; its parameters are left alone.
+        residency: of a causal language model in eval mode; its parameters are left alone.
         blocks: all its blocks.
         windows: int64 ``[n, seqlen]``.
         seed: of the drawn tokens.
-        tick: called after each window.
+        tick: called for each window after each block, there and back.
+        most_bytes: of what is kept of some windows between the blocks; at least one window is taken.
 
     Returns:
         float32 ``[n, seqlen]`` on the CPU for each layer, by its full name.
     """
-    names = {layer: name for block in blocks for name, layer in block.layers()}
-    saliency = {name: torch.zeros(windows.shape, dtype=torch.float32) for name in names.values()}
-    generator = torch.Generator(model.device).manual_seed(seed)
-    head = output_head(model)
-    current = 0
+    network = residency.network
+    names = [name for block in blocks for name, _ in block.layers()]
+    saliency = {name: torch.zeros(windows.shape, dtype=torch.float32) for name in names}
+    generator = torch.Generator(network.device).manual_seed(seed)
+    head = output_head(network, blocks)
+    width = network.get_input_embeddings().weight.shape[1]
+    of_one_window = windows.shape[1] * width * network.dtype.itemsize * (len(blocks) + 1)
+    together = max(1, most_bytes // of_one_window)
+    with ExitStack() as stack:
+        stack.enter_context(_without_parameter_gradients(network))
+        if multiplies_bfloat16(network.device):
+            stack.enter_context(torch.autocast(network.device.type, torch.bfloat16))
+        for first in range(0, len(windows), together):
+            part = windows[first : first + together]
+            rows = {name: values[first : first + together] for name, values in saliency.items()}
+            _see_part(residency, blocks, part, rows, head, generator, tick)
+    return saliency
 
-    def observe(layer: nn.Module, _: object, output: Tensor) -> None:
-        if not output.requires_grad:  # the first pass of a checkpointed block
-            return
-        where = saliency[names[layer]][current]  # type: ignore[index]
 
+def _see_part(
+    residency: Residency,
+    blocks: Sequence[Block],
+    windows: Tensor,
+    saliency: Mapping[str, Tensor],
+    head: OutputHead,
+    generator: torch.Generator,
+    tick: Callable[[], None],
+) -> None:
+    inputs = capture_inputs(residency.network, blocks, windows)
+    states = [list(inputs.hidden)]  # what enters each block, by window
+    for block, arguments in zip(blocks, inputs.arguments, strict=True):
+        with residency.present(block), torch.no_grad():
+            states.append([_ticked(run_block(block, hidden, arguments), tick) for hidden in states[-1]])
+    gradients = []
+    for hidden in states.pop():
+        with torch.enable_grad():
+            last = hidden.requires_grad_()
+            entering = complete(residency.network, blocks, last)
+            entering.backward(_gradient_at_head(head, entering.detach()[0], generator).unsqueeze(0))  # type: ignore[no-untyped-call]
+        gradients.append(_gradient(last))
+    for block, arguments in zip(reversed(blocks), reversed(inputs.arguments), strict=True):
+        with residency.present(block):
+            for number, hidden in enumerate(states.pop()):
+                with torch.enable_grad(), _observed(block, saliency, number):
+                    entered = hidden.requires_grad_()
+                    run_block(block, entered, arguments).backward(gradients[number])  # type: ignore[no-untyped-call]
+                gradients[number] = _gradient(entered)
+                tick()
+
+
+def _ticked(output: Tensor, tick: Callable[[], None]) -> Tensor:
+    tick()
+    return output
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@contextmanager
+def _observed(block: Block, saliency: Mapping[str, Tensor], window: int) -> Iterator[None]:
+    """Inside, a backward pass through the block writes the squared gradient norms of its layers' outputs."""
+
+    def observe(name: str, _: nn.Module, __: object, output: Tensor) -> None:
         def record(gradient: Tensor) -> None:
-            where.copy_(gradient.float().square().sum(-1).view(-1))  # some models flatten batch and tokens
+            # some models flatten batch and tokens
+            saliency[name][window].copy_(gradient.float().square().sum(-1).view(-1))
 
         output.register_hook(record)  # type: ignore[no-untyped-call]
 
     with ExitStack() as stack:
-        stack.enter_context(_without_parameter_gradients(model))
-        stack.enter_context(_checkpointed(blocks))
-        for layer in names:
-            stack.callback(layer.register_forward_hook(observe).remove)
-        embedding = model.get_input_embeddings()
-        stack.callback(embedding.register_forward_hook(lambda *seen: seen[2].requires_grad_()).remove)
-        if multiplies_bfloat16(model.device):
-            stack.enter_context(torch.autocast(model.device.type, torch.bfloat16))
-        for current, window in enumerate(windows):  # noqa: B007 - observe reads it
-            with torch.enable_grad():
-                hidden = model.base_model(
-                    input_ids=window.unsqueeze(0).to(model.device), use_cache=False
-                ).last_hidden_state
-                hidden.backward(_gradient_at_head(head, hidden.detach()[0], generator).unsqueeze(0))
-            tick()
-    return saliency
+        for name, layer in block.layers():
+            stack.callback(layer.register_forward_hook(partial(observe, name)).remove)
+        yield
 
 
-def _gradient_at_head(head: Callable[[Tensor], Tensor], hidden: Tensor, generator: torch.Generator) -> Tensor:
+def _gradient_at_head(head: OutputHead, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient of ``-log p(y)``, summed over positions, in the states ``[seqlen, hidden]`` that enter the head."""
     gradient = torch.empty_like(hidden)
     with torch.no_grad():
@@ -148,22 +198,3 @@ def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _checkpointed(blocks: Sequence[Block]) -> Iterator[None]:
-    """Forget what happens inside each block and compute it again when its gradient is asked for."""
-
-    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*positional: Any, **keywords: Any) -> Any:
-            return checkpoint(forward, *positional, use_reentrant=False, **keywords)
-
-        return run
-
-    for block in blocks:
-        block.module.forward = wrap(block.module.forward)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.module.__dict__.pop("forward", None)

@@ -31,6 +31,7 @@ class TensorInfo:
     file: Path
     dtype: str  # safetensors' name: F32, BF16, U8 ...
     shape: tuple[int, ...]
+    name: str = ""  # in that file
 
     @property
     def bytes(self) -> int:
@@ -87,7 +88,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(file, "pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
-            return {name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            return {
+                name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape()), name) for name, part in slices.items()
+            }
     except (SafetensorError, OSError, ValueError) as error:
         raise SourceError(f"{file}: truncated or not a safetensors file ({error})") from error
 

@@ -69,6 +69,12 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows, and of the rotation.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    activations: Annotated[
+        str, typer.Option(help="Where calibration activations are kept: memory, disk or auto.")
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run of this command.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that stands at OUT.")] = False,
     every_layer: Annotated[bool, typer.Option("--layers", help="One table row per layer, not per kind.")] = False,
@@ -88,10 +94,11 @@ def quantize(
             method, widths, weights, quality, group_size=group_size, damping=damp, seed=seed, **ingredients
         )
         _dry_run(
-            model, out, recipe, dataset, nsamples, seqlen, ignored, device, dtype, force, trust_remote_code
+            model, out, recipe, dataset, nsamples, seqlen, ignored, device, dtype, activations, force, trust_remote_code
         )  # fmt: skip
         return
     import matgptq
+    from matgptq.activations import check_placement
     from matgptq.checkpoint import open_checkpoint
     from matgptq.console import error_table, refinement_table, report_summary, size_table
 
@@ -113,6 +120,8 @@ def quantize(
             device=device,
             dtype=dtype,
             force=force,
+            activations=check_placement(activations),
+            resume=resume,
             trust_remote_code=trust_remote_code,
             wandb_project=wandb,
             progress=progress,
@@ -129,26 +138,31 @@ def quantize(
 
 def _dry_run(
     model: str, out: Path, recipe: Recipe, dataset: str, nsamples: int | None, seqlen: int | None,
-    ignored: tuple[str, ...], device: str, dtype: str, force: bool, trust_remote_code: bool,
+    ignored: tuple[str, ...], device: str, dtype: str, activations: str, force: bool, trust_remote_code: bool,
 ) -> None:  # fmt: skip
+    from matgptq.activations import check_placement
     from matgptq.checkpoint import check_destination
     from matgptq.console import plan_table
-    from matgptq.devices import resolve_device
+    from matgptq.devices import resolve_device, resolve_dtype
     from matgptq.plan import CalibrationRequest
     from matgptq.quantization import prepare
+    from matgptq.requirements import check_requirements
+    from matgptq.source import open_source
 
     check_destination(out, force=force)
     with progress_bars() as progress:
-        progress.start("load the model", 1)
-        _, _, plan = prepare(
-            model,
+        progress.start("look at the model", 1)
+        source, run_device = open_source(model, trust_remote_code=trust_remote_code), resolve_device(device)
+        prepared = prepare(
+            source,
             recipe,
             CalibrationRequest(dataset, nsamples, seqlen),
             ignore=ignored,
-            device=resolve_device(device),
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            device=run_device,
+            dtype=resolve_dtype(dtype, run_device, source.stored_dtype),
+            activations=check_placement(activations),
         )
-        for note in plan.notes:
+        for note in prepared.plan.notes:
             progress.note(note)
-    out_console.print(plan_table(plan, plan.stored_bytes(recipe)))
+    out_console.print(plan_table(prepared.plan, prepared.needs, prepared.plan.stored_bytes(recipe)))
+    check_requirements(prepared.needs, out)

@@ -1,0 +1,207 @@
+"""Memory, time and interruptions of streamed quantization, on random models of equal blocks.
+
+    python benchmarks/scale.py -o benchmarks/results/scale.json
+    python benchmarks/scale.py --large -o benchmarks/results/scale.json     # also 6 GB under a limit of 3 GB
+
+Every run is a process of its own, so that its peak memory (VmHWM, resident) is its own. Streamed and in-memory runs are
+interleaved; times are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+
+BLOCKS = (4, 16, 64)
+SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
+LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16}
+LARGE_BLOCKS, LARGE_LIMIT = 58, 3 << 30
+WINDOWS, SEQLEN = 8, 256
+VOCABULARY = 1024
+
+_RUN = """
+import sys, time, torch
+torch.set_num_threads({threads})
+import matgptq, matgptq.quantization as quantization
+if {whole}:
+    quantization.can_stream = lambda source: False
+tokens = torch.randint(3, {vocabulary}, ({windows}, {seqlen}), generator=torch.Generator().manual_seed(0))
+started = time.perf_counter()
+report = matgptq.quantize({source!r}, {out!r}, dataset=tokens, group_size=64, activations={activations!r}, **{options})
+seconds = time.perf_counter() - started
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(peak, seconds)
+"""
+
+
+def make_model(directory: Path, blocks: int, shape: dict[str, int]) -> None:
+    """Random weights, written a shard at a time so that this process stays small."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from matgptq.residency import build_empty
+    from matgptq.source import ModelSource
+
+    directory.mkdir(parents=True)
+    config = LlamaConfig(
+        **shape, num_hidden_layers=blocks, vocab_size=VOCABULARY, max_position_embeddings=2048, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "x": 1}, "x"))).save_pretrained(
+        directory
+    )
+    network = build_empty(ModelSource("", directory, None, config.to_dict(), {}), torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    files: dict[str, dict[str, Any]] = {}
+    for name, parameter in network.named_parameters():
+        parts = name.split(".")
+        file = f"model-{int(parts[2]):05d}.safetensors" if parts[1] == "layers" else "model-ends.safetensors"
+        files.setdefault(file, {})[name] = parameter.shape
+    weight_map = {}
+    for file, shapes in files.items():
+        tensors = {
+            name: torch.ones(size, dtype=torch.bfloat16)
+            if len(size) == 1
+            else (torch.randn(size, generator=generator) * size[1] ** -0.5).bfloat16()
+            for name, size in shapes.items()
+        }
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def command(
+    source: Path,
+    out: Path,
+    *,
+    whole: bool = False,
+    activations: str = "disk",
+    threads: int = 1,
+    windows: int = WINDOWS,
+    seqlen: int = SEQLEN,
+    options: dict[str, Any] | None = None,
+) -> list[str]:
+    """A process that quantizes and prints its peak memory and its seconds."""
+    code = _RUN.format(
+        source=str(source), out=str(out), whole=whole, activations=activations, threads=threads, windows=windows,
+        seqlen=seqlen, vocabulary=VOCABULARY, options=options or {"quality": "fast"},
+    )  # fmt: skip
+    return [sys.executable, "-c", code]
+
+
+def run(*arguments: Any, **options: Any) -> tuple[int, float]:
+    """Peak resident bytes and seconds."""
+    done = subprocess.run(command(*arguments, **options), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    peak, seconds = done.stdout.split()[-2:]
+    return int(peak), float(seconds)
+
+
+def peaks(root: Path) -> list[dict[str, Any]]:
+    """Peak memory by number of blocks."""
+    found = []
+    for blocks in BLOCKS:
+        source = root / f"source-{blocks}"
+        make_model(source, blocks, SHAPE)
+        peak, seconds = run(source, root / f"out-{blocks}")
+        found.append({"blocks": blocks, "peak_bytes": peak, "seconds": round(seconds, 1)})
+        print(f"{blocks:3} blocks: peak {peak / 1e6:,.0f} MB, {seconds:.1f} s", flush=True)
+    return found
+
+
+def against_memory(root: Path, rounds: int = 3) -> dict[str, Any]:
+    """Streamed, with activations on disk, against the whole model and its activations in memory."""
+    times: dict[str, list[float]] = {"streamed": [], "in memory": []}
+    memory = {}
+    for number in range(rounds):
+        for name in times:
+            whole = name == "in memory"
+            options = {"whole": whole, "activations": "memory" if whole else "disk"}
+            memory[name], seconds = run(root / "source-16", root / f"{name}-{number}", **options)
+            times[name].append(seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratio = medians["streamed"] / medians["in memory"]
+    print(f"streamed / in memory, 16 blocks: {ratio:.3f} x the time, peaks {memory}", flush=True)
+    return {"seconds": times, "peak_bytes": memory, "ratio": round(ratio, 4)}
+
+
+def interrupted(root: Path) -> dict[str, Any]:
+    """What a kill in the middle costs beyond the block that it destroys: what the second process does again."""
+    _, uninterrupted = run(root / "source-64", root / "uninterrupted", activations="disk")
+    out = root / "interrupted"
+    process = subprocess.Popen(command(root / "source-64", out, activations="disk"), stdout=subprocess.DEVNULL)
+    work = out.with_name(f".{out.name}.unfinished")
+    while len(list(work.glob("block-*.json"))) < 32:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = len(list(work.glob("block-*.json")))
+    _, rest = run(root / "source-64", out, activations="disk")
+    expected = uninterrupted * (1 - finished / 64)
+    overhead = (rest - expected) / uninterrupted
+    print(f"killed after {finished} of 64 blocks: {overhead:+.1%} of the run is done again", flush=True)
+    return {"uninterrupted_seconds": uninterrupted, "finished": finished, "rest_seconds": rest, "overhead": overhead}
+
+
+def large(root: Path) -> dict[str, Any]:
+    """A model of 6 GB in a process whose data may take 3 GB."""
+    source = root / "large"
+    make_model(source, LARGE_BLOCKS, LARGE)
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    limited = ["prlimit", f"--data={LARGE_LIMIT}"]
+    options = {"method": "gptq", "bits": [4]}
+    done = subprocess.run(
+        [*limited, *command(source, root / "large-out", threads=2, windows=4, options=options)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    peak, seconds = done.stdout.split()[-2:]
+    print(
+        f"{size / 1e9:.1f} GB under a limit of 3 GB: peak {int(peak) / 1e9:.2f} GB, {float(seconds):.0f} s", flush=True
+    )
+    return {"model_bytes": size, "limit_bytes": LARGE_LIMIT, "peak_bytes": int(peak), "seconds": float(seconds)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--large", action="store_true", help="quantize 6 GB under a limit of 3 GB, too")
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        record: dict[str, Any] = {
+            "machine": describe_machine(),
+            "shape": SHAPE,
+            "calibration": f"{WINDOWS} x {SEQLEN} tokens, --quality fast, one thread",
+            "peaks": peaks(root),
+            "streamed_against_in_memory": against_memory(root),
+            "interrupted": interrupted(root),
+        }
+        if arguments.large:
+            record["large"] = large(root)
+    if arguments.output:
+        if arguments.output.exists() and not arguments.large:
+            before = json.loads(arguments.output.read_text(encoding="utf-8"))
+            record.update({name: before[name] for name in ("large",) if name in before})
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

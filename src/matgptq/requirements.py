@@ -1,0 +1,185 @@
+"""What a run will need, computed before it starts: memory, disk, and on a CPU a rough time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matgptq.activations import Placement
+from matgptq.blocks import Block
+from matgptq.devices import fast_products
+from matgptq.errors import ConfigurationError
+from matgptq.plan import Plan
+from matgptq.recipe import Recipe
+
+_PROGRAM_BYTES = 700_000_000  # Python, PyTorch and its workspaces
+_HESSIAN_COPIES = 7  # as collected, prepared, in processing order, factored, and what a factorization works in
+_SWEEP_BYTES = 200_000_000  # of one piece of rows
+_MEMORY_SHARE = 4  # activations stay in memory up to a quarter of it
+# CPU-seconds for each weight and copy of a sweep; measured on one core of a Xeon with AVX-512 (docs/scale.md).
+_SWEEP_SECONDS = 3e-8
+_FORWARD_PASSES, _SALIENCY_PASSES = 2, 5
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """Estimates.
+
+    Attributes:
+        memory: bytes by what they are for; they are needed together.
+        disk: bytes by what they are for, while the run goes on.
+        activations: where they will be kept.
+        seconds: of all stages after the text is there; None where there is no measurement to go by.
+        streamed: whether blocks are read one by one.
+    """
+
+    memory: Mapping[str, int]
+    disk: Mapping[str, int]
+    activations: Placement
+    seconds: float | None
+    streamed: bool
+
+
+def estimate_requirements(
+    network: Any,
+    plan: Plan,
+    recipe: Recipe,
+    kept_bytes: int,
+    *,
+    streamed: bool,
+    activations: Placement,
+    device: torch.device,
+    whole_for_text: bool,
+) -> Requirements:
+    """Add up what a run holds at the same time.
+
+    Args:
+        network: the model; may be without weights.
+        plan: of the run.
+        recipe: of the run.
+        kept_bytes: of everything that goes into the checkpoint unquantized.
+        streamed: blocks are read one by one.
+        activations: as asked for; ``auto`` is decided here.
+        device: where the model runs.
+        whole_for_text: the model writes its own text, for which it must be in memory as a whole.
+    """
+    of_blocks = [sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in plan.blocks]
+    everything = {id(p): p.numel() * p.element_size() for p in network.parameters()}
+    whole = sum(everything.values())
+    states = plan.nsamples * plan.seqlen * _width(network) * network.dtype.itemsize
+    if activations == "auto":
+        free = available_memory()
+        activations = "memory" if free is None or states < free // _MEMORY_SHARE else "disk"
+    memory = {"program": _PROGRAM_BYTES}
+    if streamed and not whole_for_text:
+        memory["largest block"] = max(of_blocks)
+        memory["around the blocks"] = whole - sum(of_blocks)
+    else:
+        memory["model"] = whole
+    if plan.nsamples:
+        memory["Hessians"] = max(map(_hessian_bytes, plan.blocks))
+        memory["working memory"] = _SWEEP_BYTES + plan.seqlen * _widest(plan) * 4 * 6
+        memory["activations"] = states if activations == "memory" else states // plan.nsamples * 2
+    output = plan.stored_bytes(recipe) + kept_bytes
+    disk = {"finished blocks": output, "checkpoint": output}
+    if plan.nsamples:
+        disk["activations"] = 2 * states
+    return Requirements(memory, disk, activations, _seconds(plan, recipe, device), streamed)
+
+
+def check_requirements(needs: Requirements, destination: Path) -> None:
+    """Refuse a run that cannot fit.
+
+    Raises:
+        ConfigurationError: says how much is needed of what, how much there is, and what would need less.
+    """
+    free = available_memory()
+    wanted = sum(needs.memory.values())
+    if free is not None and wanted > free:
+        advice = "fewer or shorter windows (--nsamples, --seqlen)"
+        if needs.activations == "memory":
+            advice = "--activations disk, or " + advice
+        if "model" in needs.memory and needs.streamed:
+            advice = "a text of your own (--dataset) instead of self, for which the whole model must be in memory"
+        raise ConfigurationError(
+            f"this needs about {_gigabytes(wanted)} of memory, {_gigabytes(free)} are free: {advice}"
+        )
+    place = Path(os.path.abspath(destination)).parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    wanted = sum(needs.disk.values())
+    if wanted > free:
+        raise ConfigurationError(
+            f"this needs about {_gigabytes(wanted)} of disk while it runs, {_gigabytes(free)} are free at {place}"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take: what the system has free, within the limit of its control group."""
+    found = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as handle:
+            fields = dict(line.split(":", 1) for line in handle)
+        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        if limit != "max":
+            found.append(max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
+def _hessian_bytes(block: Block) -> int:
+    sizes = [group[0][1].in_features ** 2 * 4 for group in block.inputs]
+    return sum(sizes) + max(sizes, default=0) * (_HESSIAN_COPIES - 1)
+
+
+def _width(network: Any) -> int:
+    return int(network.get_input_embeddings().weight.shape[1])
+
+
+def _widest(plan: Plan) -> int:
+    return max(max(layer.in_features, layer.out_features) for layer in plan.layers.values())
+
+
+def _seconds(plan: Plan, recipe: Recipe, device: torch.device) -> float | None:
+    if device.type != "cpu":
+        return None
+    weights = sum(layer.in_features * layer.out_features for layer in plan.layers.values())
+    inputs = sum(group[0][1].in_features ** 2 for block in plan.blocks for group in block.inputs)
+    tokens = plan.nsamples * plan.seqlen
+    passes = _FORWARD_PASSES + (_SALIENCY_PASSES if recipe.saliency else 0)
+    products = 2.0 * tokens * (passes * weights + inputs)
+    sweeps = 1 + 2 * recipe.coordinate_passes
+    copies = len(recipe.target_bits) if recipe.compensation == "per-width" else 1
+    solving = weights * copies * sweeps * _SWEEP_SECONDS / torch.get_num_threads()
+    return products / _products_per_second(device) + (solving if plan.nsamples else 0.0)
+
+
+def _products_per_second(device: torch.device) -> float:
+    """Floating-point operations a second of a product as calibration computes them."""
+    size = 512
+    one = torch.ones(size, size)
+    with fast_products(device), torch.no_grad():
+        torch.mm(one, one)
+        started = time.perf_counter()
+        for _ in range(4):
+            torch.mm(one, one)
+    return 4 * 2 * size**3 / (time.perf_counter() - started)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"

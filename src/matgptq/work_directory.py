@@ -1,0 +1,234 @@
+"""What an unfinished quantization leaves beside its destination, and how the same command goes on from it.
+
+    .OUT.unfinished/
+        run.json                 what the run is: model, text, arguments, version
+        lock                     held while a process works here
+        windows.safetensors      calibration token ids
+        token_weights.safetensors
+        block-00000.safetensors  codes, scales and everything else of a block, with
+        block-00000.json         what happened to its layers; written last, it says that the block is finished
+        states/                  the activations that enter the next block (``activations.Boundaries``)
+        log.jsonl
+        checkpoint/              the output while it is put together
+
+Every file is replaced as a whole and flushed before the next depends on it, so that whatever kills the process, what is
+there is either a finished block or nothing. The directory goes when the output stands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from matgptq.atomic_files import write_text
+from matgptq.checkpoint import disk_errors
+from matgptq.errors import CheckpointError, ConfigurationError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None  # type: ignore[assignment]
+
+_RUN = "run.json"
+_COMMITTED = "committed"
+
+
+class WorkDirectory:
+    """The work directory of one destination.
+
+    Use as a context manager. Leaving it with an exception keeps what is finished, if anything is; leaving it normally
+    after ``remove`` leaves nothing.
+
+    Args:
+        destination: the checkpoint that will be made.
+        identity: JSON-ready; everything that the result depends on.
+        resume: go on with what is there; otherwise it is thrown away.
+
+    Raises:
+        ConfigurationError: what is there belongs to a run with other arguments or inputs; names them.
+        CheckpointError: another process works there, or it cannot be written.
+    """
+
+    def __init__(self, destination: Path, identity: Mapping[str, Any], *, resume: bool = True) -> None:
+        destination = Path(os.path.abspath(destination))
+        self.path = work_path(destination)
+        self._destination = destination
+        self._identity = json.loads(json.dumps(identity))  # as it will be read: no tuples, keys are text
+        self._resume = resume
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> WorkDirectory:
+        with disk_errors(self._destination):
+            existed = self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        self.is_same = existed and self._resume and self._check_same()
+        if not self.is_same:
+            self._empty()
+        shutil.rmtree(self.staging, ignore_errors=True)
+        write_text(self.path / _RUN, json.dumps(self._identity, indent=2) + "\n")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+        shutil.rmtree(self.staging, ignore_errors=True)
+        if kind is None or not (self.finished_blocks or (self.path / _COMMITTED).exists()):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    @staticmethod
+    def is_committed(destination: Path) -> bool:
+        """Whether what stands at the destination was put there by a run that has not cleaned up, or not ended, yet."""
+        try:
+            mark = (work_path(Path(os.path.abspath(destination))) / _COMMITTED).read_text(encoding="ascii")
+            return mark == str(destination.stat().st_ino)
+        except OSError:
+            return False
+
+    def mark_commit(self) -> None:
+        """Note which directory is about to be moved to the destination: it keeps its number there."""
+        write_text(self.path / _COMMITTED, str(self.staging.stat().st_ino))
+
+    def drop_blocks(self) -> None:
+        """Let go of everything that the checkpoint has now."""
+        for each in self.path.iterdir():
+            if each.is_dir():
+                shutil.rmtree(each, ignore_errors=True)
+            elif each.name not in ("lock", _RUN, _COMMITTED):
+                each.unlink()
+
+    @property
+    def staging(self) -> Path:
+        """Where the output is put together."""
+        return self.path / "checkpoint"
+
+    @property
+    def finished_blocks(self) -> int:
+        """How many blocks are done; they are done in order."""
+        count = 0
+        while self._record(count).is_file():
+            count += 1
+        return count
+
+    def block_file(self, index: int) -> Path:
+        """The tensors of a block."""
+        return self.path / f"block-{index:05d}.safetensors"
+
+    def finish_block(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Keep a block for good.
+
+        Args:
+            index: number of the block.
+            tensors: all that the output will have of it.
+            record: JSON-ready; what happened to its layers.
+        """
+        self.keep(self.block_file(index).name, tensors)
+        write_text(self._record(index), json.dumps(record) + "\n")
+
+    def block_record(self, index: int) -> dict[str, Any]:
+        """What was kept with a finished block."""
+        record: dict[str, Any] = json.loads(self._record(index).read_text(encoding="utf-8"))
+        return record
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a file of tensors, whole or not at all."""
+        file = self.path / name
+        beside = file.with_suffix(".new")
+        with disk_errors(self._destination, self.kept):
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, beside)
+            with beside.open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(beside, file)
+
+    def kept_or_made(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that were kept under a name, or else made now and kept."""
+        file = self.path / name
+        if not file.is_file():
+            self.keep(name, make())
+        try:
+            tensors: dict[str, Tensor] = load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: damaged ({error}); --no-resume begins anew") from error
+        return tensors
+
+    def kept_text(self, name: str, text: str | None) -> str:
+        """Keep a line of text; None reads what was kept."""
+        if text is not None:
+            write_text(self.path / name, text)
+        return (self.path / name).read_text(encoding="utf-8")
+
+    @property
+    def kept(self) -> str:
+        """What a message says about the state of the work."""
+        count = self.finished_blocks
+        if not count:
+            return "nothing was left behind"
+        return f"{count} finished blocks are kept in {self.path}; the same command goes on from there"
+
+    def _record(self, index: int) -> Path:
+        return self.path / f"block-{index:05d}.json"
+
+    def _take_lock(self) -> None:
+        self._lock = (self.path / "lock").open("w")
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: another process is working on {self._destination}") from error
+
+    def _check_same(self) -> bool:
+        """Whether what is there belongs to this run; refuses to throw away finished blocks of another one."""
+        try:
+            before = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = None
+        if not isinstance(before, dict):  # killed before anything was known
+            return False
+        changed = [*_differences(before, self._identity)]
+        if changed and self.finished_blocks:
+            raise ConfigurationError(
+                f"{self.path} holds an unfinished run with other inputs ({'; '.join(changed)}): "
+                "repeat that command to finish it, or begin anew with --no-resume"
+            )
+        return not changed
+
+    def _empty(self) -> None:
+        for each in self.path.iterdir():
+            if each.is_dir():
+                shutil.rmtree(each, ignore_errors=True)
+            elif each.name != "lock":
+                each.unlink()
+
+
+def work_path(destination: Path) -> Path:
+    """The work directory of a destination."""
+    return destination.with_name(f".{destination.name}.unfinished")
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What two nested records differ in: ``group_size: 64, was 128``."""
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {_short(new)}, was {_short(old)}")
+    return found
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,77 @@
+"""What a run needs is said, and refused, before it starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import GROUP_SIZE, save_model, token_ids
+
+import matgptq
+from matgptq.errors import ConfigurationError
+from matgptq.plan import CalibrationRequest
+from matgptq.quantization import prepare
+from matgptq.recipe import make_recipe
+from matgptq.requirements import available_memory, check_requirements
+from matgptq.source import open_source
+
+
+def needs_of(source, dataset=None, activations="auto", **options):
+    request = CalibrationRequest(token_ids() if dataset is None else dataset, None, None)
+    recipe = make_recipe(group_size=GROUP_SIZE, **options)
+    return prepare(
+        open_source(source), recipe, request, ignore=("lm_head",), device=torch.device("cpu"), dtype=torch.float32,
+        activations=activations,
+    ).needs  # fmt: skip
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
+    few, many = (
+        needs_of(save_model("llama", tmp_path / str(count), num_hidden_layers=count), activations="disk")
+        for count in (2, 6)
+    )
+    assert few.memory == many.memory
+    assert many.disk["finished blocks"] > 1.5 * few.disk["finished blocks"]
+
+
+def test_text_of_its_own_takes_the_whole_model(tmp_path):
+    source = save_model("llama", tmp_path / "source")
+    assert "model" in needs_of(source, dataset="self").memory
+    assert "model" not in needs_of(source).memory
+
+
+def test_where_activations_go(tmp_path, monkeypatch):
+    source = save_model("llama", tmp_path / "source")
+    assert needs_of(source).activations == "memory"
+    monkeypatch.setattr("matgptq.requirements.available_memory", lambda: 1000)
+    assert needs_of(source).activations == "disk"
+    assert needs_of(source, activations="memory").activations == "memory"
+    with pytest.raises(ConfigurationError, match="memory, on disk or auto, not 'tape'"):
+        needs_of(source, activations="tape")
+
+
+def test_too_little_memory_is_refused_before_the_first_token(tmp_path, monkeypatch):
+    source = save_model("llama", tmp_path / "source")
+    monkeypatch.setattr("matgptq.requirements.available_memory", lambda: 500_000_000)
+    monkeypatch.setattr("matgptq.quantization.load_windows", lambda *_, **__: pytest.fail("text was read"))
+    with pytest.raises(ConfigurationError, match=r"about 0\.\d GB of memory, 0\.5 GB are free: --activations disk, or"):
+        matgptq.quantize(source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE, activations="memory")
+    with pytest.raises(ConfigurationError, match=r"a text of your own \(--dataset\)"):
+        matgptq.quantize(source, tmp_path / "out", dataset="self", group_size=GROUP_SIZE)
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_too_little_disk(tmp_path, monkeypatch):
+    needs = needs_of(save_model("llama", tmp_path / "source"))
+    check_requirements(needs, tmp_path / "not" / "there" / "out")
+
+    class Usage:
+        free = 10_000
+
+    monkeypatch.setattr("matgptq.requirements.shutil.disk_usage", lambda _: Usage)
+    with pytest.raises(ConfigurationError, match=r"of disk while it runs, 0\.0 GB are free at"):
+        check_requirements(needs, tmp_path / "out")
+
+
+def test_what_this_machine_has():
+    free = available_memory()
+    assert free is None or free > 0

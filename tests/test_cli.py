@@ -70,7 +70,9 @@ def test_the_whole_road(source: Path, text: Path, tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
     assert "made from" in succeed("info", out, "--json", tmp_path / "info.json")
-    assert json.loads((tmp_path / "info.json").read_text())["quantization_config"]["target_bits"] == [2, 4, 8]
+    facts = json.loads((tmp_path / "info.json").read_text())
+    assert facts["quantization_config"]["target_bits"] == [2, 4, 8]
+    assert facts["tensor_parallel_sizes"] == [1]
 
     shown = succeed("generate", out, "--bits", 4, "--prompt", "the quick", "--max-new-tokens", 5)
     assert "the quick" in shown

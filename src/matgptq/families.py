@@ -39,8 +39,9 @@ class Family:
     Attributes:
         model_types: values of ``config.model_type`` that it serves.
         blocks: module path of the list of blocks in the causal language model.
-        inputs: the quantizable layers of a block, grouped by the input they share, in the order of the forward pass.
-            A group is solved as one matrix with one Hessian.
+        inputs: the quantizable layers of a block, grouped by the input they share, in the order of the forward pass:
+            what attention reads, its output, what the MLP reads, its output. A group is solved as one matrix with one
+            Hessian.
         rotation: what a rotation changes, or the reason why none leaves the model the same.
     """
 
@@ -53,6 +54,11 @@ class Family:
     def layers(self) -> tuple[str, ...]:
         """Quantizable layers of a block, by their path inside the block."""
         return tuple(layer for group in self.inputs for layer in group)
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The layers of a block that add to the residual stream."""
+        return tuple(layer for group in self.inputs[1::2] for layer in group)
 
     def shared_inputs(self, num_blocks: int) -> list[tuple[str, ...]]:
         """Layers that see one input, by their full names, over all blocks."""

@@ -272,6 +272,17 @@ def test_errors_are_one_line_and_status_one(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_brackets_in_messages_are_text_not_markup(tmp_path: Path) -> None:
+    strange = tmp_path / "model[bold] [/closed]"
+    strange.mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "matgptq", "info", strange], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert str(strange) in done.stderr
+
+
 def test_kernels_are_shown() -> None:
     shown = succeed("info", "--kernels")
     assert "reference" in shown

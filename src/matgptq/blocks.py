@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matgptq.devices import fast_products
+from matgptq.distributed import ALONE, Processes
 from matgptq.errors import UnsupportedModelError
 from matgptq.families import Family
 from matgptq.hessian import accumulate_hessian
@@ -200,7 +201,13 @@ def _accumulate(
 
 
 @torch.no_grad()
-def collect_hessians(block: Block, inputs: Sequence[BlockInputs], index: int, tick: Callable[[], None]) -> list[Tensor]:
+def collect_hessians(
+    block: Block,
+    inputs: Sequence[BlockInputs],
+    index: int,
+    tick: Callable[[], None],
+    processes: Processes = ALONE,
+) -> list[Tensor]:
     """Hessians of the block's input groups: twice the weighted mean of ``x x^T`` over all tokens.
 
     Args:
@@ -208,6 +215,7 @@ def collect_hessians(block: Block, inputs: Sequence[BlockInputs], index: int, ti
         inputs: as left by the blocks before it; not changed.
         index: position of the block, selects its arguments.
         tick: called after each batch.
+        processes: among which the tokens are shared out; each gets the sums over all.
 
     Returns:
         One float32 ``[in, in]`` for each group.
@@ -223,14 +231,15 @@ def collect_hessians(block: Block, inputs: Sequence[BlockInputs], index: int, ti
     }
     for stream in inputs:
         _accumulate(block, stream, index, observed, totals, tick)
-    weight = sum(stream.weight * stream.tokens for stream in inputs)
+    weight = torch.tensor([stream.weight * stream.tokens for stream in inputs], dtype=torch.float64).sum()
+    processes.add([*totals.values(), weight])
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
             raise UnsupportedModelError(
                 f"the inputs of {name} are not finite during calibration; "
                 "use a dtype with more range (--dtype bfloat16 or float32)"
             )
-        total.mul_(2 / weight)
+        total.mul_(2 / float(weight))
     return [*totals.values()]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from matgptq.commands.options import JsonOption, examples, out_console, write_json
 from matgptq.errors import ConfigurationError
@@ -57,7 +58,7 @@ def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
         "calibration": recipe_lines(settings.calibration) or "none",
     }
     for name, fact in facts.items():
-        out_console.print(f"[bold]{name}[/bold]: {fact}", highlight=False)
+        out_console.print(f"[bold]{name}[/bold]: {escape(str(fact))}", highlight=False)
     allocations = stored_allocations(opened)
     if allocations:
         out_console.print(allocations_table(allocations, opened.identity))

@@ -4,8 +4,8 @@
     python benchmarks/gguf_logits.py OUT --llama-cpp package/bins/linux-x64 -o benchmarks/results/gguf_logits.json
 
 llama.cpp rounds activations to 8 bits in its products, in blocks of 32 columns; so does ``activations="int8"`` here, in
-blocks of a group. Two numbers are therefore given for each: the KL of llama.cpp's distribution to the slice's with exact
-activations, and that of the slice with int8 activations to the same, which is what rounding alone does.
+blocks of a group. Two numbers are therefore given for each width: the KL of llama.cpp's distribution to that of the
+slice with exact activations, and that of the slice with int8 activations to the same: what rounding alone does.
 """
 
 from __future__ import annotations

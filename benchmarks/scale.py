@@ -159,6 +159,25 @@ def interrupted(root: Path) -> dict[str, Any]:
     return {"uninterrupted_seconds": uninterrupted, "finished": finished, "rest_seconds": rest, "overhead": overhead}
 
 
+def two_processes(root: Path, rounds: int = 3) -> dict[str, Any]:
+    """Two processes of one thread against one process of two threads, interleaved."""
+    times: dict[str, list[float]] = {"two processes": [], "one process": []}
+    source = root / "source-16"
+    for number in range(rounds):
+        script = root / "process.py"
+        script.write_text(command(source, root / f"two-{number}", activations="memory")[-1])
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+        done = subprocess.run(torchrun, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        times["two processes"].append(max(float(line.split()[1]) for line in done.stdout.splitlines()[-2:]))
+        _, seconds = run(source, root / f"one-{number}", activations="memory", threads=2)
+        times["one process"].append(seconds)
+    ratio = statistics.median(times["two processes"]) / statistics.median(times["one process"])
+    print(f"two processes / one process with two threads: {ratio:.3f} x the time", flush=True)
+    return {"seconds": times, "ratio": round(ratio, 4)}
+
+
 def large(root: Path) -> dict[str, Any]:
     """A model of 6 GB in a process whose data may take 3 GB."""
     source = root / "large"
@@ -193,6 +212,7 @@ def main() -> None:
             "peaks": peaks(root),
             "streamed_against_in_memory": against_memory(root),
             "interrupted": interrupted(root),
+            "two_processes": two_processes(root),
         }
         if arguments.large:
             record["large"] = large(root)

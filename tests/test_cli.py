@@ -70,7 +70,9 @@ def test_the_whole_road(source: Path, text: Path, tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
     assert "made from" in succeed("info", out, "--json", tmp_path / "info.json")
-    assert json.loads((tmp_path / "info.json").read_text())["quantization_config"]["target_bits"] == [2, 4, 8]
+    facts = json.loads((tmp_path / "info.json").read_text())
+    assert facts["quantization_config"]["target_bits"] == [2, 4, 8]
+    assert facts["tensor_parallel_sizes"] == [1]
 
     shown = succeed("generate", out, "--bits", 4, "--prompt", "the quick", "--max-new-tokens", 5)
     assert "the quick" in shown
@@ -268,6 +270,17 @@ def test_errors_are_one_line_and_status_one(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_brackets_in_messages_are_text_not_markup(tmp_path: Path) -> None:
+    strange = tmp_path / "model[bold] [/closed]"
+    strange.mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "matgptq", "info", strange], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert str(strange) in done.stderr
 
 
 def test_kernels_are_shown() -> None:

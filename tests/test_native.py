@@ -452,3 +452,25 @@ def test_structures_match_the_header() -> None:
     # 64-bit layout of csrc/matgptq.h; a mismatch here would corrupt memory instead of failing.
     assert ctypes.sizeof(native._Product) == 40
     assert ctypes.sizeof(native._SweepJob) == 104
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs two processors and a system that binds threads to them",
+)
+@needs_library
+def test_threads_run_where_those_of_openmp_do() -> None:
+    script = """
+import os, torch
+from matgptq import native
+def tasks(): return {int(name) for name in os.listdir('/proc/self/task')}
+torch.zeros(1 << 20).add_(1)
+before = tasks()
+native.spread_threads()
+native.matmul(torch.zeros(1, 64), native.pack_slice(torch.zeros(4096, 64, dtype=torch.uint8), torch.ones(4096, 1), 4))
+print(len(os.sched_getaffinity(0)), *{len(os.sched_getaffinity(task)) for task in tasks() - before})
+"""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    variables = {**os.environ, "GOMP_CPU_AFFINITY": f"{first} {second}", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "2"]  # the caller is bound, the new thread is not

@@ -88,7 +88,7 @@ def test_states_in_memory_are_kept_now_and_then(source, whole, tmp_path, monkeyp
     stop_after(monkeypatch, 9)
     with pytest.raises(Stop):
         quantize(source, tmp_path / "out")
-    assert [place.name for place in (work_path(tmp_path / "out") / "states").iterdir()] == ["000002"]
+    assert [place.name for place in (work_path(tmp_path / "out") / "states-1-of-1").iterdir()] == ["000002"]
     monkeypatch.undo()
     monkeypatch.setattr("matgptq.quantization._Run._install", lambda *_: pytest.fail("was run again"))
     quantize(source, tmp_path / "out")

@@ -8,7 +8,7 @@ from tiny_models import MODELS, blocks_of, build_model, token_ids
 
 from matgptq.blocks import capture_inputs, collect_hessians
 from matgptq.residency import Whole
-from matgptq.saliency import draw_tokens, token_saliency, token_weights
+from matgptq.saliency import _window_seed, draw_tokens, token_saliency, token_weights
 
 
 def model_and_blocks(name, **overrides):
@@ -29,7 +29,7 @@ def expected_saliency(model, blocks, window, seed):
 
             hooks.append(layer.register_forward_hook(keep))
     logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0]
-    drawn = draw_tokens(logits.detach().softmax(-1), torch.Generator().manual_seed(seed))
+    drawn = draw_tokens(logits.detach().softmax(-1), torch.Generator().manual_seed(_window_seed(seed, 0)))
     torch.nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
     for hook in hooks:
         hook.remove()

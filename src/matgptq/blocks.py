@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matgptq.devices import fast_products
+from matgptq.distributed import ALONE, Processes
 from matgptq.errors import UnsupportedModelError
 from matgptq.expert_hessians import Coverage, ExpertCalibration, ExpertLayers, ExpertTotals
 from matgptq.experts import Experts
@@ -279,6 +280,7 @@ def collect_hessians(
     inputs: Sequence[BlockInputs],
     index: int,
     tick: Callable[[], None],
+    processes: Processes = ALONE,
     experts: ExpertCalibration | None = None,
 ) -> BlockHessians:
     """Hessians of the block's input groups: twice the weighted mean of ``x x^T`` over all tokens.
@@ -289,6 +291,7 @@ def collect_hessians(
             counted for experts.
         index: position of the block, selects its arguments.
         tick: called after each batch.
+        processes: among which the tokens are shared out; each gets the sums over all.
         experts: how experts are calibrated; None for the defaults.
 
     Raises:
@@ -303,13 +306,14 @@ def collect_hessians(
     }
     of_experts = _expert_totals(block, experts)
     _accumulate(block, inputs, index, observed, totals, of_experts, tick)
-    weight = sum(stream.weight * stream.tokens for stream in inputs)
+    weight = torch.tensor([stream.weight * stream.tokens for stream in inputs], dtype=torch.float64).sum()
+    processes.add([*totals.values(), weight])
     for name, total in totals.items():
         _check_finite(name, total)
-        total.mul_(2 / weight)
+        total.mul_(2 / float(weight))
     coverage: dict[str, Coverage] = {}
     if of_experts is not None:
-        coverage = _finish_experts(block, inputs, index, experts, of_experts, totals)
+        coverage = _finish_experts(block, inputs, index, experts, of_experts, totals, processes)
     return BlockHessians([totals[f"{block.name}.{group[0][0]}"] for group in block.inputs], coverage)
 
 
@@ -334,16 +338,16 @@ def _expert_totals(block: Block, how: ExpertCalibration, only: Sequence[int] | N
 
 def _finish_experts(
     block: Block, inputs: Sequence[BlockInputs], index: int, how: ExpertCalibration, own: ExpertTotals,
-    totals: dict[str, Tensor],
+    totals: dict[str, Tensor], processes: Processes,
 ) -> dict[str, Coverage]:  # fmt: skip
     """Add the Hessians of experts to the others; those that saw too few tokens see all of them in a second pass."""
-    own.finish()
+    own.finish(processes)
     totals.update(own.totals)
     starved = own.starved()
     shared = _expert_totals(block, replace(how, every_token=True), starved)
     if shared is not None:
         _accumulate(block, inputs, index, {}, {}, shared, lambda: None)
-        shared.finish()
+        shared.finish(processes)
         totals.update(shared.totals)
     coverage = {}
     for number, layers in block.expert_layers().items():

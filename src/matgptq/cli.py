@@ -6,6 +6,7 @@ import signal
 import sys
 
 import typer
+from rich.markup import escape
 
 from matgptq.commands import (
     bench,
@@ -55,7 +56,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except MatGPTQError as error:
-        err_console.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        err_console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -88,7 +89,7 @@ class ProgressBars:
 
     def note(self, message: str) -> None:
         """Print a line above the bars."""
-        self._console.print(f"[yellow]note:[/yellow] {message}", highlight=False)
+        self._console.print(f"[yellow]note:[/yellow] {escape(message)}", highlight=False)
 
     def _finish(self) -> None:
         if self._task is not None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matgptq.distributed import Processes
 from matgptq.experts import Experts
 from matgptq.hessian import accumulate_hessian
 
@@ -164,10 +165,15 @@ class ExpertTotals:
             return []
         return [number for number, count in self.tokens.items() if count < max(1, self._calibration.min_tokens)]
 
-    def finish(self) -> None:
-        """Turn sums into Hessians, twice the weighted mean of ``x x^T``."""
-        done: set[int] = set()
-        for name, total in self.totals.items():
-            if id(total) not in done and self.weights[name]:
-                total.mul_(2 / self.weights[name])
-                done.add(id(total))
+    def finish(self, processes: Processes) -> None:
+        """Turn sums into Hessians, twice the weighted mean of ``x x^T`` over the tokens of all processes."""
+        unique = [*{id(total): total for total in self.totals.values()}.values()]
+        weights = torch.tensor([*self.weights.values()], dtype=torch.float64)
+        tokens = torch.tensor([*self.tokens.values()])
+        processes.add([*unique, weights, tokens])
+        self.weights = dict(zip(self.weights, weights.tolist(), strict=True))
+        self.tokens = dict(zip(self.tokens, tokens.tolist(), strict=True))
+        of_total = {id(self.totals[name]): weight for name, weight in self.weights.items()}
+        for total in unique:
+            if of_total[id(total)]:
+                total.mul_(2 / of_total[id(total)])

@@ -83,8 +83,9 @@ class Family:
     Attributes:
         model_types: values of ``config.model_type`` that it serves.
         blocks: module path of the list of blocks in the causal language model.
-        inputs: the quantizable layers of a block, grouped by the input they share, in the order of the forward pass.
-            A group is solved as one matrix with one Hessian. In a family with experts, those of a block without any.
+        inputs: the quantizable layers of a block, grouped by the input they share, in the order of the forward pass:
+            what attention reads, its output, what the MLP reads, its output. A group is solved as one matrix with one
+            Hessian. In a family with experts, those of a block without any.
         rotation: what a rotation changes, or the reason why none leaves the model the same.
         experts: where blocks have experts, if the family has such blocks.
     """
@@ -150,6 +151,11 @@ class Family:
         if self.experts is None:
             return []
         return [f"{self.blocks}.{block}.{self.experts.router}" for block in self.expert_groups(layers)]
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The ordinary layers of a block that add to the residual stream."""
+        return tuple(layer for group in self.ordinary_inputs[1::2] for layer in group)
 
 
 _LLAMA_INPUTS = (

@@ -34,6 +34,7 @@ PackedWeight = native.Weight | PlaneWeight
 AnyWeight = NestedWeight | PackedWeight
 Form = Literal["codes", "native", "planes"]
 
+GROUP_UNIT = 32
 # Above this many rows PyTorch's matrix product on dequantized tiles wins; see benchmarks/results/cpu_kernels.json.
 # A float32 product has no matrix unit to run on and loses later than a bfloat16 one.
 FUSED_ROWS = {torch.float32: 32, torch.bfloat16: 16}
@@ -127,6 +128,24 @@ def matmul_shared(x: Tensor, operands: Sequence[Operand], *, activations: Activa
     return [result.view(*x.shape[:-1], result.shape[1]) for result in results]
 
 
+def matmul_joined(x: Tensor, operands: Sequence[Operand], *, activations: Activations = "exact") -> Tensor:
+    """``matmul_shared`` with its results side by side: ``[..., sum of out]``, without a copy where the kernel can."""
+    if len(operands) == 1:
+        return matmul(x, *operands[0], activations=activations)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    packed = all(isinstance(operand.weight, native.Weight) for operand in operands)
+    if not packed or not fuses(Product("native", x.device.type, x.dtype, len(rows), activations)):
+        return torch.cat([matmul(x, *operand, activations=activations) for operand in operands], -1)
+    joined = native.matmul_joined(
+        rows,
+        [operand.weight for operand in operands],  # type: ignore[misc]
+        [operand.bits for operand in operands],
+        [None if operand.bias is None else operand.bias.float() for operand in operands],
+        activations=activations,
+    )
+    return joined.view(*x.shape[:-1], joined.shape[1])
+
+
 def fuses(product: Product) -> bool:
     """Whether a product runs on the fused kernel, which takes several weights in one call."""
     return choose(product).run is _run_fused
@@ -181,6 +200,13 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in FUSED_ROWS:
         return f"the native kernels compute in float32 and bfloat16, not in {dtype}"
     return None if native.available() else native.reason()
+
+
+def group_obstacle(group_size: int, in_features: int) -> str | None:
+    """Why weights with groups of this size cannot be packed; None if they can."""
+    if group_size % GROUP_UNIT == 0 or group_size == in_features:
+        return None
+    return f"the kernels take groups that are multiples of {GROUP_UNIT}, or one per row, not groups of {group_size}"
 
 
 def new_arena(device: torch.device) -> native.Arena | None:

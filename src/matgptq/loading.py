@@ -86,7 +86,7 @@ def load(
         raise CheckpointError(f"{path}: has no quantization_config, so it is not a matgptq checkpoint")
     settings = parse_settings(record, f"{path}/config.json")
     if settings.is_slice:
-        _check_held(path, settings, bits, allocation or {})
+        check_held(path, settings, bits, allocation or {})
     elif bits is not None:
         record["bits"] = bits
     stored = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
@@ -115,7 +115,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise SourceError(f"{path}: transformers cannot read its config: {error}") from error
 
 
-def _check_held(path: str | Path, settings: Settings, bits: int | None, allocation: Mapping[str, int]) -> None:
+def check_held(path: str | Path, settings: Settings, bits: int | None, allocation: Mapping[str, int]) -> None:
     """Refuse widths that a slice does not hold."""
     held = f"{settings.bits} bits" if not settings.layer_bits else f"one allocation, {settings.bits} bits and others"
     advice = f"{path}: holds only the slice of {held}; load the checkpoint that it was exported from"

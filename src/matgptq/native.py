@@ -207,6 +207,31 @@ def _expect(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...
     return tensor.contiguous()
 
 
+def spread_threads(num_threads: int | None = None) -> None:
+    """Start the library's threads and let them run wherever OpenMP's threads of this process do.
+
+    Servers bind each OpenMP thread, the calling one among them, to a processor of its own (``GOMP_CPU_AFFINITY``,
+    ``KMP_AFFINITY``; vLLM does). A new thread inherits the caller's binding, so without this all of ours would share
+    that one processor. Does nothing where threads cannot be bound.
+
+    Args:
+        num_threads: default ``torch.get_num_threads()``.
+    """
+    tasks = Path("/proc/self/task")
+    if _threads(num_threads) == 1 or not tasks.exists():
+        return
+    own = len(os.sched_getaffinity(0))
+    torch.empty(1 << 20).fill_(0)  # starts OpenMP's threads, if nothing has
+    masks = [os.sched_getaffinity(int(task.name)) for task in tasks.iterdir()]
+    processors = set().union(*(mask for mask in masks if len(mask) <= own))
+    before = {task.name for task in tasks.iterdir()}
+    rows = 256 * _threads(num_threads)
+    weight = pack_slice(torch.zeros(rows, 32, dtype=torch.uint8), torch.ones(rows, 1), 8)
+    matmul(torch.zeros(1, 32), weight, num_threads=num_threads)
+    for name in {task.name for task in tasks.iterdir()} - before:
+        os.sched_setaffinity(int(name), processors)
+
+
 class Arena:
     """Memory shared by many weights: large blocks aligned to 2 MB, advised for huge pages.
 
@@ -430,29 +455,63 @@ def matmul_many(
     Returns:
         One ``[..., out]`` tensor of x's dtype per weight.
     """
-    library = _require()
+    rows = _rows_of(x, activations)
+    results = [x.new_empty((len(rows), weight.out_features)) for weight in weights]
+    _multiply(rows, weights, bits, biases, results, activations, num_threads)
+    if x.ndim == 2:
+        return results
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in results]
+
+
+def matmul_joined(
+    x: Tensor,
+    weights: Sequence[Weight],
+    bits: Sequence[int | None] | int | None = None,
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    activations: Activations = "exact",
+    num_threads: int | None = None,
+) -> Tensor:
+    """``matmul_many`` with its results side by side: one ``[..., sum of out]`` tensor."""
+    rows = _rows_of(x, activations)
+    joined = x.new_empty((len(rows), sum(weight.out_features for weight in weights)))
+    results = torch.split(joined, [weight.out_features for weight in weights], 1)
+    _multiply(rows, weights, bits, biases, results, activations, num_threads)
+    return joined if x.ndim == 2 else joined.view(*x.shape[:-1], joined.shape[1])
+
+
+def _rows_of(x: Tensor, activations: Activations) -> Tensor:
+    """``x`` as ``[rows, in]`` with adjacent columns, if the library can multiply it."""
     if x.device.type != "cpu":
         raise ConfigurationError(f"x must be on the CPU, not on {x.device}")
-    dtype = _DTYPES.get(x.dtype)
-    if dtype is None:
+    if x.dtype not in _DTYPES:
         raise ConfigurationError(f"x must be torch.float32 or torch.bfloat16, not {x.dtype}")
     if activations not in _ACTIVATIONS:
         raise ConfigurationError(f"activations must be 'exact' or 'int8', not {activations!r}")
     if x.ndim == 0:
         raise ConfigurationError("x must have at least one dimension")
-    in_features = x.shape[-1]
+    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _multiply(
+    rows: Tensor,
+    weights: Sequence[Weight],
+    bits: Sequence[int | None] | int | None,
+    biases: Sequence[Tensor | None] | None,
+    results: Sequence[Tensor],
+    activations: Activations,
+    num_threads: int | None,
+) -> None:
+    """Fill ``results``, one ``[rows, out]`` per weight with adjacent columns."""
     widths = [bits] * len(weights) if bits is None or isinstance(bits, int) else list(bits)
     added = [None] * len(weights) if biases is None else list(biases)
     if len(widths) != len(weights) or len(added) != len(weights):
         raise ConfigurationError(f"{len(weights)} weights need as many bits and biases")
-    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), in_features)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    batch = rows.shape[0]
+    batch, in_features = rows.shape
     products = (_Product * len(weights))()
-    results: list[Tensor] = []
     alive: list[Tensor] = []
-    for product, weight, width, bias in zip(products, weights, widths, added, strict=True):
+    for product, weight, width, bias, y in zip(products, weights, widths, added, results, strict=True):
         if weight.in_features != in_features:
             raise ConfigurationError(f"x has {in_features} features, the weight takes {weight.in_features}")
         product.weight = weight._handle
@@ -461,12 +520,11 @@ def matmul_many(
             bias = _expect(bias, "bias", torch.float32, (weight.out_features,))
             alive.append(bias)
             product.bias = bias.data_ptr()
-        y = x.new_empty((batch, weight.out_features))
         product.y = y.data_ptr()
-        product.y_stride = weight.out_features
-        results.append(y)
+        product.y_stride = y.stride(0)
+    dtype = _DTYPES[rows.dtype]
     _check(
-        library.matgptq_matmul(
+        _require().matgptq_matmul(
             rows.data_ptr(),
             dtype,
             rows.stride(0),
@@ -479,9 +537,6 @@ def matmul_many(
             _threads(num_threads),
         )
     )
-    if x.ndim == 2:
-        return results
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in results]
 
 
 def dequantize_rows(

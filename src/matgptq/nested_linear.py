@@ -272,7 +272,7 @@ def pack_layers(
     arena = kernels.new_arena(next(iter(layers.values())).codes.device) if layers else None
     packed = {}
     for name, layer in layers.items():
-        if layer.group_size % 32 and layer.group_size != layer.in_features:
+        if kernels.group_obstacle(layer.group_size, layer.in_features) is not None:
             continue
         layer.pack(arena, resident=resident)
         layer.activations = activations

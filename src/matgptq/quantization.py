@@ -30,12 +30,14 @@ from matgptq.checkpoint import (
     read_layer,
 )
 from matgptq.devices import resolve_device, resolve_dtype
+from matgptq.distributed import Processes, assign, local_device, processes
 from matgptq.expert_hessians import Coverage, ExpertCalibration
 from matgptq.experts import check_expert_tensors, unfuse_experts
 from matgptq.families import Family, find_family
 from matgptq.fingerprint import fingerprint_data, fingerprint_model, fingerprint_software
 from matgptq.format import Settings
 from matgptq.kept_tensors import ROTATED_DTYPE, KeptTensors, find_kept, read_kept
+from matgptq.nested_weight import NestedWeight
 from matgptq.plan import CalibrationRequest, Plan, make_plan
 from matgptq.progress import Progress, Silent
 from matgptq.recipe import Recipe, make_recipe
@@ -125,7 +127,7 @@ def quantize(
         method, bits, bit_weights, quality, group_size=group_size, damping=damping, seed=seed, **ingredients
     )
     default_bits = check_bits(recipe.target_bits[-1] if default_bits is None else default_bits)
-    run_device = resolve_device(device)
+    run_device = local_device(resolve_device(device))
     destination = Path(out)
     committed = resume and WorkDirectory.is_committed(destination)
     if not committed:
@@ -147,22 +149,28 @@ def quantize(
         "shard_bytes": shard_bytes,
         "software": fingerprint_software(run_device),
     }
-    with WorkDirectory(destination, identity, resume=resume) as work:
+    with (
+        processes(run_device) as together,
+        WorkDirectory(destination, identity, resume=resume, processes=together) as work,
+    ):
+        if not together.is_first:
+            progress = Silent()
         try:
-            if committed and work.is_same:
+            if together.send_text("done" if committed and work.is_same else "", 0):
                 report = Report.from_dict(json.loads((destination / REPORT_NAME).read_text(encoding="utf-8")))
             else:
-                check_destination(destination, force=force)
+                if together.is_first:
+                    check_destination(destination, force=force)
                 prepared = prepare(
                     source, recipe, request, ignore=tuple(ignore), device=run_device, dtype=run_dtype,
                     activations=activations,
                 )  # fmt: skip
                 check_requirements(prepared.needs, destination)
                 clock.lap("load")
-                run = _Run(prepared, recipe, request, work, clock, progress)
+                run = _Run(prepared, recipe, request, work, together, clock, progress)
                 report = run.quantize(destination, default_bits, wandb_project, force=force, shard_bytes=shard_bytes)
                 del run, prepared
-            if recipe.tuned_bits:
+            if recipe.tuned_bits and together.is_first:
                 # The checkpoint stands already: if this is interrupted, `matgptq refine` goes on, too.
                 tuned = refine(
                     out,
@@ -178,6 +186,7 @@ def quantize(
                 )
                 report.refinement = {str(result.bits): result for result in tuned}
                 clock.lap("tune")
+            together.wait()
         except (KeyboardInterrupt, SystemExit):
             progress.note(work.kept)
             raise
@@ -286,9 +295,11 @@ class _Run:
         recipe: Recipe,
         request: CalibrationRequest,
         work: WorkDirectory,
+        together: Processes,
         clock: _Clock,
         progress: Progress,
     ) -> None:
+        self.together = together
         self.source = prepared.source
         self.residency = prepared.residency
         self.network = prepared.residency.network
@@ -310,18 +321,16 @@ class _Run:
         if self.work.finished_blocks:
             self.progress.note(f"going on after {self.work.finished_blocks} finished blocks in {self.work.path}")
         work, recipe = self.work, self.recipe
-        writer = CheckpointWriter(destination, force=force, shard_bytes=shard_bytes, staging=work.staging)
-        with writer:
+        if not self.together.is_first:
+            windows, calibration = self._calibration_windows()
+            self._rotate()
+            return Report(str(destination), recipe.to_dict(), calibration, [*self._quantize_blocks(windows)])
+        with CheckpointWriter(destination, force=force, shard_bytes=shard_bytes, staging=work.staging) as writer:
             # before the long part: what cannot be read is better known now
             _copy_side_files(writer, self.source, self.network)
             windows, calibration = self._calibration_windows()
             self.clock.lap("calibration text")
-            if recipe.rotate:
-                self.progress.start("rotate", 1)
-                family = find_family(self.network.config.model_type)
-                change = rotate_model(self.residency, family, self.plan.blocks, recipe.seed)
-                self.progress.note(f"rotated; rounding changes the full model's logits by {change:.1e}")
-                self.clock.lap("rotate")
+            self._rotate()
             report = Report(str(destination), recipe.to_dict(), calibration)
             described = {"model": self.source.name, "recipe": report.recipe, "calibration": calibration}
             with RunLog(work.path / LOG_NAME, described, wandb_project=wandb_project) as log:
@@ -340,6 +349,14 @@ class _Run:
             writer.commit()
         work.drop_blocks()
         return report
+
+    def _rotate(self) -> None:
+        if self.recipe.rotate:
+            self.progress.start("rotate", 1)
+            family = find_family(self.network.config.model_type)
+            change = rotate_model(self.residency, family, self.plan.blocks, self.recipe.seed)
+            self.progress.note(f"rotated; rounding changes the full model's logits by {change:.1e}")
+            self.clock.lap("rotate")
 
     def _calibration_windows(self) -> tuple[Tensor | None, dict[str, Any]]:
         """Token windows (None if the recipe needs none) and the record of them."""
@@ -393,7 +410,9 @@ class _Run:
         plan, work, progress = self.plan, self.work, self.progress
         inputs = [] if windows is None else self._block_inputs(windows)
         finished = work.finished_blocks
-        boundaries = Boundaries(work.path / "states")
+        # Each process has the states of its own windows; with another number of processes they are of no use.
+        of_processes = f"states-{self.together.rank + 1}-of-{self.together.count}"
+        boundaries = Boundaries(work.path / of_processes)
         restored = self._restore(inputs, boundaries, finished)
         batches = sum(len(stream.hidden) for stream in inputs)
         progress.start("quantize blocks", (3 * batches or 1) * len(plan.blocks))
@@ -423,23 +442,30 @@ class _Run:
 
     def _block_inputs(self, windows: Tensor) -> list[BlockInputs]:
         """Calibration windows, and one-token sequences that give first positions the recipe's weight."""
-        recipe, blocks, network = self.recipe, self.plan.blocks, self.network
+        recipe, blocks, network, together = self.recipe, self.plan.blocks, self.network, self.together
+        mine = together.share(len(windows))
         weights: dict[str, Tensor] = {}
         if recipe.saliency:
 
             def make() -> dict[str, Tensor]:
-                self.progress.start("saliency of tokens", 2 * len(windows) * len(blocks))
-                saliency = token_saliency(self.residency, blocks, windows, recipe.seed, self.progress.advance)
+                own = windows[mine]
+                self.progress.start("saliency of tokens", 2 * len(own) * len(blocks))
+                saliency = token_saliency(
+                    self.residency, blocks, own, recipe.seed, self.progress.advance, first_window=mine.start
+                )
+                saliency = {name: together.join_rows(rows, len(windows)) for name, rows in saliency.items()}
                 return token_weights(saliency, blocks, recipe.saliency)
 
-            weights = self.work.kept_or_made("token_weights.safetensors", make)
+            weights = self.work.kept_or_made("token_weights.safetensors", make, together=True)
+            weights = {name: rows[mine] for name, rows in weights.items()}
             self.clock.lap("saliency")
-        inputs = [capture_inputs(network, blocks, windows, token_weights=weights)]
+        inputs = [capture_inputs(network, blocks, windows[mine], token_weights=weights)]
         if recipe.sink_weight > 1:
             bos = getattr(network.config, "bos_token_id", None)
             first = first_tokens(windows, _FIRST_TOKENS, bos, recipe.seed)
             # Each window has its first position in it once already.
             weight = (recipe.sink_weight - 1) * len(windows) / len(first)
+            first = first[together.share(len(first))]
             inputs.append(capture_inputs(network, blocks, first, batch=len(first), weight=weight))
         return inputs
 
@@ -468,14 +494,24 @@ class _Run:
         if inputs:
             recipe = self.recipe
             how = ExpertCalibration(recipe.min_expert_tokens, recipe.all_experts, recipe.saliency)
-            seen = collect_hessians(block, inputs, index, self.progress.advance, how)
+            seen = collect_hessians(block, inputs, index, self.progress.advance, self.together, how)
             hessians, coverage = [*seen.matrices], seen.coverage
             self._note_starved(block, coverage)
         tensors: dict[str, Tensor] = {}
         reports: list[LayerReport] = []
-        for group, hessian in zip(block.inputs, hessians, strict=True):
-            layers = [(f"{block.name}.{path}", layer) for path, layer in group]
-            reports += self._quantize_layers(layers, hessian, coverage.get(layers[0][0]), tensors)
+        costs = [sum(layer.weight.numel() for _, layer in group) for group in block.inputs]
+        owners = assign(costs, self.together.count)
+        solved: dict[int, tuple[list[NestedWeight], list[LayerReport]]] = {}
+        named = [[(f"{block.name}.{path}", layer) for path, layer in group] for group in block.inputs]
+        for number, (layers, hessian, owner) in enumerate(zip(named, hessians, owners, strict=True)):
+            if owner == self.together.rank:
+                solved[number] = self._solve_layers(layers, hessian, coverage.get(layers[0][0]))
+        for number, (layers, owner) in enumerate(zip(named, owners, strict=True)):
+            weights, group_reports = self._exchange(layers, solved.get(number), owner)
+            for (name, layer), weight in zip(layers, weights, strict=True):
+                tensors.update(layer_tensors(name, weight))
+                layer.weight.data = weight.dequantize(self.recipe.propagated_bits, layer.weight.dtype)
+            reports += group_reports
         tensors.update(read_kept(self.source, self.network, self.kept.by_block[index]))
         self.work.finish_block(index, tensors, {"layers": [asdict(report) for report in reports]})
         return reports
@@ -494,14 +530,10 @@ class _Run:
                 f"on all tokens, fewer than {self.recipe.min_expert_tokens} reached them: {listed}"
             )
 
-    def _quantize_layers(
-        self,
-        layers: list[tuple[str, nn.Linear]],
-        hessian: Tensor | None,
-        coverage: Coverage | None,
-        tensors: dict[str, Tensor],
-    ) -> Iterator[LayerReport]:
-        """Solve layers that share an input as one stack, and leave the quantized weights in the model."""
+    def _solve_layers(
+        self, layers: list[tuple[str, nn.Linear]], hessian: Tensor | None, coverage: Coverage | None
+    ) -> tuple[list[NestedWeight], list[LayerReport]]:
+        """Solve layers that share an input as one stack."""
         started = time.monotonic()
         plan, recipe = self.plan, self.recipe
         sizes = [layer.out_features for _, layer in layers]
@@ -509,16 +541,15 @@ class _Run:
         solution = solve(torch.cat([layer.weight for _, layer in layers]), hessian, recipe, group_size)
         seconds = time.monotonic() - started
         first = 0
-        for (name, layer), weight in zip(layers, solution.weight.split_rows(sizes), strict=True):
+        reports = []
+        for name, layer in layers:
             rows = slice(first, first + layer.out_features)
             first = rows.stop
-            tensors.update(layer_tensors(name, weight))
-            layer.weight.data = weight.dequantize(recipe.propagated_bits, layer.weight.dtype)
             if solution.rounded_to_nearest:
                 self.progress.note(f"{name}: the Hessian could not be factored, rounded to nearest")
             elif solution.damping_steps:
                 self.progress.note(f"{name}: damping raised to {solution.damping:g}")
-            yield LayerReport(
+            report = LayerReport(
                 name=name,
                 shape=(layer.out_features, layer.in_features),
                 group_size=group_size,
@@ -531,6 +562,41 @@ class _Run:
                 expert_tokens=None if coverage is None else coverage.tokens,
                 shared_hessian=coverage is not None and coverage.shared,
             )
+            reports.append(report)
+        return solution.weight.split_rows(sizes), reports
+
+    def _exchange(
+        self,
+        layers: list[tuple[str, nn.Linear]],
+        solved: tuple[list[NestedWeight], list[LayerReport]] | None,
+        owner: int,
+    ) -> tuple[list[NestedWeight], list[LayerReport]]:
+        """What the process that solved some layers found, on every process."""
+        if self.together.count == 1:
+            assert solved is not None
+            return solved
+        text = ""
+        if solved is not None:
+            widths = sorted(solved[0][0].scales)
+            text = json.dumps({"scale_bits": widths, "reports": [asdict(report) for report in solved[1]]})
+        record = json.loads(self.together.send_text(text, owner))
+        weights = []
+        for number, (_, layer) in enumerate(layers):
+            if solved is not None:
+                weight = solved[0][number]
+            else:
+                groups = layer.in_features // self.plan.layers[layers[0][0]].group_size
+                weight = NestedWeight(
+                    layer.weight.new_empty(layer.weight.shape, dtype=torch.uint8),
+                    {
+                        bits: layer.weight.new_empty(layer.out_features, groups, dtype=torch.float32)
+                        for bits in record["scale_bits"]
+                    },
+                )
+            codes, scales = weight.codes.contiguous(), {bits: s.contiguous() for bits, s in weight.scales.items()}
+            self.together.send([codes, *(scales[bits] for bits in record["scale_bits"])], owner)
+            weights.append(NestedWeight(codes, scales))
+        return weights, [LayerReport.from_dict(report) for report in record["reports"]]
 
     def _finished_reports(self, index: int) -> list[LayerReport]:
         return [LayerReport.from_dict(record) for record in self.work.block_record(index)["layers"]]

@@ -33,6 +33,7 @@ def token_saliency(
     tick: Callable[[], None] = lambda: None,
     *,
     most_bytes: int = 1 << 29,
+    first_window: int = 0,
 ) -> dict[str, Tensor]:
     """Squared gradient norms of all quantizable layers' outputs.
 
@@ -47,6 +48,7 @@ def token_saliency(
         windows: int64 ``[n, seqlen]``.
         seed: of the drawn tokens.
         tick: called for each window after each block, there and back.
+        first_window: number of the first of these windows among all; each draws its tokens by a seed of its own.
         most_bytes: of what is kept of some windows between the blocks; at least one window is taken.
 
     Returns:
@@ -56,7 +58,6 @@ def token_saliency(
     network = residency.network
     names = [name for block in blocks for name, _ in block.outputs()]
     saliency = {name: torch.zeros(windows.shape, dtype=torch.float32) for name in names}
-    generator = torch.Generator(network.device).manual_seed(seed)
     head = output_head(network, blocks)
     width = network.get_input_embeddings().weight.shape[1]
     of_one_window = windows.shape[1] * width * network.dtype.itemsize * (len(blocks) + 1)
@@ -68,7 +69,8 @@ def token_saliency(
         for first in range(0, len(windows), together):
             part = windows[first : first + together]
             rows = {name: values[first : first + together] for name, values in saliency.items()}
-            _see_part(residency, blocks, part, rows, head, generator, tick)
+            seeds = [_window_seed(seed, first_window + first + number) for number in range(len(part))]
+            _see_part(residency, blocks, part, rows, head, seeds, tick)
     return saliency
 
 
@@ -78,7 +80,7 @@ def _see_part(
     windows: Tensor,
     saliency: Mapping[str, Tensor],
     head: OutputHead,
-    generator: torch.Generator,
+    seeds: Sequence[int],
     tick: Callable[[], None],
 ) -> None:
     inputs = capture_inputs(residency.network, blocks, windows)
@@ -87,7 +89,8 @@ def _see_part(
         with residency.present(block), torch.no_grad():
             states.append([_ticked(run_block(block, hidden, arguments), tick) for hidden in states[-1]])
     gradients = []
-    for hidden in states.pop():
+    for hidden, seed in zip(states.pop(), seeds, strict=True):
+        generator = torch.Generator(hidden.device).manual_seed(seed)
         with torch.enable_grad():
             last = hidden.requires_grad_()
             entering = complete(residency.network, blocks, last)
@@ -101,6 +104,11 @@ def _see_part(
                     run_block(block, entered, arguments).backward(gradients[number])  # type: ignore[no-untyped-call]
                 gradients[number] = _gradient(entered)
                 tick()
+
+
+def _window_seed(seed: int, window: int) -> int:
+    """Different for each window, and independent of how windows are shared out."""
+    return seed * 1_000_003 + window
 
 
 def _ticked(output: Tensor, tick: Callable[[], None]) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from matgptq.atomic_files import write_text
 from matgptq.checkpoint import disk_errors
+from matgptq.distributed import ALONE, Processes
 from matgptq.errors import CheckpointError, ConfigurationError
 
 try:
@@ -52,21 +53,32 @@ class WorkDirectory:
         destination: the checkpoint that will be made.
         identity: JSON-ready; everything that the result depends on.
         resume: go on with what is there; otherwise it is thrown away.
+        processes: that work on the same run. Only the first writes; the others read what it wrote.
 
     Raises:
         ConfigurationError: what is there belongs to a run with other arguments or inputs; names them.
         CheckpointError: another process works there, or it cannot be written.
     """
 
-    def __init__(self, destination: Path, identity: Mapping[str, Any], *, resume: bool = True) -> None:
+    def __init__(
+        self, destination: Path, identity: Mapping[str, Any], *, resume: bool = True, processes: Processes = ALONE
+    ) -> None:
         destination = Path(os.path.abspath(destination))
         self.path = work_path(destination)
         self._destination = destination
         self._identity = json.loads(json.dumps(identity))  # as it will be read: no tuples, keys are text
         self._resume = resume
+        self._processes = processes
+        self.is_same = False
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> WorkDirectory:
+        if self._processes.is_first:
+            self._open()
+        self._processes.wait()
+        return self
+
+    def _open(self) -> None:
         with disk_errors(self._destination):
             existed = self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -76,13 +88,13 @@ class WorkDirectory:
             self._empty()
         shutil.rmtree(self.staging, ignore_errors=True)
         write_text(self.path / _RUN, json.dumps(self._identity, indent=2) + "\n")
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        if self._lock is None:
+            return
+        self._lock.close()
         shutil.rmtree(self.staging, ignore_errors=True)
         if kind is None or not (self.finished_blocks or (self.path / _COMMITTED).exists()):
             shutil.rmtree(self.path, ignore_errors=True)
@@ -133,6 +145,8 @@ class WorkDirectory:
             tensors: all that the output will have of it.
             record: JSON-ready; what happened to its layers.
         """
+        if not self._processes.is_first:
+            return
         self.keep(self.block_file(index).name, tensors)
         write_text(self._record(index), json.dumps(record) + "\n")
 
@@ -151,11 +165,24 @@ class WorkDirectory:
                 os.fsync(handle.fileno())
             os.replace(beside, file)
 
-    def kept_or_made(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors that were kept under a name, or else made now and kept."""
+    def kept_or_made(
+        self, name: str, make: Callable[[], Mapping[str, Tensor]], *, together: bool = False
+    ) -> dict[str, Tensor]:
+        """Tensors that were kept under a name, or else made now and kept.
+
+        Args:
+            name: of the file.
+            make: makes them; called by the first process, or by all.
+            together: all processes make them.
+        """
         file = self.path / name
-        if not file.is_file():
-            self.keep(name, make())
+        missing = not file.is_file()
+        self._processes.wait()  # all have looked before one writes
+        if missing and (together or self._processes.is_first):
+            made = make()
+            if self._processes.is_first:
+                self.keep(name, made)
+        self._processes.wait()
         try:
             tensors: dict[str, Tensor] = load_file(file)
         except SafetensorError as error:
@@ -166,6 +193,7 @@ class WorkDirectory:
         """Keep a line of text; None reads what was kept."""
         if text is not None:
             write_text(self.path / name, text)
+        self._processes.wait()
         return (self.path / name).read_text(encoding="utf-8")
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from matgptq.commands.options import (
     ActivationsOption,
@@ -163,7 +164,7 @@ def evaluate(
         from matgptq.plotting import plot_widths
 
         plot_widths(evaluation.results, plot, f"{checkpoint.name}: every width of one checkpoint")
-        out_console.print(f"plot saved to {plot}", highlight=False)
+        out_console.print(f"plot saved to {plot}", markup=False, highlight=False)
 
 
 def _evaluate_tasks(
@@ -196,7 +197,7 @@ def _keep(checkpoint: Path, evaluation: Evaluation | TaskEvaluation, no_record: 
         CheckpointError,
         AllocationError,
     ) as error:  # the figures are on the screen; a directory may well be read-only
-        err_console.print(f"[yellow]note:[/yellow] the results are not recorded: {error}", highlight=False)
+        err_console.print(f"[yellow]note:[/yellow] the results are not recorded: {escape(str(error))}", highlight=False)
 
 
 def _parse_windows(text: str | None) -> int | Literal["all"] | None:

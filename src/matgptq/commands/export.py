@@ -50,6 +50,6 @@ def export(
             force=force,
             progress=progress,
         )
-    out_console.print(f"{format}, {megabytes(report.bytes)}; saved to {out}", highlight=False)
-    out_console.print(f"check it: matgptq verify {out} --against {checkpoint}", highlight=False)
+    out_console.print(f"{format}, {megabytes(report.bytes)}; saved to {out}", markup=False, highlight=False)
+    out_console.print(f"check it: matgptq verify {out} --against {checkpoint}", markup=False, highlight=False)
     write_json(json_file, report.to_dict())

@@ -51,5 +51,5 @@ def import_reference(
             progress=progress,
         )
     out_console.print(size_table(open_checkpoint(out)))
-    out_console.print(f"{len(report.layers)} layers imported; saved to {out}", highlight=False)
+    out_console.print(f"{len(report.layers)} layers imported; saved to {out}", markup=False, highlight=False)
     write_json(json_file, report.to_dict())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from matgptq.commands.options import JsonOption, examples, out_console, write_json
 from matgptq.errors import ConfigurationError
@@ -35,8 +36,14 @@ def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
     from matgptq.allocation_store import stored_allocations
     from matgptq.checkpoint import open_checkpoint
     from matgptq.console import allocations_table, recipe_lines, size_table
+    from matgptq.errors import UnsupportedModelError
+    from matgptq.tensor_parallel import fitting_sizes
 
     opened = open_checkpoint(checkpoint, slices=True)
+    try:
+        ranks = fitting_sizes(opened.config, opened.layers)
+    except UnsupportedModelError:
+        ranks = None
     settings = opened.settings
     out_console.print(size_table(opened))
     sizes = sorted({layer.group_size for layer in opened.layers.values()})
@@ -46,11 +53,12 @@ def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
         "layers": f"{len(opened.layers)} quantized, {opened.quantized_weights:,} weights; kept: "
         + (", ".join(settings.ignore) or "none"),
         "group sizes": ", ".join(map(str, sizes)),
+        "tensor-parallel sizes": ", ".join(map(str, ranks)) if ranks else "not known for this architecture",
         "recipe": recipe_lines(settings.recipe),
         "calibration": recipe_lines(settings.calibration) or "none",
     }
     for name, fact in facts.items():
-        out_console.print(f"[bold]{name}[/bold]: {fact}", highlight=False)
+        out_console.print(f"[bold]{name}[/bold]: {escape(str(fact))}", highlight=False)
     allocations = stored_allocations(opened)
     if allocations:
         out_console.print(allocations_table(allocations, opened.identity))
@@ -64,6 +72,7 @@ def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
             "identity": opened.identity,
             "quantization_config": settings.to_dict(),
             "widths": records,
+            "tensor_parallel_sizes": ranks,
             "allocations": allocations,
         },
     )

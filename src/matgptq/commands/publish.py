@@ -29,7 +29,7 @@ def card(
     file = write_card(checkpoint, name=name)
     if not any(read_record(open_checkpoint(checkpoint, slices=True)).values()):
         err_console.print("[yellow]note:[/yellow] no figures to show yet; `matgptq eval` records them", highlight=False)
-    out_console.print(f"saved to {file}", highlight=False)
+    out_console.print(f"saved to {file}", markup=False, highlight=False)
 
 
 def push(
@@ -43,4 +43,4 @@ def push(
     from matgptq.publishing import push
 
     url = push(checkpoint, repository, private=private or None, revision=revision, message=message)
-    out_console.print(f"pushed: {url}", highlight=False)
+    out_console.print(f"pushed: {url}", markup=False, highlight=False)

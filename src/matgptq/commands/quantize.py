@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ EPILOG = examples(
     "matgptq quantize ./model -o out --bits 2,3,4,8 --group-size 64 --dataset c4 --nsamples 128",
     "matgptq quantize ./model -o out --quality best",
     "matgptq quantize ./model -o out4 --method gptq --bits 4",
+    "torchrun --nproc-per-node 4 -m matgptq quantize ./model -o out --dataset c4",
 )
 
 
@@ -135,12 +137,14 @@ def quantize(
             progress=progress,
             **ingredients,
         )
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first speaks
+        return
     out_console.print(error_table(report.layers, every_layer=every_layer))
     out_console.print(size_table(open_checkpoint(out)))
     if report.refinement:
         out_console.print(refinement_table([*report.refinement.values()]))
     out_console.print(report_summary(report), highlight=False)
-    out_console.print(f"saved to {out}", highlight=False)
+    out_console.print(f"saved to {out}", markup=False, highlight=False)
     write_json(json_file, report.to_dict())
 
 

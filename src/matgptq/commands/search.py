@@ -106,11 +106,11 @@ def search(
         )
     out_console.print(search_table(result))
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in result.seconds.items())
-    out_console.print(f"{result.tokens_scored:,} tokens scored; time: {seconds}", highlight=False)
-    out_console.print(f"saved in {checkpoint / 'allocations'}", highlight=False)
+    out_console.print(f"{result.tokens_scored:,} tokens scored; time: {seconds}", markup=False, highlight=False)
+    out_console.print(f"saved in {checkpoint / 'allocations'}", markup=False, highlight=False)
     write_json(json_file, result.to_dict())
     if plot is not None:
         from matgptq.plotting import plot_search
 
         plot_search(result, plot, f"{checkpoint.name}: a width for every layer")
-        out_console.print(f"plot saved to {plot}", highlight=False)
+        out_console.print(f"plot saved to {plot}", markup=False, highlight=False)

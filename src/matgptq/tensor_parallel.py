@@ -1,0 +1,54 @@
+"""Which tensor-parallel sizes a checkpoint can be served with: numbers in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matgptq.checkpoint import LayerInfo
+from matgptq.families import find_family
+
+
+def shard_obstacle(in_features: int, group_size: int, ranks: int) -> str | None:
+    """Why a layer cannot be cut along its input features into ``ranks`` shards; None if it can.
+
+    A scale serves ``group_size`` columns, and no two ranks can share one.
+    """
+    if in_features % ranks:
+        return f"{ranks} ranks do not divide its {in_features} input features"
+    columns = in_features // ranks
+    if columns % group_size:
+        share = f"{ranks} ranks would get {columns} of its {in_features} input features each"
+        return f"{share}, which splits a group of {group_size}"
+    return None
+
+
+def fitting_sizes(config: Mapping[str, Any], layers: Mapping[str, LayerInfo]) -> list[int]:
+    """Tensor-parallel sizes that fit, 1 among them.
+
+    Attention heads and the rows of MLP layers are dealt out to the ranks; key and value heads, too, or else each is
+    repeated on several ranks; the layers that add to the residual stream are cut along their input features. That is
+    how vLLM shards the architectures of ``matgptq.families``.
+
+    Args:
+        config: parsed ``config.json``.
+        layers: shapes and group sizes of the quantized layers.
+
+    Raises:
+        UnsupportedModelError: an architecture that is no entry of ``matgptq.families``.
+    """
+    family = find_family(str(config.get("model_type")))
+    heads = int(config["num_attention_heads"])
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    cut = tuple(f".{layer}" for layer in family.writers)
+    inputs = {(info.in_features, info.group_size) for name, info in layers.items() if name.endswith(cut)}
+    dealt = tuple(f".{layer}" for layer in family.inputs[2])
+    rows = {info.out_features for name, info in layers.items() if name.endswith(dealt)}
+    return [
+        ranks
+        for ranks in range(1, heads + 1)
+        if heads % ranks == 0
+        and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+        and all(out_features % ranks == 0 for out_features in rows)
+        and all(shard_obstacle(*shape, ranks) is None for shape in inputs)
+    ]

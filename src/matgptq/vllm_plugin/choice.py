@@ -1,0 +1,85 @@
+"""What to serve: the wishes of whoever started vLLM, checked against the checkpoint. Knows nothing of vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+
+from matgptq.allocation_store import find_allocation
+from matgptq.checkpoint import Checkpoint
+from matgptq.errors import ConfigurationError
+from matgptq.kernels import Activations
+from matgptq.loading import check_held
+from matgptq.slicing import check_bits
+
+BITS = "MATGPTQ_BITS"
+ALLOCATION = "MATGPTQ_ALLOCATION"
+ACTIVATIONS = "MATGPTQ_ACTIVATIONS"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked for at start.
+
+    Attributes:
+        bits: width of all layers, or of those that the allocation does not name; None for the checkpoint's own.
+        allocation: name of a stored one, a file, or ``{layer: bits}``; None for one width.
+        activations: as in ``matgptq.load``.
+    """
+
+    bits: int | None = None
+    allocation: str | Mapping[str, int] | None = None
+    activations: Activations = "exact"
+
+
+def read_choice(record: Mapping[str, Any], environment: Mapping[str, str]) -> Choice:
+    """Read the wishes from the environment and from a ``quantization_config``.
+
+    Args:
+        record: of ``config.json``, or what ``--hf-overrides`` put in its place; only ``bits``, ``allocation`` and
+            ``activations`` are read.
+        environment: ``MATGPTQ_BITS``, ``MATGPTQ_ALLOCATION`` and ``MATGPTQ_ACTIVATIONS`` take precedence.
+
+    Raises:
+        ConfigurationError: no width from 2 to 8, or another kind of activations.
+    """
+    bits: Any = record.get("bits")
+    if environment.get(BITS):
+        text = environment[BITS].strip()
+        if not text.isdecimal():
+            raise ConfigurationError(f"{BITS} must be a width from 2 to 8, not {text!r}")
+        bits = int(text)
+    allocation = environment.get(ALLOCATION) or record.get("allocation")
+    if allocation is not None and not isinstance(allocation, str | Mapping):
+        raise ConfigurationError(f"allocation must be a name, a file or an object, not {allocation!r}")
+    activations: Any = environment.get(ACTIVATIONS) or record.get("activations", "exact")
+    if activations not in get_args(Activations):
+        raise ConfigurationError(f"{ACTIVATIONS} must be exact or int8, not {activations!r}")
+    return Choice(None if bits is None else check_bits(bits), allocation, activations)
+
+
+class ServedLayer(NamedTuple):
+    """One of the checkpoint's layers: the width to serve, and columns per scale."""
+
+    bits: int
+    group_size: int
+
+
+def chosen_layers(choice: Choice, checkpoint: Checkpoint) -> dict[str, ServedLayer]:
+    """What to serve of every layer.
+
+    Raises:
+        AllocationError: no such allocation, or one for another checkpoint, or a width that a slice does not hold.
+    """
+    settings = checkpoint.settings
+    allocation: dict[str, int] = {}
+    if choice.allocation is not None:
+        allocation = find_allocation(checkpoint, choice.allocation, choice.bits)
+    if settings.is_slice:
+        check_held(checkpoint.path, settings, choice.bits, allocation)
+        allocation = {layer: settings.bits_of(layer) for layer in checkpoint.layers}
+    default = choice.bits or settings.bits
+    return {
+        layer: ServedLayer(allocation.get(layer, default), info.group_size) for layer, info in checkpoint.layers.items()
+    }

@@ -1,0 +1,63 @@
+"""Which tensor-parallel sizes fit: on numbers, and against cutting the matrices."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matgptq.checkpoint import LayerInfo
+from matgptq.errors import UnsupportedModelError
+from matgptq.families import FAMILIES, RotationSites
+from matgptq.tensor_parallel import fitting_sizes, shard_obstacle
+
+
+@given(group_size=st.sampled_from([1, 8, 32, 64]), groups=st.integers(1, 24), ranks=st.integers(1, 24))
+def test_a_shard_holds_whole_groups_or_is_refused(group_size: int, groups: int, ranks: int) -> None:
+    columns = group_size * groups
+    group_of = [column // group_size for column in range(columns)]
+    width, rest = divmod(columns, ranks)
+    shards = [set(group_of[rank * width : (rank + 1) * width]) for rank in range(ranks)]
+    shared = any(a & b for i, a in enumerate(shards) for b in shards[:i])
+    assert (shard_obstacle(columns, group_size, ranks) is not None) == (rest != 0 or shared)
+
+
+def _llama(hidden: int, mlp: int, kv: int, group_size: int) -> dict[str, LayerInfo]:
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }
+    return {f"model.layers.0.{name}": LayerInfo(*shape, group_size) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "sizes"),
+    [
+        # SmolLM2-135M: nine heads; nine ranks would split the MLP.
+        ({"num_attention_heads": 9, "num_key_value_heads": 3}, _llama(576, 1536, 192, 64), [1, 3]),
+        # Llama-3.1-8B: 14336 = 112 * 128, so 32 ranks would split groups of 128.
+        ({"num_attention_heads": 32, "num_key_value_heads": 8}, _llama(4096, 14336, 1024, 128), [1, 2, 4, 8, 16]),
+        ({"num_attention_heads": 32, "num_key_value_heads": 8}, _llama(4096, 14336, 1024, 64), [1, 2, 4, 8, 16, 32]),
+        # One scale for a whole row cannot be shared.
+        ({"num_attention_heads": 32}, _llama(4096, 4096, 4096, 4096), [1]),
+        # Three key and value heads on two ranks.
+        ({"num_attention_heads": 6, "num_key_value_heads": 3}, _llama(768, 1536, 384, 64), [1, 3, 6]),
+    ],
+)
+def test_sizes_that_fit(config: dict[str, int], layers: dict[str, LayerInfo], sizes: list[int]) -> None:
+    assert fitting_sizes({"model_type": "llama", **config}, layers) == sizes
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(UnsupportedModelError, match="'mamba'"):
+        fitting_sizes({"model_type": "mamba", "num_attention_heads": 4}, {})
+
+
+def test_layers_that_write_to_the_residual_stream() -> None:
+    for family in FAMILIES:
+        assert len(family.inputs) == 4
+        if isinstance(family.rotation, RotationSites):
+            assert family.writers == family.rotation.writers

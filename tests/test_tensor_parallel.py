@@ -58,6 +58,12 @@ def test_an_unknown_architecture_is_named() -> None:
 
 def test_layers_that_write_to_the_residual_stream() -> None:
     for family in FAMILIES:
-        assert len(family.inputs) == 4
+        assert len(family.inputs) == (2 if "mixtral" in family.model_types else 4)
+        paths = [*family.layers]
+        if family.experts is not None:
+            paths += [path for group in family.experts.inputs(0) for path in group]
+        writers = {path for path in paths if family.writes(path)}
+        assert not any(family.is_hidden(path) for path in writers)
         if isinstance(family.rotation, RotationSites):
-            assert family.writers == family.rotation.writers
+            expected = {path.replace("*", "0") for path in family.rotation.writers}
+            assert writers == expected

@@ -152,10 +152,17 @@ class Family:
             return []
         return [f"{self.blocks}.{block}.{self.experts.router}" for block in self.expert_groups(layers)]
 
-    @property
-    def writers(self) -> tuple[str, ...]:
-        """The ordinary layers of a block that add to the residual stream."""
-        return tuple(layer for group in self.ordinary_inputs[1::2] for layer in group)
+    def writes(self, path: str) -> bool:
+        """Whether a layer, by its path inside the block, adds to the residual stream."""
+        if self.experts is not None and self.experts.belongs(path):
+            return path.endswith(f".{self.experts.down}")
+        return any(path in group for group in self.ordinary_inputs[1::2])
+
+    def is_hidden(self, path: str) -> bool:
+        """Whether a layer, by its path inside the block, makes the hidden channels of an MLP or of an expert."""
+        if self.experts is not None and self.experts.belongs(path):
+            return not path.endswith(f".{self.experts.down}")
+        return any(path in group for group in self.ordinary_inputs[2::2])
 
 
 _LLAMA_INPUTS = (

@@ -40,10 +40,9 @@ def fitting_sizes(config: Mapping[str, Any], layers: Mapping[str, LayerInfo]) ->
     family = find_family(str(config.get("model_type")))
     heads = int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    cut = tuple(f".{layer}" for layer in family.writers)
-    inputs = {(info.in_features, info.group_size) for name, info in layers.items() if name.endswith(cut)}
-    dealt = tuple(f".{layer}" for layer in family.inputs[2])
-    rows = {info.out_features for name, info in layers.items() if name.endswith(dealt)}
+    paths = [(family.place(name)[1], info) for name, info in layers.items()]
+    inputs = {(info.in_features, info.group_size) for path, info in paths if family.writes(path)}
+    rows = {info.out_features for path, info in paths if family.is_hidden(path)}
     return [
         ranks
         for ranks in range(1, heads + 1)

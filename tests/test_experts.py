@@ -267,22 +267,23 @@ def test_an_expert_that_overflows_on_all_tokens_is_rounded_to_nearest(tmp_path, 
     assert any(rounded[0] in note for note in notes)
 
 
-def test_tokens_of_experts_are_weighted_by_saliency_and_router(float32_products):
+@pytest.mark.parametrize("saliency", [0.0, 1.5])
+def test_tokens_of_experts_are_weighted_by_saliency_and_router(saliency, float32_products):
     model, windows = rig(build_model("mixtral", **ONE_BLOCK["mixtral"])), rigged_windows()
     seen = seen_by_router(model, windows)
     other = unfused(model)
     blocks = blocks_of(other)
     weights = torch.rand(windows.shape, generator=torch.Generator().manual_seed(1))
     inputs = capture_inputs(other, blocks, windows, token_weights={NAMES["mixtral"][0]: weights})
-    how = ExpertCalibration(min_tokens=1, saliency=1.5)
-    found = collect_hessians(blocks[0], [inputs], 0, lambda: None, how)
+    how = ExpertCalibration(min_tokens=1, saliency=saliency)
+    found = collect_hessians(blocks[0], [inputs], 0, lambda: None, experts=how)
     by_name = {group[0][0]: matrix for group, matrix in zip(blocks[0].inputs, found.matrices, strict=True)}
     for number in (0, THRICE, 3, 4):
         total, count = torch.zeros(64, 64, dtype=torch.float64), 0
         for (hidden, index, router), of_window in zip(seen, weights, strict=True):
             tokens, choice = torch.where(index == number)
             rows = hidden[tokens].double()
-            factors = of_window[tokens].double() * router[tokens, choice].double() ** 1.5
+            factors = of_window[tokens].double() * router[tokens, choice].double() ** saliency
             total += rows.T @ (rows * factors[:, None])
             count += len(rows)
         matrix = by_name[f"block_sparse_moe.experts.{number}.w1"].double()

@@ -146,9 +146,11 @@ class ExpertTotals:
         if self._calibration.every_token:
             return
         rows = token_weights()
+        if rows is not None:
+            rows = rows.reshape(-1)[tokens.to(rows.device)].to(routed.device)
         if self._calibration.saliency:
             factors = routed.detach().float() ** self._calibration.saliency
-            rows = factors if rows is None else rows.reshape(-1)[tokens.to(rows.device)].to(factors) * factors
+            rows = factors if rows is None else rows * factors
         self._rows = rows
         name = self._layers[number].inner
         if name is not None:

@@ -10,6 +10,7 @@ import importlib
 import re
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from matgptq.checkpoint import write_checksums
+from matgptq.checksums import CHECKSUMS_NAME
 from matgptq.errors import CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
-from matgptq.experts import unfuse_experts
+from matgptq.experts import Experts, unfuse_experts
 from matgptq.families import find_family
 from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
-from matgptq.source import TensorInfo, read_header
+from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_header
 from matgptq.tensor_names import match_names
+
+_WEIGHTS = (WEIGHTS_NAME, INDEX_NAME)
 
 
 class MatGPTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -72,8 +77,8 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
                 headers.update(read_header(file))
         except SourceError as error:
             raise CheckpointError(str(error)) from error
-        self._unfused = _unfuse(model)
         replace_linears(model, settings, headers)
+        self._unfused = any(isinstance(module, Experts) for module in model.modules())
         state = model.state_dict()
         self._renamed = {
             name: state[name].dtype for stored, name in match_names(model, headers).items() if stored != name
@@ -102,6 +107,7 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
                 if not scales.is_meta and not bool(torch.isfinite(scales).all()):
                     raise CheckpointError(f"layer {name}: {scales_name(bits)} holds NaN or Inf")
         model.set_bits = types.MethodType(_set_bits, model)
+        model.save_pretrained = types.MethodType(_save, model)
         # What push_to_hub, and save_pretrained when it pushes, call once everything is saved.
         model._upload_modified_files = types.MethodType(_upload, model)
         return model
@@ -125,29 +131,36 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _unfuse(model: Any) -> bool:
-    try:
-        family = find_family(str(model.config.model_type))
-    except UnsupportedModelError:  # a checkpoint of another program may hold any architecture
-        return False
-    return unfuse_experts(model, family)
-
-
 def _set_bits(model: Any, bits: int | Mapping[str, int]) -> None:
     """``model.set_bits(3)`` or ``model.set_bits({layer: width})``; see ``matgptq.nested_linear.set_bits``."""
     set_bits(model, bits)
+
+
+def _save(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """``save_pretrained`` as ever, and then the checksums of what was saved."""
+    directory = Path(save_directory)
+    if directory.is_dir():  # of what lies there now, which is about to be replaced
+        (directory / CHECKSUMS_NAME).unlink(missing_ok=True)
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    _add_checksums(directory)
+
+
+def _add_checksums(directory: Path) -> None:
+    if not (directory / CHECKSUMS_NAME).exists() and any((directory / name).exists() for name in _WEIGHTS):
+        write_checksums(directory)
 
 
 def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     """Upload what was saved for it, with our model card and without paths of this machine."""
     from matgptq.publishing import prepare_upload  # a verb, which stands above this file; needed by nothing else here
 
+    _add_checksums(Path(working_dir))
     prepare_upload(working_dir, repo_id, model.name_or_path)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 
 def replace_linears(model: Any, settings: Settings, headers: Mapping[str, TensorInfo]) -> None:
-    """Put a ``NestedLinear`` in the place of every Linear that the settings do not ignore.
+    """Put a ``NestedLinear`` in the place of every Linear that the settings do not ignore; experts are unfused before.
 
     Args:
         model: on the meta device, as transformers hands it over.
@@ -158,6 +171,11 @@ def replace_linears(model: Any, settings: Settings, headers: Mapping[str, Tensor
         CheckpointError: architecture, settings and stored tensors do not agree. transformers itself would only warn
             of a missing tensor and fill it with random numbers.
     """
+    family = None
+    with suppress(UnsupportedModelError):  # a checkpoint of another program may hold any architecture
+        family = find_family(str(model.config.model_type))
+    if family is not None:
+        unfuse_experts(model, family)
     prefix = f"{model.base_model_prefix}."
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     stored_layers: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}

@@ -157,7 +157,7 @@ def test_ties_survive(name, make_checkpoint):
 
     assert tied(loaded) == tied(original)
     assert tied(original) == (
-        name in ("llama-tied", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "opt")
+        name in ("llama-tied", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "gemma3", "opt")
     )
     heads = [key for key in read_headers(out) if key.startswith(("lm_head", "embed_out"))]
     assert len(heads) == (0 if tied(original) else 1)

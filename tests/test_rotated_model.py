@@ -19,7 +19,13 @@ from matgptq.rotated_model import make_rotation, rotate_block, rotate_model, rot
 from matgptq.source import read_headers, read_tensor
 
 ROTATABLE = [name for name, (kind, _) in MODELS.items() if not isinstance(find_family(kind).rotation, str)]
-REFUSED = {"gemma2": "RMSNorms after attention", "gemma3_text": "RMSNorms after", "opt": "mean", "gpt_neox": "mean"}
+REFUSED = {
+    "gemma2": "RMSNorms after attention",
+    "gemma3_text": "RMSNorms after",
+    "gemma3": "RMSNorms after",
+    "opt": "mean",
+    "gpt_neox": "mean",
+}
 
 
 def rotated(name, dtype, seed=0, **overrides):

@@ -79,6 +79,29 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "gemma3": (
+        "gemma3",
+        {
+            "text_config": {
+                **_LLAMA_LIKE,
+                "sliding_window": 8,
+                "query_pre_attn_scalar": 16,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "boi_token_index": 284,
+            "eoi_token_index": 285,
+            "image_token_index": 286,
+        },
+    ),
     "phi3": ("phi3", {**_LLAMA_LIKE, "tie_word_embeddings": False, "pad_token_id": 0}),
     "opt": (
         "opt",
@@ -106,17 +129,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def build_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A model whose every parameter is random: norms, biases and embeddings included."""
     model_type, settings = MODELS[name]
-    config = CONFIG_MAPPING[model_type](
-        **{
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 64,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 1,
-            **settings,
-            **overrides,
-        }
-    )
+    common = {
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    if "text_config" in settings:
+        settings = {**settings, "text_config": {**common, **settings["text_config"], **overrides}}
+    else:
+        settings = {**common, **settings, **overrides}
+    config = CONFIG_MAPPING[model_type](**settings)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config)
     if dtype == torch.float64 and hasattr(config, "num_experts_per_tok"):

@@ -27,7 +27,7 @@ from matgptq.calibration import SELF, Windows, load_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import ConfigurationError
-from matgptq.families import find_family
+from matgptq.families import find_family, language_config
 from matgptq.loading import load
 from matgptq.progress import Progress, Silent
 from matgptq.run_log import LOG_NAME, RunLog, check_wandb
@@ -229,7 +229,7 @@ class _Clock:
 
 
 def _seqlen(checkpoint: Checkpoint, seqlen: int | None) -> int:
-    longest = int(checkpoint.config.get("max_position_embeddings") or DEFAULT_SEQLEN)
+    longest = int(language_config(checkpoint.config).get("max_position_embeddings") or DEFAULT_SEQLEN)
     if seqlen is not None and seqlen > longest:
         raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
     return min(DEFAULT_SEQLEN, longest) if seqlen is None else seqlen

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from matgptq.errors import UnsupportedModelError
 
@@ -88,6 +89,7 @@ class Family:
             Hessian. In a family with experts, those of a block without any.
         rotation: what a rotation changes, or the reason why none leaves the model the same.
         experts: where blocks have experts, if the family has such blocks.
+        parts: what a model has beside the language model, all of it kept as it is.
     """
 
     model_types: tuple[str, ...]
@@ -95,6 +97,7 @@ class Family:
     inputs: tuple[tuple[str, ...], ...]
     rotation: RotationSites | str
     experts: ExpertSites | None = None
+    parts: tuple[str, ...] = ()
 
     @property
     def ordinary_inputs(self) -> tuple[tuple[str, ...], ...]:
@@ -201,6 +204,10 @@ _QWEN2_MOE = ExpertSites(
     ),
     kept=("mlp.shared_expert_gate",),
 )
+_NORMS_IN_FRONT = (
+    "its RMSNorms after attention and MLP weigh each channel of what is added to the residual stream, and have no "
+    "Linear after them that could take the weights"
+)
 _CENTRED = "its LayerNorm subtracts the mean over the channels, which a rotation does not keep"
 
 FAMILIES: tuple[Family, ...] = (
@@ -248,8 +255,14 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("gemma2", "gemma3_text"),
         blocks="model.layers",
         inputs=_LLAMA_INPUTS,
-        rotation="its RMSNorms after attention and MLP weigh each channel of what is added to the residual stream, "
-        "and have no Linear after them that could take the weights",
+        rotation=_NORMS_IN_FRONT,
+    ),
+    Family(
+        model_types=("gemma3",),
+        blocks="model.language_model.layers",
+        inputs=_LLAMA_INPUTS,
+        rotation=_NORMS_IN_FRONT,
+        parts=("model.vision_tower", "model.multi_modal_projector"),
     ),
     Family(
         model_types=("phi3",),
@@ -288,6 +301,40 @@ FAMILIES: tuple[Family, ...] = (
         rotation=_CENTRED,
     ),
 )
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a parsed ``config.json`` says about the language model: a model of several parts has a section for it."""
+    section = config.get("text_config")
+    return {**config, **section} if isinstance(section, Mapping) else config
+
+
+def check_parts(config: Mapping[str, Any]) -> None:
+    """Refuse a model of several parts whose language model we do not know how to quantize alone.
+
+    Args:
+        config: parsed ``config.json``.
+
+    Raises:
+        UnsupportedModelError: names the parts, and what to do.
+    """
+    known = {name for family in FAMILIES for name in family.model_types}
+    parts = sorted(key for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping))
+    model_type = str(config.get("model_type"))
+    if model_type in known or "text_config" not in parts:
+        return
+    language = config["text_config"].get("model_type")
+    advice = "its language model is not known either"
+    if language in known:
+        advice = (
+            f"its language model ({language}) can be quantized: load the model in transformers and save its language "
+            "model alone, as a causal language model with its head"
+        )
+    several = sorted(name for family in FAMILIES if family.parts for name in family.model_types)
+    raise UnsupportedModelError(
+        f"model type {model_type!r} has several parts ({', '.join(parts)}), which is supported for "
+        f"{', '.join(several)} only; {advice}"
+    )
 
 
 def find_family(model_type: str) -> Family:

@@ -136,7 +136,7 @@ def _calibration_size(
         nsamples = CPU_NSAMPLES if on_cpu else DEFAULT_NSAMPLES
         if on_cpu:
             notes.append(f"no GPU: calibrating on {nsamples} windows instead of {DEFAULT_NSAMPLES} (--nsamples)")
-    longest = getattr(network.config, "max_position_embeddings", None)
+    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if seqlen is None:
         wanted = CPU_SELF_SEQLEN if on_cpu and str(request.dataset) == SELF else DEFAULT_SEQLEN
         seqlen = min(wanted, longest or wanted)

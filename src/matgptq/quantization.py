@@ -33,7 +33,7 @@ from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.distributed import Processes, assign, local_device, processes
 from matgptq.expert_hessians import Coverage, ExpertCalibration
 from matgptq.experts import check_expert_tensors, unfuse_experts
-from matgptq.families import Family, find_family
+from matgptq.families import Family, check_parts, find_family
 from matgptq.fingerprint import fingerprint_data, fingerprint_model, fingerprint_software
 from matgptq.format import Settings
 from matgptq.kept_tensors import ROTATED_DTYPE, KeptTensors, find_kept, read_kept
@@ -233,6 +233,7 @@ def prepare(
     residency: Residency
     streamed = can_stream(source)
     if streamed:
+        check_parts(source.config)
         family = _check_family(str(source.config.get("model_type")), recipe)
         check_expert_tensors(source.tensors, family)
         network = build_empty(source, dtype)
@@ -461,7 +462,7 @@ class _Run:
             self.clock.lap("saliency")
         inputs = [capture_inputs(network, blocks, windows[mine], token_weights=weights)]
         if recipe.sink_weight > 1:
-            bos = getattr(network.config, "bos_token_id", None)
+            bos = getattr(network.config.get_text_config(), "bos_token_id", None)
             first = first_tokens(windows, _FIRST_TOKENS, bos, recipe.seed)
             # Each window has its first position in it once already.
             weight = (recipe.sink_weight - 1) * len(windows) / len(first)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matgptq.checkpoint import LayerInfo
-from matgptq.families import find_family
+from matgptq.families import find_family, language_config
 
 
 def shard_obstacle(in_features: int, group_size: int, ranks: int) -> str | None:
@@ -38,6 +38,7 @@ def fitting_sizes(config: Mapping[str, Any], layers: Mapping[str, LayerInfo]) ->
         UnsupportedModelError: an architecture that is no entry of ``matgptq.families``.
     """
     family = find_family(str(config.get("model_type")))
+    config = language_config(config)
     heads = int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     paths = [(family.place(name)[1], info) for name, info in layers.items()]

@@ -10,7 +10,6 @@ import importlib
 import re
 import types
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from matgptq.checkpoint import write_checksums
 from matgptq.checksums import CHECKSUMS_NAME
 from matgptq.errors import CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.experts import Experts, unfuse_experts
-from matgptq.families import find_family
+from matgptq.families import Family, find_family
 from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
@@ -106,6 +105,10 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
                 scales = getattr(layer, scales_name(bits))
                 if not scales.is_meta and not bool(torch.isfinite(scales).all()):
                     raise CheckpointError(f"layer {name}: {scales_name(bits)} holds NaN or Inf")
+        family = _family(model)
+        if family is not None and family.parts:
+            # Saved under the names of its modules, as config.json has them; some would be renamed otherwise.
+            model._weight_conversions = []
         model.set_bits = types.MethodType(_set_bits, model)
         model.save_pretrained = types.MethodType(_save, model)
         # What push_to_hub, and save_pretrained when it pushes, call once everything is saved.
@@ -159,6 +162,14 @@ def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: An
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 
+def _family(model: Any) -> Family | None:
+    """The architecture, unless it is unknown: a checkpoint of another program may hold any."""
+    try:
+        return find_family(str(model.config.model_type))
+    except UnsupportedModelError:
+        return None
+
+
 def replace_linears(model: Any, settings: Settings, headers: Mapping[str, TensorInfo]) -> None:
     """Put a ``NestedLinear`` in the place of every Linear that the settings do not ignore; experts are unfused before.
 
@@ -171,9 +182,7 @@ def replace_linears(model: Any, settings: Settings, headers: Mapping[str, Tensor
         CheckpointError: architecture, settings and stored tensors do not agree. transformers itself would only warn
             of a missing tensor and fill it with random numbers.
     """
-    family = None
-    with suppress(UnsupportedModelError):  # a checkpoint of another program may hold any architecture
-        family = find_family(str(model.config.model_type))
+    family = _family(model)
     if family is not None:
         unfuse_experts(model, family)
     prefix = f"{model.base_model_prefix}."

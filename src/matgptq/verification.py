@@ -86,8 +86,12 @@ def verify(directory: str | Path, against: str | Path, *, progress: Progress | N
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ExportError(f"{directory}: cannot be loaded: {error}") from error
     config = target.model_config
-    seqlen = min(_SEQLEN, context_length(config) if format == "gguf" else config.max_position_embeddings)
-    tokens = torch.randint(config.vocab_size, (_WINDOWS, seqlen), generator=torch.Generator().manual_seed(0))
+    seqlen = min(
+        _SEQLEN, context_length(config) if format == "gguf" else config.get_text_config().max_position_embeddings
+    )
+    tokens = torch.randint(
+        config.get_text_config().vocab_size, (_WINDOWS, seqlen), generator=torch.Generator().manual_seed(0)
+    )
     found = _log_probabilities(model, tokens)  # first: compressed-tensors unpacks its weights when they are used
     progress.start("compare the weights", len(target.widths))
     tensors, different, largest = _compare(model, target, format, progress.advance)

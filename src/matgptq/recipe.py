@@ -200,7 +200,7 @@ _BALANCED: Mapping[str, Any] = {"coordinate_passes": 2, "saliency": 1.0, "sink_w
 _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"coordinate_passes": 0},
     "balanced": _BALANCED,
-    "best": {**_BALANCED, "rotate": True, "tuned_bits": (2, 3, 4, 6, 8)},
+    "best": {**_BALANCED, "rotate": True, "tuned_bits": (2, 3, 4), "tuning_steps": 96},
 }
 
 # lambda of matgptq, by width. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md): 2 and 3 bits need
@@ -209,7 +209,7 @@ _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _BIT_WEIGHTS: Mapping[str, Mapping[int, float]] = {
     "fast": {bits: 2.0**bits for bits in WIDTHS},
     "balanced": {2: 5.0, 3: 13.0, 4: 14.0, 5: 20.0, 6: 28.0, 7: 80.0, 8: 270.0},
-    "best": {2: 4.0, 3: 9.0, 4: 20.0, 5: 24.0, 6: 32.0, 7: 96.0, 8: 330.0},
+    "best": {2: 4.0, 3: 13.0, 4: 18.0, 5: 22.0, 6: 28.0, 7: 90.0, 8: 330.0},
 }
 # Solved for besides the targets by balanced and best: between 4 and 8 bits a slice is the parent's plain rounding
 # otherwise, and 6 bits lose a third of their KL by a copy of their own, which 8 bits hardly feel.

@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # Threads that wait must sleep: on a busy machine spinning ones cost more than they save.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup test lint test-native test-vllm demo clean
+.PHONY: setup test lint test-native test-vllm llama-cpp demo clean
 
 setup: .venv/ready
 
@@ -61,6 +61,14 @@ $(VLLM)/ready: $(VLLM)/dependencies pyproject.toml CMakeLists.txt $(wildcard csr
 
 test-vllm: $(VLLM)/ready
 	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests_vllm
+
+# llama.cpp, prebuilt, for the test that runs exports in it; npm carries it (30 MB).
+llama-cpp: build/llama.cpp/ready
+
+build/llama.cpp/ready:
+	mkdir -p build/llama.cpp
+	cd build/llama.cpp && npm pack --silent @node-llama-cpp/linux-x64@3.22.1 && tar xzf node-llama-cpp-linux-x64-3.22.1.tgz
+	touch $@
 
 demo: setup
 	$(BIN)/python examples/demo.py

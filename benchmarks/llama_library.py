@@ -245,6 +245,22 @@ class Model:
             raise SystemExit(f"{file}: llama.cpp cannot make a context:\n{''.join(library.log[said:])}")
         self.close = weakref.finalize(self, _free, c, self._context, model)
 
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """``[tokens, vocabulary]`` float32, what follows each token."""
+        with ThreadPoolExecutor(1) as fresh:  # as in step_seconds
+            return fresh.submit(self._logits, tokens).result()
+
+    def _logits(self, tokens: Sequence[int]) -> np.ndarray:
+        c = self._library.c
+        c.llama_set_n_threads(self._context, 1, 1)
+        c.llama_memory_clear(c.llama_get_memory(self._context), True)
+        rows = []
+        for token in tokens:
+            self._decode([token])
+            row = np.ctypeslib.as_array(c.llama_get_logits_ith(self._context, -1), (self.vocabulary,))
+            rows.append(row.copy())
+        return np.stack(rows)
+
     def step_seconds(self, prompt: Sequence[int], steps: int, threads: int) -> float:
         """Median time of a greedy decoding step after a prompt."""
         # In a thread that has never run anything else: llama.cpp configures the AMX tiles once per thread, and PyTorch

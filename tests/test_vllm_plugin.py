@@ -86,7 +86,9 @@ def test_joined_products_are_the_shared_ones() -> None:
     operands = [kernels.Operand(weights[0], 3, torch.randn(64)), kernels.Operand(weights[1], 6, None)]
     for activations in ("exact", "int8"):
         shared = kernels.matmul_shared(x, operands, activations=activations)
-        assert torch.equal(kernels.matmul_joined(x, operands, activations=activations), torch.cat(shared, 1))
+        joined = kernels.JoinedProduct(operands, activations=activations)
+        assert torch.equal(joined(x), torch.cat(shared, 1))
+        assert torch.equal(joined(x[:, None]), torch.cat(shared, 1)[:, None])
 
 
 def test_wishes() -> None:

@@ -128,22 +128,41 @@ def matmul_shared(x: Tensor, operands: Sequence[Operand], *, activations: Activa
     return [result.view(*x.shape[:-1], result.shape[1]) for result in results]
 
 
-def matmul_joined(x: Tensor, operands: Sequence[Operand], *, activations: Activations = "exact") -> Tensor:
-    """``matmul_shared`` with its results side by side: ``[..., sum of out]``, without a copy where the kernel can."""
-    if len(operands) == 1:
-        return matmul(x, *operands[0], activations=activations)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    packed = all(isinstance(operand.weight, native.Weight) for operand in operands)
-    if not packed or not fuses(Product("native", x.device.type, x.dtype, len(rows), activations)):
-        return torch.cat([matmul(x, *operand, activations=activations) for operand in operands], -1)
-    joined = native.matmul_joined(
-        rows,
-        [operand.weight for operand in operands],  # type: ignore[misc]
-        [operand.bits for operand in operands],
-        [None if operand.bias is None else operand.bias.float() for operand in operands],
-        activations=activations,
-    )
-    return joined.view(*x.shape[:-1], joined.shape[1])
+class JoinedProduct:
+    """``matmul_shared`` with its results side by side, for operands that do not change any more.
+
+    Without a copy, and with little work in front of the product, where the fused native kernel runs.
+
+    Args:
+        operands: weights with one ``in``.
+        activations: as for ``matmul``.
+    """
+
+    def __init__(self, operands: Sequence[Operand], *, activations: Activations = "exact") -> None:
+        self._operands = list(operands)
+        self._activations: Activations = activations
+        self._native: native.Joined | None = None
+        weights = [operand.weight for operand in operands if isinstance(operand.weight, native.Weight)]
+        if len(weights) == len(self._operands):
+            bits = [operand.bits for operand in operands]
+            biases = [None if operand.bias is None else operand.bias.float() for operand in operands]
+            self._native = native.Joined(weights, bits, biases, activations=activations)
+        self._fused: dict[tuple[int, torch.dtype, str], bool] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[..., sum of out]`` in the dtype of ``x`` ``[..., in]``."""
+        rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        if self._native is not None:
+            kind = (rows.shape[0], x.dtype, x.device.type)
+            fused = self._fused.get(kind)
+            if fused is None:
+                fused = fuses(Product("native", kind[2], kind[1], kind[0], self._activations))
+                self._fused[kind] = fused
+            if fused:
+                joined = self._native(rows)
+                return joined if x.ndim == 2 else joined.view(*x.shape[:-1], joined.shape[1])
+        results = [matmul(x, *operand, activations=self._activations) for operand in self._operands]
+        return results[0] if len(results) == 1 else torch.cat(results, -1)
 
 
 def fuses(product: Product) -> bool:

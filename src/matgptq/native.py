@@ -463,21 +463,74 @@ def matmul_many(
     return [y.view(*x.shape[:-1], y.shape[1]) for y in results]
 
 
-def matmul_joined(
-    x: Tensor,
-    weights: Sequence[Weight],
-    bits: Sequence[int | None] | int | None = None,
-    biases: Sequence[Tensor | None] | None = None,
-    *,
-    activations: Activations = "exact",
-    num_threads: int | None = None,
-) -> Tensor:
-    """``matmul_many`` with its results side by side: one ``[..., sum of out]`` tensor."""
-    rows = _rows_of(x, activations)
-    joined = x.new_empty((len(rows), sum(weight.out_features for weight in weights)))
-    results = torch.split(joined, [weight.out_features for weight in weights], 1)
-    _multiply(rows, weights, bits, biases, results, activations, num_threads)
-    return joined if x.ndim == 2 else joined.view(*x.shape[:-1], joined.shape[1])
+class Joined:
+    """``matmul_many`` with its results side by side, for weights and biases that do not change: prepared once, called
+    often. For a small layer the preparations take longer than the product.
+
+    Args:
+        weights: packed weights with one ``in``.
+        bits: one width per weight.
+        biases: ``torch.float32`` ``[out]`` per weight, or None.
+        activations: as for ``matmul``.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        bits: Sequence[int],
+        biases: Sequence[Tensor | None],
+        *,
+        activations: Activations = "exact",
+    ) -> None:
+        self._multiply = _require().matgptq_matmul
+        self._activations = _ACTIVATIONS[activations]
+        self.in_features = weights[0].in_features
+        self.out_features = sum(weight.out_features for weight in weights)
+        self._products = (_Product * len(weights))()
+        self._offsets = []
+        self._alive: list[object] = [*weights]
+        start = 0
+        for product, weight, width, bias in zip(self._products, weights, bits, biases, strict=True):
+            if weight.in_features != self.in_features:
+                raise ConfigurationError(f"weights of {self.in_features} and {weight.in_features} features together")
+            product.weight = weight._handle
+            product.bits = weight.served_bits(width)
+            product.y_stride = self.out_features
+            if bias is not None:
+                bias = _expect(bias, "bias", torch.float32, (weight.out_features,))
+                self._alive.append(bias)
+                product.bias = bias.data_ptr()
+            self._offsets.append(start)
+            start += weight.out_features
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[rows, sum of out]`` in the dtype of ``x``, float32 or bfloat16 ``[rows, in]`` on the CPU."""
+        dtype = _DTYPES.get(x.dtype)
+        if dtype is None or x.ndim != 2 or x.shape[1] != self.in_features or x.device.type != "cpu":
+            raise ConfigurationError(f"x must be float32 or bfloat16 [rows, {self.in_features}] on the CPU")
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        batch = x.shape[0]
+        joined = x.new_empty((batch, self.out_features))
+        start, size = joined.data_ptr(), joined.element_size()
+        products = type(self._products).from_buffer_copy(self._products)  # other threads may be here, too
+        for product, offset in zip(products, self._offsets, strict=True):
+            product.y = start + offset * size
+        status = self._multiply(
+            x.data_ptr(),
+            dtype,
+            x.stride(0),
+            batch,
+            self.in_features,
+            products,
+            len(products),
+            dtype,
+            self._activations,
+            torch.get_num_threads(),
+        )
+        if status:
+            _check(status)
+        return joined
 
 
 def _rows_of(x: Tensor, activations: Activations) -> Tensor:

@@ -74,7 +74,7 @@ class FusedLinear:
             packed = kernels.pack(weight, part.bits, arena=self._arena) if obstacle is None else weight
             self._weights.append((packed, part.bits))
         self._bias: Tensor | None = None
-        self._operands = [kernels.Operand(weight, bits, None) for weight, bits in self._weights]
+        self._product = self._prepare(None)
         self.key = name
         copies = 1
         while self.key in _known:  # a draft model beside its target
@@ -97,12 +97,14 @@ class FusedLinear:
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``product``, outside of a graph."""
         if bias is not self._bias:  # the same one for as long as the model lives
-            biases = [None] * len(self._rows) if bias is None else torch.split(bias.float(), self._rows)
-            self._operands = [
-                kernels.Operand(weight, bits, part) for (weight, bits), part in zip(self._weights, biases, strict=True)
-            ]
+            self._product = self._prepare(bias)
             self._bias = bias
-        return kernels.matmul_joined(x, self._operands, activations=self.activations)
+        return self._product(x)
+
+    def _prepare(self, bias: Tensor | None) -> kernels.JoinedProduct:
+        biases = [None] * len(self._rows) if bias is None else torch.split(bias, self._rows)
+        operands = [kernels.Operand(*pair, part) for pair, part in zip(self._weights, biases, strict=True)]
+        return kernels.JoinedProduct(operands, activations=self.activations)
 
 
 def merge_equal_widths(parts: Sequence[Part]) -> list[Part]:

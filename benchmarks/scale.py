@@ -24,7 +24,7 @@ from typing import Any
 from machine import describe_machine
 
 BLOCKS = (4, 16, 64)
-SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
+SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16}
 LARGE_BLOCKS, LARGE_LIMIT = 58, 3 << 30
 WINDOWS, SEQLEN = 8, 256

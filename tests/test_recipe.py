@@ -14,8 +14,8 @@ from matgptq.recipe import Recipe, make_recipe
 def test_defaults_of_the_own_method():
     assert make_recipe() == Recipe(
         method="matgptq",
-        target_bits=(2, 3, 4, 8),
-        bit_weights=(4.0, 8.0, 16.0, 256.0),
+        target_bits=(2, 3, 4, 6, 8),
+        bit_weights=(5.0, 13.0, 14.0, 28.0, 270.0),
         group_size=128,
         grid="absmax",
         signed_scales=True,
@@ -40,11 +40,36 @@ def test_qualities():
     fast, balanced, best = (make_recipe(quality=quality) for quality in ("fast", "balanced", "best"))
     assert balanced == make_recipe()
     assert (fast.coordinate_passes, fast.saliency, fast.sink_weight) == (0, 0, 64)
-    assert best == dataclasses.replace(balanced, rotate=True, tuned_bits=best.tuned_bits)
+    assert fast.bit_weights == (4.0, 8.0, 16.0, 256.0)
+    only_best = {name: getattr(best, name) for name in ("bit_weights", "tuned_bits", "tuning_steps")}
+    assert best == dataclasses.replace(balanced, rotate=True, **only_best)
     assert {2, 3} <= set(best.tuned_bits)
     # What is asked for beats what the quality chose.
-    assert make_recipe(quality="best", rotate=False, tuned_bits=[4]) == dataclasses.replace(balanced, tuned_bits=(4,))
+    asked = {"rotate": False, "tuned_bits": (4,), "tuning_steps": 7}
+    assert make_recipe(quality="best", **asked) == dataclasses.replace(
+        balanced, bit_weights=best.bit_weights, tuned_bits=(4,), tuning_steps=7
+    )
     json.dumps(best.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("bits", "solved"),
+    [
+        ((2, 3, 4, 8), (2, 3, 4, 6, 8)),
+        ((4, 8), (4, 6, 8)),
+        ((3, 7, 8), (3, 7, 8)),
+        ((8,), (8,)),
+        ((5, 8), (5, 8)),
+    ],
+)
+def test_a_width_between_the_targets_and_the_parent(bits, solved):
+    for quality in ("balanced", "best"):
+        recipe = make_recipe(bits=bits, quality=quality)
+        assert recipe.target_bits == solved
+        assert [*recipe.bit_weights] == sorted(recipe.bit_weights)
+    assert make_recipe(bits=bits, quality="fast").target_bits == bits
+    given = make_recipe(bits=bits, bit_weights=[1.0] * len(bits))
+    assert given.target_bits == bits  # who weighs widths says which
 
 
 def test_qualities_are_checked():
@@ -119,7 +144,7 @@ def test_bit_weights_follow_the_widths_as_given(method):
 
 
 def test_repeated_widths_count_once():
-    assert make_recipe(bits=[8, 3, 3]).bit_weights == (8.0, 256.0)
+    assert make_recipe(bits=[8, 3, 3], quality="fast").bit_weights == (8.0, 256.0)
 
 
 def test_options_override_the_defaults_of_a_method():

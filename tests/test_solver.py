@@ -375,7 +375,7 @@ def test_dead_columns_are_counted_rounded_and_disturb_nothing():
     assert solution.dead_columns == 3
     assert not solution.rounded_to_nearest
     position = weight.double() / solution.weight.scales[8].double().repeat_interleave(8, 1)
-    costs = code_costs(position.expand(4, 6, 32), recipe.target_bits, recipe.bit_weights)
+    costs = code_costs(position.expand(len(recipe.target_bits), 6, 32), recipe.target_bits, recipe.bit_weights)
     assert excess(costs, solution.weight.codes)[:, dead].max() <= 1e-3 * sum(recipe.bit_weights)
     moved = weight.clone()
     moved[:, dead] *= 0.9
@@ -446,8 +446,10 @@ def test_a_solution_knows_its_errors(method, dead):
 
 def test_other_widths_may_be_refitted_too() -> None:
     weight, hessian = random_problem(6, 64, seed=11)
-    plain = solve(weight, hessian, make_recipe(group_size=32, refit_bits=()), 32).weight
-    refitted = solve(weight, hessian, make_recipe(group_size=32, refit_bits=(5, 6)), 32).weight
+    plain, refitted = (
+        solve(weight, hessian, make_recipe(quality="fast", group_size=32, refit_bits=more), 32).weight
+        for more in ((), (5, 6))
+    )
     assert sorted(refitted.scales) == [2, 3, 4, 5, 6, 8]
     assert torch.equal(plain.codes, refitted.codes)
     before = output_errors(weight, plain, hessian).relative()

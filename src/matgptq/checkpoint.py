@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from matgptq.atomic_files import write_text
+from matgptq.checksums import CHECKSUMS_NAME, checksums_text, read_checksums, stored_checksums
 from matgptq.errors import AllocationError, CheckpointError, SourceError
 from matgptq.format import (
     CODES,
@@ -85,6 +86,7 @@ class CheckpointWriter:
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
+        self._checksums: dict[str, str] = {}
 
     def __enter__(self) -> CheckpointWriter:
         try:
@@ -165,7 +167,7 @@ class CheckpointWriter:
             return
         file = self.staging / f"shard-{len(self._shards)}.safetensors"
         with disk_errors(self.destination):
-            write_tensors(file, self._pending)
+            self._checksums |= write_tensors(file, self._pending)
         self._shards.append(list(self._pending))
         self._pending = {}
         self._pending_bytes = 0
@@ -174,6 +176,7 @@ class CheckpointWriter:
         count = len(self._shards)
         if count == 0:  # an export to a file of another kind
             return
+        (self.staging / CHECKSUMS_NAME).write_text(checksums_text(self._checksums), encoding="utf-8")
         if count == 1:
             os.rename(self.staging / "shard-0.safetensors", self.staging / WEIGHTS_NAME)
             return
@@ -184,6 +187,16 @@ class CheckpointWriter:
             weight_map.update(dict.fromkeys(names, name))
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (self.staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_checksums(directory: Path) -> None:
+    """Give a directory of safetensors files that another program wrote the checksums of what lies there now.
+
+    Raises:
+        SourceError: its files are damaged.
+        CheckpointError: it cannot be written.
+    """
+    write_text(directory / CHECKSUMS_NAME, checksums_text(stored_checksums(read_headers(directory))))
 
 
 def layer_tensors(layer: str, weight: NestedWeight) -> dict[str, Tensor]:
@@ -472,11 +485,14 @@ def _write_tensors(staging: Path, checkpoint: Checkpoint, new: Mapping[str, Tens
     for name, tensor in new.items():
         place = name if name in checkpoint.tensors else f"{name.rpartition('.')[0]}.{CODES}"
         by_file.setdefault(checkpoint.tensors[place].file.name, {})[name] = tensor.to(torch.float16).contiguous()
+    known = read_checksums(staging)
+    checksums = known or {}
     for file, tensors in by_file.items():
         kept = {name: info for name, info in checkpoint.tensors.items() if info.file.name == file}
-        together = {name: read_tensor(name, info) for name, info in kept.items()}
         # Beside and then in its place: what lies there is the very file of the old checkpoint.
-        save_file({**together, **tensors}, staging / f"{file}.new", metadata={"format": "pt"})
+        written = write_tensors(staging / f"{file}.new", {**kept, **tensors})
+        # Only of the new ones: what was damaged before must not look right now.
+        checksums.update({name: written[name] for name in tensors})
         os.replace(staging / f"{file}.new", staging / file)
     if (staging / INDEX_NAME).is_file():
         index = read_json(staging / INDEX_NAME)
@@ -488,12 +504,18 @@ def _write_tensors(staging: Path, checkpoint: Checkpoint, new: Mapping[str, Tens
             "total_size": size + sum(new[name].numel() * 2 for name in added),
         }
         _write_json(staging / INDEX_NAME, index)
+    if known is not None:
+        _replace_text(staging / CHECKSUMS_NAME, checksums_text(checksums))
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    _replace_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _replace_text(file: Path, text: str) -> None:
     """Replace a file that may be a hard link; the other name keeps the old content."""
     beside = file.with_name(f"{file.name}.new")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, file)
 
 

@@ -29,6 +29,7 @@ from matgptq.checkpoint import Checkpoint
 from matgptq.errors import ConfigurationError
 from matgptq.evaluation import Evaluation
 from matgptq.figures import megabytes
+from matgptq.integrity import Integrity
 from matgptq.nested_weight import scale_source
 from matgptq.plan import Plan
 from matgptq.refinement import Refinement
@@ -292,6 +293,22 @@ def allocations_table(records: Mapping[str, Mapping[str, Any]], identity: str) -
             f"{fitness['measure']} {fitness['value']:.4f}",
             record["found"]["method"],
         )
+    return table
+
+
+def integrity_table(integrity: Integrity) -> Table:
+    """What was found wrong with a checkpoint's files, a line for each tensor."""
+    title = "whole" if integrity.passed else "DAMAGED"
+    table = Table(title=f"{escape(str(integrity.directory))}: {title}", show_header=False)
+    table.add_row("kind", integrity.kind)
+    table.add_row("files of tensors", str(integrity.files))
+    table.add_row("tensors", f"{integrity.tensors:,} ({megabytes(integrity.bytes)})")
+    if integrity.checked is None:
+        table.add_row("checksums", "none: written before there were any, so only headers and scales were checked")
+    else:
+        table.add_row("tensors with the right checksum", f"{integrity.checked:,}")
+    for damage in integrity.damage:
+        table.add_row("[red]damaged[/red]", escape(f"{damage.file}: {damage.tensor} {damage.problem}"))
     return table
 
 

@@ -23,6 +23,7 @@ from matgptq.checkpoint import (
     check_destination,
     open_checkpoint,
 )
+from matgptq.checksums import CHECKSUMS_NAME
 from matgptq.devices import resolve_dtype
 from matgptq.errors import ConfigurationError
 from matgptq.exports.compressed_tensors import CompressedTensors
@@ -43,7 +44,7 @@ FORMATS: dict[str, Callable[[Target], Export]] = {
     "matgptq-slice": MatGPTQSlice,
     "dense": Dense,
 }
-_ABOUT_THE_PARENT = (REPORT_NAME, RECORD_NAME, LOG_NAME)
+_ABOUT_THE_PARENT = (REPORT_NAME, RECORD_NAME, LOG_NAME, CHECKSUMS_NAME)
 
 
 @dataclass(frozen=True)

@@ -302,6 +302,11 @@ def is_own(leaf: str) -> bool:
     return leaf in (CODES, SLICED_CODES, SLICED_SCALES) or leaf.startswith("scales_")
 
 
+def is_scales(leaf: str) -> bool:
+    """Whether a tensor of this name inside a layer holds group scales."""
+    return leaf == SLICED_SCALES or leaf.startswith("scales_")
+
+
 def _group_size(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
         raise ConfigurationError(f"group_size must be a positive integer or -1, not {value!r}")

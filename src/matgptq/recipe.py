@@ -200,8 +200,20 @@ _BALANCED: Mapping[str, Any] = {"coordinate_passes": 2, "saliency": 1.0, "sink_w
 _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"coordinate_passes": 0},
     "balanced": _BALANCED,
-    "best": {**_BALANCED, "rotate": True, "tuned_bits": (2, 3, 4, 6, 8)},
+    "best": {**_BALANCED, "rotate": True, "tuned_bits": (2, 3, 4), "tuning_steps": 96},
 }
+
+# lambda of matgptq, by width. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md): 2 and 3 bits need
+# more than 2^r where nothing else helps them; in best their scales are tuned afterwards, and the codes can serve the
+# large widths.
+_BIT_WEIGHTS: Mapping[str, Mapping[int, float]] = {
+    "fast": {bits: 2.0**bits for bits in WIDTHS},
+    "balanced": {2: 5.0, 3: 13.0, 4: 14.0, 5: 20.0, 6: 28.0, 7: 80.0, 8: 270.0},
+    "best": {2: 4.0, 3: 13.0, 4: 18.0, 5: 22.0, 6: 28.0, 7: 90.0, 8: 330.0},
+}
+# Solved for besides the targets by balanced and best: between 4 and 8 bits a slice is the parent's plain rounding
+# otherwise, and 6 bits lose a third of their KL by a copy of their own, which 8 bits hardly feel.
+_BETWEEN = 6
 
 DEFAULT_TARGET_BITS = (2, 3, 4, 8)
 DEFAULT_QUALITY: Quality = "balanced"
@@ -220,9 +232,10 @@ def make_recipe(
         method: ``matgptq`` (this project's), ``paper`` (arXiv 2602.03537 as published), ``gptq`` (one width,
             arXiv 2210.17323) or ``rtn`` (round to nearest).
         bits: target widths; nested methods need 8 among them, ``gptq`` takes exactly one. Default 2,3,4,8. ``rtn``
-            rounds to the parent's grid whatever widths are named, so its only target is 8.
-        bit_weights: lambda_r as ``{width: weight}`` or in the order of ``bits`` as given. Default 2^r for
-            ``matgptq``, equal for the others.
+            rounds to the parent's grid whatever widths are named, so its only target is 8. Without ``bit_weights``,
+            ``balanced`` and ``best`` add 6 bits where nothing else lies between 4 and 8.
+        bit_weights: lambda_r as ``{width: weight}`` or in the order of ``bits`` as given. Default by quality for
+            ``matgptq`` (2^r in ``fast``), equal for the others.
         quality: ``fast``, ``balanced`` (the default) or ``best``: ingredients of ``matgptq``; other methods have none.
         options: any other field of ``Recipe``; each beats what the quality chose.
 
@@ -250,26 +263,38 @@ def make_recipe(
             f"the parent's {PARENT_BITS} bits must be among the target widths, add {PARENT_BITS} to {given}; "
             "a model of one width alone is method gptq"
         )
-    chosen = _QUALITY_DEFAULTS[quality or DEFAULT_QUALITY] if method == "matgptq" else {}
+    chosen: Mapping[str, Any] = {}
+    if method == "matgptq":
+        quality = quality or DEFAULT_QUALITY
+        chosen = _QUALITY_DEFAULTS[quality]
+        if bit_weights is None:
+            target_bits = _with_one_between(target_bits) if quality != "fast" else target_bits
+            bit_weights = {bits: _BIT_WEIGHTS[quality][bits] for bits in target_bits}
     values: dict[str, Any] = {**_METHOD_DEFAULTS[method], **chosen, **options}
     values["tuned_bits"] = tuple(values.get("tuned_bits", ()))
     values["refit_bits"] = tuple(values.get("refit_bits", ())) if values.get("refit", True) else ()
     return Recipe(
         method=method,  # type: ignore[arg-type]
         target_bits=target_bits,
-        bit_weights=_resolve_bit_weights(method, given, target_bits, bit_weights),
+        bit_weights=_resolve_bit_weights(given, target_bits, bit_weights),
         **values,
     )
 
 
+def _with_one_between(target_bits: tuple[int, ...]) -> tuple[int, ...]:
+    """Add a width to targets that leave the whole range between 4 and 8 bits to the parent."""
+    if target_bits[0] <= 4 and not any(4 < bits < PARENT_BITS for bits in target_bits):
+        return check_widths((*target_bits, _BETWEEN))
+    return target_bits
+
+
 def _resolve_bit_weights(
-    method: str,
     given: tuple[int, ...],
     target_bits: tuple[int, ...],
     bit_weights: Mapping[int, float] | Iterable[float] | None,
 ) -> tuple[float, ...]:
     if bit_weights is None:
-        return tuple(2.0**bits if method == "matgptq" else 1.0 for bits in target_bits)
+        return tuple(1.0 for _ in target_bits)
     if isinstance(bit_weights, Mapping):
         by_width = {int(bits): float(weight) for bits, weight in bit_weights.items()}
     else:

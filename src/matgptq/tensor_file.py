@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
 
+from matgptq.checksums import begin_checksum, data_starts
 from matgptq.source import DTYPE_BITS, TensorInfo
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 _NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
@@ -24,12 +28,15 @@ _ALIGNMENT = 8
 _COPIED_AT_A_TIME = 1 << 24
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor | TensorInfo]) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor | TensorInfo]) -> dict[str, str]:
     """Write one safetensors file.
 
     Args:
         file: to create.
         tensors: by name; a ``TensorInfo`` is copied byte by byte from the file that it names.
+
+    Returns:
+        ``{name: checksum}`` of what was written; see ``matgptq.checksums``.
 
     Raises:
         OSError: the file cannot be written, or one that is copied from cannot be read.
@@ -46,40 +53,34 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor | TensorInfo]) -> Non
         position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    places: dict[Path, dict[str, tuple[int, int]]] = {}
+    starts: dict[Path, dict[str, int]] = {}
+    checksums = {}
     with file.open("wb") as target:
         target.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             each = tensors[name]
+            digest = begin_checksum(name, dtypes[name], each.shape)
             if isinstance(each, Tensor):
                 if each.numel():
-                    flat = each.detach().cpu().contiguous().reshape(-1)
-                    flat.view(torch.uint8).numpy().tofile(target)
-                continue
-            if each.file not in places:
-                places[each.file] = _places(each.file)
-            _copy(each.file, *places[each.file][each.name or name], target)
+                    flat = each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                    digest.update(flat.data)
+                    flat.tofile(target)
+            else:
+                if each.file not in starts:
+                    starts[each.file] = data_starts(each.file)
+                _copy(each, starts[each.file][each.name or name], target, digest)
+            checksums[name] = digest.hexdigest()
+    return checksums
 
 
-def _places(file: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor's bytes begin in a file, and how many there are."""
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-    header.pop("__metadata__", None)
-    start = 8 + length
-    return {
-        name: (start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
-
-
-def _copy(file: Path, start: int, count: int, target: BinaryIO) -> None:
-    with file.open("rb") as handle:
+def _copy(tensor: TensorInfo, start: int, target: BinaryIO, digest: _Hash) -> None:
+    count = tensor.bytes
+    with tensor.file.open("rb") as handle:
         handle.seek(start)
         while count:
             piece = handle.read(min(count, _COPIED_AT_A_TIME))
             if not piece:
-                raise OSError(f"{file}: ends too early")
+                raise OSError(f"{tensor.file}: ends too early")
             target.write(piece)
+            digest.update(piece)
             count -= len(piece)

@@ -18,12 +18,16 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from matgptq.checkpoint import write_checksums
+from matgptq.checksums import CHECKSUMS_NAME
 from matgptq.errors import CheckpointError, ConfigurationError, SourceError
 from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
-from matgptq.source import TensorInfo, read_header
+from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_header
 from matgptq.tensor_names import match_names
+
+_WEIGHTS = (WEIGHTS_NAME, INDEX_NAME)
 
 
 class MatGPTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -92,6 +96,7 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
                 if not scales.is_meta and not bool(torch.isfinite(scales).all()):
                     raise CheckpointError(f"layer {name}: {scales_name(bits)} holds NaN or Inf")
         model.set_bits = types.MethodType(_set_bits, model)
+        model.save_pretrained = types.MethodType(_save, model)
         # What push_to_hub, and save_pretrained when it pushes, call once everything is saved.
         model._upload_modified_files = types.MethodType(_upload, model)
         return model
@@ -120,10 +125,25 @@ def _set_bits(model: Any, bits: int | Mapping[str, int]) -> None:
     set_bits(model, bits)
 
 
+def _save(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """``save_pretrained`` as ever, and then the checksums of what was saved."""
+    directory = Path(save_directory)
+    if directory.is_dir():  # of what lies there now, which is about to be replaced
+        (directory / CHECKSUMS_NAME).unlink(missing_ok=True)
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    _add_checksums(directory)
+
+
+def _add_checksums(directory: Path) -> None:
+    if not (directory / CHECKSUMS_NAME).exists() and any((directory / name).exists() for name in _WEIGHTS):
+        write_checksums(directory)
+
+
 def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     """Upload what was saved for it, with our model card and without paths of this machine."""
     from matgptq.publishing import prepare_upload  # a verb, which stands above this file; needed by nothing else here
 
+    _add_checksums(Path(working_dir))
     prepare_upload(working_dir, repo_id, model.name_or_path)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 

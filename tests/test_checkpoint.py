@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ from transformers import AutoModelForCausalLM
 import matgptq
 from matgptq import checkpoint as checkpoint_module
 from matgptq.checkpoint import CheckpointWriter, check_destination, open_checkpoint, replace_scales
-from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, UnsupportedModelError
+from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.format import FORMAT_VERSION, Settings, parse_settings, with_bits
+from matgptq.integrity import check_integrity
 from matgptq.nested_linear import nested_layers
 from matgptq.nested_weight import scale_source
 from matgptq.slicing import WIDTHS
@@ -439,13 +441,24 @@ INDEX_DAMAGE = {
     ),
     "index-forgets-a-tensor": (
         lambda p: edit_index(p, lambda i: i["weight_map"].pop(f"{Q}.scales_8")),
-        f"{Q}.scales_8",
+        f"holds tensor {Q}.scales_8, but model.safetensors.index.json does not know it",
     ),
     "shard-outside": (
         lambda p: edit_index(p, lambda i: i["weight_map"].update({"x": "../model.safetensors"})),
         "index.json: a shard lies outside",
     ),
 }
+
+
+def twice(path: Path) -> None:
+    """Two shards hold a tensor; the index knows which one counts, programs that read whole shards do not."""
+    first, second = load_file(shard(path, 0)), load_file(shard(path, 1))
+    name = min(first)
+    save_file({**second, name: first[name] + 1}, shard(path, 1), metadata={"format": "pt"})
+
+
+INDEX_DAMAGE["tensor-in-two-shards"] = (twice, "model-00002-of-.*holds tensor .*, but .* puts it into model-00001-of-")
+INDEX_DAMAGE["index-is-a-directory"] = (lambda p: ((p / INDEX).unlink(), (p / INDEX).mkdir()), "index.json: not a file")
 
 
 @pytest.mark.parametrize("name", INDEX_DAMAGE)
@@ -465,6 +478,92 @@ def test_broken_shards_do_not_load_with_from_pretrained(name, sharded, tmp_path)
     harm(path)
     with pytest.raises((CheckpointError, OSError), match=message):
         AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_a_tensor_in_two_shards_does_not_load_with_from_pretrained(sharded, tmp_path):
+    path = shutil.copytree(sharded, tmp_path / "out")
+    twice(path)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-.*holds tensor .*, and model-00001-of-.* does, too"):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+def put(name: str, make) -> Callable[[Path], None]:
+    def do(path: Path) -> None:
+        (path / name).unlink(missing_ok=True)
+        make(path / name)
+
+    return do
+
+
+def header(path: Path, **tensors) -> None:
+    """A safetensors file of eight bytes of data."""
+    text = json.dumps(tensors).encode()
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+
+
+def sparse(file: Path) -> None:
+    with file.open("wb") as handle:
+        handle.truncate(1 << 33)
+
+
+ODD_FILES = {
+    # would wait, or fill the memory, for ever
+    "config-is-a-pipe": (put("config.json", os.mkfifo), "no config.json"),
+    "config-is-a-device": (put("config.json", lambda f: f.symlink_to("/dev/zero")), "no config.json"),
+    "index-is-a-pipe": (put(INDEX, os.mkfifo), "index.json: not a file"),
+    "index-is-a-device": (put(INDEX, lambda f: f.symlink_to("/dev/zero")), "index.json: not a file"),
+    "index-leads-nowhere": (put(INDEX, lambda f: f.symlink_to("nowhere")), "index.json: cannot be read"),
+    "weights-are-a-pipe": (put("model.safetensors", os.mkfifo), "model.safetensors: file is missing"),
+    "weights-lead-to-themselves": (
+        put("model.safetensors", lambda f: f.symlink_to(f.name)),
+        "model.safetensors: file is missing",
+    ),
+    "config-is-huge": (put("config.json", sparse), "config.json: too large"),
+    "weights-are-empty-space": (put("model.safetensors", sparse), "model.safetensors: truncated or not"),
+    "config-nested-too-deeply": (
+        put("config.json", lambda f: f.write_text('{"a":' * 100_000)),
+        "config.json: cannot be read as JSON",
+    ),
+    "more-blocks-than-tensors": (
+        lambda p: (p / "config.json").write_text(
+            json.dumps({**json.loads((p / "config.json").read_text()), "num_hidden_layers": 10**9})
+        ),
+        "config.json: num_hidden_layers is 1000000000, but the files hold only",
+    ),
+    "unknown-dtype": (
+        lambda p: header(p, x={"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}),
+        "model.safetensors: tensor x is F4",
+    ),
+    "header-longer-than-the-file": (
+        lambda p: (p / "model.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + b"{}"),
+        "model.safetensors: truncated or not",
+    ),
+    "shape-beyond-all-memory": (
+        lambda p: header(p, x={"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 8]}),
+        "model.safetensors: truncated or not",
+    ),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes and devices in its file system")
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_odd_files_are_named_at_once(name, checkpoint):
+    harm, message = ODD_FILES[name]
+    harm(checkpoint)
+    for reader in (open_checkpoint, matgptq.load, check_integrity):
+        with pytest.raises(CheckpointError, match=message):
+            reader(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_act", "none"), ("rope_parameters", {"rope_type": []}), ("num_attention_heads", 0), ("vocab_size", -1)],
+)
+def test_a_config_that_transformers_cannot_use_is_named(key, value, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises((CheckpointError, SourceError), match=f"{checkpoint}.*config"):
+        matgptq.load(checkpoint)
 
 
 def test_a_scale_that_is_not_finite_is_refused(checkpoint):

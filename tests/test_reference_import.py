@@ -17,7 +17,8 @@ from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import CheckpointError, ConfigurationError, MatGPTQError, SourceError
 from matgptq.nested_linear import nested_layers
 from matgptq.recipe import make_recipe
-from matgptq.reference_import import ReferenceLayer, import_reference, restore_order
+from matgptq.reference_formats.opened import ReferenceLayer
+from matgptq.reference_import import import_reference, restore_order
 from matgptq.solver import solve
 
 WIDTHS = range(2, 9)

@@ -62,6 +62,8 @@ def read_allocation(file: str | Path, checkpoint: str | None = None) -> dict[str
     """
     file = Path(file)
     try:
+        if file.exists() and not file.is_file():  # a pipe would wait for ever
+            raise AllocationError(f"{file}: not a file")
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AllocationError(f"{file}: cannot be read: {error}") from error

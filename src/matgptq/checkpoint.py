@@ -396,9 +396,14 @@ def open_checkpoint(path: str | Path, *, slices: bool = False) -> Checkpoint:
         settings = parse_settings(record, str(path / "config.json"))
         if settings.is_slice and not slices:
             raise CheckpointError(f"{path}: holds one slice only; this needs the checkpoint that it was exported from")
-        tensors = read_headers(path)
+        tensors = read_headers(path, exact=True)
     except SourceError as error:
         raise CheckpointError(str(error)) from error
+    blocks = config.get("num_hidden_layers")
+    if isinstance(blocks, int) and blocks > len(tensors):  # it would take for ever to build them before this is seen
+        raise CheckpointError(
+            f"{path / 'config.json'}: num_hidden_layers is {blocks}, but the files hold only {len(tensors)} tensors"
+        )
     found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for name, info in tensors.items():
         layer, _, leaf = name.rpartition(".")

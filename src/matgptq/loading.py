@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,14 @@ from matgptq.allocation import complete_allocation, read_allocation
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
-from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
+from matgptq.errors import (
+    AllocationError,
+    CheckpointError,
+    ConfigurationError,
+    MatGPTQError,
+    SourceError,
+    UnsupportedModelError,
+)
 from matgptq.families import find_family
 from matgptq.format import Settings, parse_settings
 from matgptq.kernels import Activations
@@ -90,9 +98,11 @@ def load(
     elif bits is not None:
         record["bits"] = bits
     stored = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
-    model = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=resolve_dtype(dtype, target, stored), trust_remote_code=trust_remote_code
-    )
+    run_dtype = resolve_dtype(dtype, target, stored)
+    with _reading(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=run_dtype, trust_remote_code=trust_remote_code
+        )
     model = model.to(target).eval()
     if allocation is not None and not settings.is_slice:
         layers = nested_layers(model)
@@ -111,8 +121,25 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: transformers cannot read its config: {error}") from error
+    except Exception as error:  # what a configuration class makes of values that make no sense
+        raise SourceError(f"{path}: transformers cannot read its config: {_reason(error)}") from error
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Name the checkpoint in whatever transformers raises over it; memory that runs out is no fault of the files."""
+    try:
+        yield
+    except (MatGPTQError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: transformers cannot build the model that config.json describes: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def check_held(path: str | Path, settings: Settings, bits: int | None, allocation: Mapping[str, int]) -> None:

@@ -206,20 +206,17 @@ _BALANCED: Mapping[str, Any] = {"coordinate_passes": 2, "saliency": 1.0, "sink_w
 _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"coordinate_passes": 0},
     "balanced": _BALANCED,
-    "best": {**_BALANCED, "rotate": True, "tuned_bits": (2, 3, 4), "tuning_steps": 96},
+    "best": {**_BALANCED, "rotate": True, "tuned_bits": (2, 3, 4, 6, 8)},
 }
 
-# lambda of matgptq, by width. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md): 2 and 3 bits need
-# more than 2^r where nothing else helps them; in best their scales are tuned afterwards, and the codes can serve the
-# large widths.
+# lambda of matgptq by width where it is not 2^r. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md);
+# in best the scales of small widths are tuned afterwards, and the codes can serve the large ones.
 _BIT_WEIGHTS: Mapping[str, Mapping[int, float]] = {
-    "fast": {bits: 2.0**bits for bits in WIDTHS},
     "balanced": {2: 5.0, 3: 13.0, 4: 14.0, 5: 20.0, 6: 28.0, 7: 80.0, 8: 270.0},
-    "best": {2: 4.0, 3: 13.0, 4: 18.0, 5: 22.0, 6: 28.0, 7: 90.0, 8: 330.0},
 }
-# Solved for besides the targets by balanced and best: between 4 and 8 bits a slice is the parent's plain rounding
-# otherwise, and 6 bits lose a third of their KL by a copy of their own, which 8 bits hardly feel.
-_BETWEEN = 6
+# Widths that are solved for besides the targets: between 4 and 8 bits a slice is the parent's plain rounding otherwise,
+# and 6 bits lose a third of their KL by a copy of their own.
+_BETWEEN: Mapping[str, int] = {"balanced": 6}
 
 DEFAULT_TARGET_BITS = (2, 3, 4, 8)
 DEFAULT_QUALITY: Quality = "balanced"
@@ -239,9 +236,9 @@ def make_recipe(
             arXiv 2210.17323) or ``rtn`` (round to nearest).
         bits: target widths; nested methods need 8 among them, ``gptq`` takes exactly one. Default 2,3,4,8. ``rtn``
             rounds to the parent's grid whatever widths are named, so its only target is 8. Without ``bit_weights``,
-            ``balanced`` and ``best`` add 6 bits where nothing else lies between 4 and 8.
+            ``balanced`` adds 6 bits where nothing else lies between 4 and 8.
         bit_weights: lambda_r as ``{width: weight}`` or in the order of ``bits`` as given. Default by quality for
-            ``matgptq`` (2^r in ``fast``), equal for the others.
+            ``matgptq`` (2^r in ``fast`` and ``best``), equal for the others.
         quality: ``fast``, ``balanced`` (the default) or ``best``: ingredients of ``matgptq``; other methods have none.
         options: any other field of ``Recipe``; each beats what the quality chose.
 
@@ -274,8 +271,9 @@ def make_recipe(
         quality = quality or DEFAULT_QUALITY
         chosen = _QUALITY_DEFAULTS[quality]
         if bit_weights is None:
-            target_bits = _with_one_between(target_bits) if quality != "fast" else target_bits
-            bit_weights = {bits: _BIT_WEIGHTS[quality][bits] for bits in target_bits}
+            target_bits = _with_one_between(target_bits, _BETWEEN.get(quality))
+            weights = _BIT_WEIGHTS.get(quality, {})
+            bit_weights = {bits: weights.get(bits, 2.0**bits) for bits in target_bits}
     values: dict[str, Any] = {**_METHOD_DEFAULTS[method], **chosen, **options}
     values["tuned_bits"] = tuple(values.get("tuned_bits", ()))
     values["refit_bits"] = tuple(values.get("refit_bits", ())) if values.get("refit", True) else ()
@@ -287,11 +285,11 @@ def make_recipe(
     )
 
 
-def _with_one_between(target_bits: tuple[int, ...]) -> tuple[int, ...]:
+def _with_one_between(target_bits: tuple[int, ...], between: int | None) -> tuple[int, ...]:
     """Add a width to targets that leave the whole range between 4 and 8 bits to the parent."""
-    if target_bits[0] <= 4 and not any(4 < bits < PARENT_BITS for bits in target_bits):
-        return check_widths((*target_bits, _BETWEEN))
-    return target_bits
+    if between is None or target_bits[0] > 4 or any(4 < bits < PARENT_BITS for bits in target_bits):
+        return target_bits
+    return check_widths((*target_bits, between))
 
 
 def _resolve_bit_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken"]
 CHAT_TEMPLATES = "additional_chat_templates"  # where transformers keeps templates beyond the first
+_MAX_JSON_BYTES = 1 << 28
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 # Weights in any format; every other file of the directory goes along with the checkpoint.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt"}
@@ -50,22 +52,27 @@ DTYPE_BITS = {
 }
 
 
-def read_headers(directory: Path) -> dict[str, TensorInfo]:
+def read_headers(directory: Path, *, exact: bool = False) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes of all tensors of a safetensors directory, sharded or not; reads headers only.
+
+    Args:
+        directory: of the files.
+        exact: refuse tensors that lie in a shard in which the index does not put them. Programs that read whole shards
+            would take them, or one of two of the same name.
 
     Raises:
         SourceError: no weights, a shard that is missing or truncated, or an index that does not match its shards.
     """
     index_file = directory / INDEX_NAME
-    if index_file.exists():
+    if os.path.lexists(index_file):
         index = read_json(index_file)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise SourceError(f"{index_file}: no usable weight_map")
         files = sorted(set(weight_map.values()))
-        if any(Path(name).name != name for name in files):
+        if any(Path(name).name != name or name == ".." or "\0" in name for name in files):
             raise SourceError(f"{index_file}: a shard lies outside the directory")
-    elif (directory / WEIGHTS_NAME).exists():
+    elif os.path.lexists(directory / WEIGHTS_NAME):
         weight_map, files = None, [WEIGHTS_NAME]
     else:
         raise SourceError(f"{directory}: neither {WEIGHTS_NAME} nor {INDEX_NAME} found")
@@ -74,6 +81,9 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
         for key, info in read_header(directory / name).items():
             if weight_map is None or weight_map.get(key) == name:
                 tensors[key] = info
+            elif exact:
+                place = f"puts it into {weight_map[key]}" if key in weight_map else "does not know it"
+                raise SourceError(f"{directory / name}: holds tensor {key}, but {INDEX_NAME} {place}")
     lost = sorted(set(weight_map or ()) - set(tensors))
     if lost:
         assert weight_map is not None
@@ -88,11 +98,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(file, "pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
-            return {
+            tensors = {
                 name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape()), name) for name, part in slices.items()
             }
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise SourceError(f"{file}: truncated or not a safetensors file ({error})") from error
+    for name, info in tensors.items():
+        if info.dtype not in DTYPE_BITS:
+            raise SourceError(f"{file}: tensor {name} is {info.dtype}, which is not known here")
+    return tensors
 
 
 def read_tensor(name: str, info: TensorInfo) -> Tensor:
@@ -103,10 +117,20 @@ def read_tensor(name: str, info: TensorInfo) -> Tensor:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Parse a JSON object; raises ``SourceError`` naming the file."""
+    """Parse a JSON object; raises ``SourceError`` naming the file.
+
+    Only a regular file (or a link to one) is opened, and no larger one than any model has: a pipe would wait for ever,
+    a device never end.
+    """
     try:
+        if file.exists() and not file.is_file():
+            raise SourceError(f"{file}: not a file")
+        if file.stat().st_size > _MAX_JSON_BYTES:
+            raise SourceError(f"{file}: too large for JSON ({file.stat().st_size:,} bytes)")
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, SourceError):
+            raise
         raise SourceError(f"{file}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise SourceError(f"{file}: not a JSON object")
@@ -152,8 +176,10 @@ class ModelSource:
             options["gguf_file"] = self.gguf_file
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(self.directory, output_loading_info=True, **options)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            raise SourceError(f"{self.name}: transformers cannot load it: {error}") from error
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # configurations and GGUF files that make no sense fail in any way
+            raise SourceError(f"{self.name}: transformers cannot load it: {type(error).__name__}: {error}") from error
         missing = sorted(loading["missing_keys"])
         if missing:
             raise SourceError(f"{self.name}: the files hold no {missing[0]} ({len(missing)} tensors are missing)")

@@ -73,7 +73,13 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
         try:
             headers: dict[str, TensorInfo] = {}
             for file in files:
-                headers.update(read_header(file))
+                held = read_header(file)
+                twice = sorted(headers.keys() & held.keys())
+                if twice:
+                    raise CheckpointError(
+                        f"{file}: holds tensor {twice[0]}, and {headers[twice[0]].file.name} does, too"
+                    )
+                headers.update(held)
         except SourceError as error:
             raise CheckpointError(str(error)) from error
         replace_linears(model, settings, headers)

@@ -10,6 +10,7 @@ One process alone takes the same path; its sums and messages are the identity.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from torch import distributed as torch_distributed
 from matgptq.errors import ConfigurationError, MatGPTQError
 
 _TIMEOUT = timedelta(hours=2)  # the longest that one process may solve while the others wait
+_connections = itertools.count()  # of this process; all processes of a run connect equally often
 
 
 class ProcessError(MatGPTQError, RuntimeError):
@@ -138,8 +140,15 @@ def processes(device: torch.device) -> Iterator[Processes]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     ours = not torch_distributed.is_initialized()
     if ours:
+        # Here, because not every build of PyTorch has them.
+        from torch._C._distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
         with _failures():
-            torch_distributed.init_process_group(backend, timeout=_TIMEOUT)
+            # The store outlives a group: a second one under the same keys could find the addresses of the first.
+            store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+            store = PrefixStore(f"matgptq-{next(_connections)}", store)
+            torch_distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
         yield Processes(torch_distributed.get_rank(), torch_distributed.get_world_size(), device)
     finally:

@@ -98,7 +98,7 @@ def test_force_replaces_a_checkpoint_and_nothing_stays(checkpoint, make_checkpoi
     (checkpoint / "left over").write_text("x")
     quantize(make_checkpoint("llama")[0], checkpoint, force=True, bits=[2, 8])
     assert not (checkpoint / "left over").exists()
-    assert open_checkpoint(checkpoint).settings.target_bits == (2, 8)
+    assert open_checkpoint(checkpoint).settings.target_bits == (2, 6, 8)
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
@@ -684,7 +684,7 @@ def test_the_record_says_how_it_was_made(make_checkpoint):
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["source"] == str(source.resolve())
     assert config["bits"] == 8
-    assert config["target_bits"] == [2, 3, 4, 8]
+    assert config["target_bits"] == [2, 3, 4, 6, 8]
     assert config["scale_bits"] == [2, 3, 4, 5, 6, 7, 8]
     assert config["recipe"]["method"] == "matgptq"
     assert config["recipe"]["seed"] == 0

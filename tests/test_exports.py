@@ -127,6 +127,7 @@ def target_of(weight: NestedWeight, bits: int) -> Target:
     rows, columns = weight.codes.shape
     checkpoint = SimpleNamespace(
         config={"model_type": "llama", "num_hidden_layers": 0},
+        settings=SimpleNamespace(ignore=()),
         layers={"layer": LayerInfo(rows, columns, weight.group_size)},
     )
     return Target(checkpoint, {"layer": bits}, torch.bfloat16)  # type: ignore[arg-type]

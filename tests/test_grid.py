@@ -136,7 +136,8 @@ def test_search_finds_the_best_candidate(bits, signed):
 
     def group_errors(scales):
         position = weight.double() / scales.double().repeat_interleave(8, 1)
-        steps = code_costs(position.expand(len(bits), 6, 32), bits, recipe.bit_weights).amin(0)
+        widths = recipe.target_bits
+        steps = code_costs(position.expand(len(widths), 6, 32), widths, recipe.bit_weights).amin(0)
         return (steps * hessian.diagonal()).view(6, 4, 8).sum(2) * scales.double().square()
 
     start = initial_scales(weight, 8, recipe)

@@ -118,7 +118,7 @@ def test_a_card_of_what_was_measured(measured: Path) -> None:
     assert ["full", "", "", "1.50", "0", "100%"] in rows(card)
     assert ["arc (0-shot)", "acc", "0.500 ± 0.010", "0.750 ± 0.010"] in rows(card)
     assert "some text, compared with owner/name." in card
-    assert "method `matgptq`, target widths 2, 3, 4, 8, groups of 64" in card
+    assert "method `matgptq`, target widths 2, 3, 4, 6, 8, groups of 64" in card
     assert "kept at full precision: lm_head" in card
     data = ModelCard(card).data
     assert data.library_name == "transformers"
@@ -256,7 +256,7 @@ def test_a_slice_has_a_card(measured: Path, hub: Hub, tmp_path: Path) -> None:
     card = hub.files["README.md"].decode()
     assert [row[0] for row in rows(card)[2:]] == ["3", "full"]
     assert "4.50" in card
-    assert "target widths 2, 3, 4, 8" in card
+    assert "target widths 2, 3, 4, 6, 8" in card
     assert f'matgptq.load("{REPOSITORY}")' in card
     assert "set_bits" not in card
 

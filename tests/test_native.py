@@ -19,6 +19,7 @@ from torch import Tensor
 
 from matgptq import native, slicing
 from matgptq.errors import ConfigurationError
+from matgptq.native.library import DTYPES, Product, SweepJob, require_library
 
 needs_library = pytest.mark.skipif(not native.available(), reason=f"native kernels: {native.reason()}")
 
@@ -68,7 +69,7 @@ def fake_int8(x: Tensor, block: int) -> Tensor:
 
 
 def test_import_loads_nothing() -> None:
-    program = "import matgptq.native as n; assert n._load.cache_info().currsize == 0"
+    program = "from matgptq.native.library import load_library; assert load_library.cache_info().currsize == 0"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -225,12 +226,12 @@ def test_unaligned_and_strided_inputs(isa: str, dtype: torch.dtype) -> None:
     transposed = aligned.T.contiguous().T
     assert torch.equal(native.matmul(transposed, weight, 3), expected)
     y = torch.empty(4, 20, dtype=dtype)
-    product = (native._Product * 1)()
+    product = (Product * 1)()
     product[0].weight, product[0].bits, product[0].y, product[0].y_stride = weight._handle, 3, y.data_ptr(), 20
-    code = native._DTYPES[dtype]
+    code = DTYPES[dtype]
     start = address + aligned.storage_offset() * buffer.element_size()
     assert start % 2 == 1
-    status = native._require().matgptq_matmul(start, code, 67, 4, 64, product, 1, code, 0, 1)
+    status = require_library().matgptq_matmul(start, code, 67, 4, 64, product, 1, code, 0, 1)
     assert status == 0
     assert torch.equal(y, expected)
 
@@ -450,8 +451,8 @@ def test_sweep_refusals() -> None:
 
 def test_structures_match_the_header() -> None:
     # 64-bit layout of csrc/matgptq.h; a mismatch here would corrupt memory instead of failing.
-    assert ctypes.sizeof(native._Product) == 40
-    assert ctypes.sizeof(native._SweepJob) == 104
+    assert ctypes.sizeof(Product) == 40
+    assert ctypes.sizeof(SweepJob) == 104
 
 
 @pytest.mark.skipif(

@@ -13,6 +13,7 @@ import matgptq
 from matgptq import kernels, native
 from matgptq.errors import ConfigurationError, UnsupportedModelError
 from matgptq.families import find_family
+from matgptq.native import products
 from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers
 from matgptq.output_head import OutputHead, pack_head
 
@@ -49,7 +50,8 @@ def calls(monkeypatch):
         made.append(len(weights))
         return original(x, weights, *rest, **options)
 
-    monkeypatch.setattr(native, "matmul_many", counted)
+    for module in (native, products):
+        monkeypatch.setattr(module, "matmul_many", counted)
     return made
 
 

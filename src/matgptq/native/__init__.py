@@ -1,0 +1,55 @@
+"""Native CPU kernels: a thin binding of ``libmatgptq`` (``csrc/matgptq.h`` is its specification) to torch CPU tensors.
+
+Importing this package loads nothing; the library is loaded at the first call. An installation built without a C++
+compiler has no library: ``available()`` is then false and ``reason()`` says why.
+
+Kernels know nothing of autograd. Tensors are read through ``data_ptr`` and copied only where a layout asks for it.
+Invalid arguments raise ``ConfigurationError`` before any work starts.
+"""
+
+from matgptq.native.library import (
+    Activations,
+    NativeUnavailableError,
+    SweepMode,
+    available,
+    isa,
+    reason,
+    set_isa,
+    solves,
+)
+from matgptq.native.products import (
+    Arena,
+    Joined,
+    Weight,
+    dequantize_rows,
+    matmul,
+    matmul_many,
+    pack_parent,
+    pack_slice,
+    read,
+    spread_threads,
+)
+from matgptq.native.solver_loops import search_scales, sweep
+
+__all__ = [
+    "Activations",
+    "Arena",
+    "Joined",
+    "NativeUnavailableError",
+    "SweepMode",
+    "Weight",
+    "available",
+    "dequantize_rows",
+    "isa",
+    "matmul",
+    "matmul_many",
+    "pack_parent",
+    "pack_slice",
+    "read",
+    "reason",
+    "search_scales",
+    "set_isa",
+    "solves",
+    "spread_threads",
+    "sweep",
+]

@@ -1,0 +1,200 @@
+"""Where ``libmatgptq`` is, whether it can be used, and what its C interface looks like (``csrc/matgptq.h``).
+
+Nothing is loaded on import; the library is loaded at the first call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from matgptq.errors import ConfigurationError, MatGPTQError
+
+Activations = Literal["exact", "int8"]
+SweepMode = Literal["residual", "change", "mean"]
+
+_ABI_VERSION = 2
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATIONS = {"exact": 0, "int8": 1}
+SWEEP_MODES = {"residual": 0, "change": 1, "mean": 2}
+GROUP_UNIT = 32
+
+_pointer, _int, _int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+
+class NativeUnavailableError(MatGPTQError, RuntimeError):
+    """A native kernel was called but the library is missing or unusable; the message is that of ``reason()``."""
+
+
+class Product(ctypes.Structure):
+    _fields_ = (
+        ("weight", _pointer),
+        ("bits", _int),
+        ("bias", _pointer),
+        ("y", _pointer),
+        ("y_stride", _int64),
+    )
+
+
+class SweepJob(ctypes.Structure):
+    _fields_ = (
+        ("rows", _int64),
+        ("in_features", _int64),
+        ("num_groups", _int64),
+        ("num_widths", _int),
+        ("widths", _pointer),
+        ("weights", _pointer),
+        ("base", _pointer),
+        ("trail", _pointer),
+        ("coupling", _pointer),
+        ("scales", _pointer),
+        ("group_of", _pointer),
+        ("codes", _pointer),
+        ("mode", _int),
+        ("num_threads", _int),
+    )
+
+
+class SearchJob(ctypes.Structure):
+    _fields_ = (
+        ("rows", _int64),
+        ("in_features", _int64),
+        ("group_size", _int64),
+        ("num_candidates", _int),
+        ("num_pieces", _int),
+        ("weight", _pointer),
+        ("importance", _pointer),
+        ("candidates", _pointer),
+        ("breakpoints", _pointer),
+        ("mean_level", _pointer),
+        ("spread", _pointer),
+        ("best", _pointer),
+        ("num_threads", _int),
+    )
+
+
+_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "abi_version": (_int, ()),
+    "message": (ctypes.c_char_p, (_int,)),
+    "isa": (ctypes.c_char_p, ()),
+    "set_isa": (_int, (ctypes.c_char_p,)),
+    "arena_create": (_pointer, (_int64,)),
+    "arena_free": (None, (_pointer,)),
+    "arena_bytes": (_int64, (_pointer,)),
+    "pack": (
+        _int,
+        (_pointer, _int64, _int64, _int64, _int64, _int, _int, _pointer, _pointer, _pointer, _int, _pointer),
+    ),
+    "weight_free": (None, (_pointer,)),
+    "weight_bytes": (_int64, (_pointer,)),
+    "weight_bytes_read": (_int64, (_pointer, _int)),
+    "matmul": (_int, (_pointer, _int, _int64, _int64, _int64, _pointer, _int, _int, _int, _int)),
+    "dequantize": (_int, (_pointer, _int, _int64, _int64, _pointer, _int, _int64, _int)),
+    "read": (ctypes.c_uint64, (_pointer, _int64, _int)),
+    "sweep": (_int, (_pointer,)),
+    "search_scales": (_int, (_pointer,)),
+}
+
+
+def _library_files() -> list[Path]:
+    forced = os.environ.get("MATGPTQ_NATIVE_LIBRARY")
+    if forced:
+        return [Path(forced)]
+    # An editable install keeps the library beside the installed copy of the package, not beside this file.
+    places = [Path(place) / "_native" for place in importlib.import_module("matgptq").__path__]
+    return [file for place in places for pattern in ("libmatgptq.*", "matgptq.dll") for file in place.glob(pattern)]
+
+
+@functools.cache
+def load_library() -> tuple[ctypes.CDLL | None, str]:
+    files = _library_files()
+    if not files:
+        return None, "libmatgptq is not installed: the package was built without a C++ compiler; reinstall with one"
+    try:
+        library = ctypes.CDLL(str(files[0]))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, f"matgptq_{name}")
+            function.restype = result
+            function.argtypes = arguments
+    except (OSError, AttributeError) as error:
+        return None, f"libmatgptq cannot be loaded: {error}"
+    version = library.matgptq_abi_version()
+    if version != _ABI_VERSION:
+        return None, f"libmatgptq has interface {version}, this package needs {_ABI_VERSION}; reinstall matgptq"
+    return library, ""
+
+
+def available() -> bool:
+    """Whether the native library is there and usable."""
+    return load_library()[0] is not None
+
+
+def reason() -> str:
+    """Why the native library is not available; empty when it is."""
+    return load_library()[1]
+
+
+def solves(tensor: Tensor) -> bool:
+    """Whether the solver's loops over this tensor run in the library: on the CPU, where there is one.
+
+    ``MATGPTQ_SOLVER=torch``, ``=native`` or ``=triton`` forces one engine; all give the same codes but for ties.
+    """
+    wanted = os.environ.get("MATGPTQ_SOLVER", "auto")
+    if wanted not in ("auto", "torch", "native", "triton"):
+        raise ConfigurationError(f"MATGPTQ_SOLVER must be auto, torch, native or triton, not {wanted!r}")
+    if wanted == "native" and not available():
+        raise ConfigurationError(f"MATGPTQ_SOLVER=native: {reason()}")
+    return wanted in ("auto", "native") and tensor.device.type == "cpu" and available()
+
+
+def require_library() -> ctypes.CDLL:
+    library, why = load_library()
+    if library is None:
+        raise NativeUnavailableError(why)
+    return library
+
+
+def isa() -> str:
+    """The instruction set in use: ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"scalar"``."""
+    name: bytes = require_library().matgptq_isa()
+    return name.decode()
+
+
+def set_isa(name: str) -> None:
+    """Force an instruction set, for tests and measurements; raise ``ConfigurationError`` if this CPU lacks it."""
+    check_status(require_library().matgptq_set_isa(name.encode()))
+
+
+def check_status(status: int) -> None:
+    if status == 0:
+        return
+    text = require_library().matgptq_message(status).decode()
+    if status == -5:
+        raise MemoryError(f"matgptq kernels: {text}")
+    raise ConfigurationError(f"matgptq kernels: {text}")
+
+
+def thread_count(num_threads: int | None) -> int:
+    if num_threads is None:
+        return torch.get_num_threads()
+    if num_threads < 1:
+        raise ConfigurationError(f"num_threads must be at least 1, not {num_threads}")
+    return num_threads
+
+
+def expect_tensor(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor, contiguous, if it is on the CPU and of that dtype and shape."""
+    if tensor.device.type != "cpu":
+        raise ConfigurationError(f"{name} must be on the CPU, not on {tensor.device}")
+    if tensor.dtype != dtype:
+        raise ConfigurationError(f"{name} must be {dtype}, not {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ConfigurationError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
+    return tensor.contiguous()

@@ -2,7 +2,8 @@
  *
  * This header is the specification. It knows nothing of Python or torch; all memory that crosses it belongs to the
  * caller except the two opaque types. Every function may be called from several threads at once; functions that take
- * `num_threads` use a pool of the library's own that sleeps when idle (0 or 1: the calling thread alone).
+ * `num_threads` run on the team that matgptq_set_team lent, or on a pool of the library's own that sleeps when idle
+ * (0 or 1: the calling thread alone).
  *
  * A nested weight. Parent codes q are uint8 [out, in]. The slice of width r (2..8) is
  *     u_r(q) = min((q + 2^(7-r)) >> (8-r), 2^r - 1)  for r < 8,     u_8(q) = q
@@ -27,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a signature or struct below changes. */
-#define MATGPTQ_ABI_VERSION 2
+#define MATGPTQ_ABI_VERSION 3
 
 enum matgptq_status {
     MATGPTQ_OK = 0,
@@ -57,6 +58,13 @@ MATGPTQ_API const char *matgptq_message(int status);
  * matgptq_set_isa forces one (for tests and measurements); no other call may be running meanwhile. */
 MATGPTQ_API const char *matgptq_isa(void);
 MATGPTQ_API int matgptq_set_isa(const char *name);
+
+/* Lend the threads of an OpenMP runtime: `team` calls work(data) on `num_threads` threads, the caller among them, and
+ * returns when all are back; it has the signature of GOMP_parallel, which both libgomp and LLVM's runtime export. Threads
+ * of two pools on the same processors wait for one another: those of OpenMP spin for milliseconds after each use. Null:
+ * the library's own pool again. A forked child has its own pool in any case. No other call may be running meanwhile. */
+typedef void (*matgptq_team)(void (*work)(void *data), void *data, unsigned num_threads, unsigned flags);
+MATGPTQ_API void matgptq_set_team(matgptq_team team);
 
 /* ---- memory ------------------------------------------------------------------------------------------------------
  * An arena hands out 64-byte aligned pieces of large blocks that are aligned to 2 MB and advised for huge pages

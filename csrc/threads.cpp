@@ -77,22 +77,31 @@ class Pool {
     uint64_t generation_ = 0;
 };
 
+std::atomic<matgptq_team> team{nullptr};
+std::atomic<int64_t> team_owner{0};  // the process that lent it
+
+int64_t process() {
+#if defined(_WIN32)
+    return 0;
+#else
+    return getpid();
+#endif
+}
+
+// An OpenMP runtime does not survive a fork: a child would wait for threads that only its parent has.
+matgptq_team usable_team() { return team_owner.load() == process() ? team.load() : nullptr; }
+
 // Never destroyed: joining threads while a process exits, or in a child after fork, can only hang. A forked child has
 // none of its parent's threads and gets a pool of its own.
 Pool& pool() {
     static std::mutex mutex;
     static Pool* current = nullptr;
-#if !defined(_WIN32)
-    static pid_t owner = 0;
+    static int64_t owner = 0;
     std::lock_guard<std::mutex> lock(mutex);
-    if (owner != getpid()) {
-        owner = getpid();
-        current = nullptr;
+    if (!current || owner != process()) {
+        owner = process();
+        current = new Pool;
     }
-#else
-    std::lock_guard<std::mutex> lock(mutex);
-#endif
-    if (!current) current = new Pool;
     return *current;
 }
 
@@ -117,7 +126,17 @@ void parallel_for(int64_t count, int64_t grain, int num_threads, const std::func
         work(0, count);
         return;
     }
-    shared.run(task, threads - 1);
+    if (const matgptq_team borrowed = usable_team()) {
+        // All threads, also for fewer pieces: a runtime ends the threads that a smaller team leaves out.
+        borrowed([](void* data) { static_cast<Task*>(data)->run(); }, &task, static_cast<unsigned>(num_threads), 0);
+    } else {
+        shared.run(task, threads - 1);
+    }
 }
 
 }  // namespace matgptq
+
+extern "C" void matgptq_set_team(matgptq_team borrowed) {
+    matgptq::team_owner.store(matgptq::process());
+    matgptq::team.store(borrowed);
+}

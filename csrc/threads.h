@@ -1,8 +1,10 @@
-// A small pool: workers sleep on a condition variable when idle, so they never compete with torch's threads.
+// Threads: those of a team that was lent (matgptq_set_team), or of a small pool whose workers sleep when idle.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+
+#include "matgptq.h"
 
 namespace matgptq {
 

@@ -460,13 +460,14 @@ def test_structures_match_the_header() -> None:
     reason="needs two processors and a system that binds threads to them",
 )
 @needs_library
-def test_threads_run_where_those_of_openmp_do() -> None:
+def test_own_threads_run_where_those_of_openmp_do() -> None:
     script = """
 import os, torch
 from matgptq import native
 def tasks(): return {int(name) for name in os.listdir('/proc/self/task')}
 torch.zeros(1 << 20).add_(1)
 before = tasks()
+native.share_threads(False)
 native.spread_threads()
 native.matmul(torch.zeros(1, 64), native.pack_slice(torch.zeros(4096, 64, dtype=torch.uint8), torch.ones(4096, 1), 4))
 print(len(os.sched_getaffinity(0)), *{len(os.sched_getaffinity(task)) for task in tasks() - before})
@@ -475,3 +476,18 @@ print(len(os.sched_getaffinity(0)), *{len(os.sched_getaffinity(task)) for task i
     variables = {**os.environ, "GOMP_CPU_AFFINITY": f"{first} {second}", "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "2"]  # the caller is bound, the new thread is not
+
+
+@needs_library
+def test_torch_lends_its_threads() -> None:
+    """On Linux torch has OpenMP; the results do not depend on whose threads they are."""
+    weight = native.pack_slice(torch.randint(0, 256, (4096, 64), dtype=torch.uint8), torch.ones(4096, 1), 4)
+    x = torch.randn(3, 64)
+    lent = native.shares_threads()
+    assert lent == sys.platform.startswith("linux")
+    results = []
+    for share in (False, True):
+        native.share_threads(share)
+        assert native.shares_threads() == (share and lent)
+        results += [native.matmul(x, weight, 4, num_threads=threads) for threads in (1, 2, 3)]
+    assert all(torch.equal(result, results[0]) for result in results)

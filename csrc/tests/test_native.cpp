@@ -331,6 +331,17 @@ void test_activations(const std::vector<std::string>& sets) {
     std::printf("activations: NaN, infinity, bfloat16, unaligned, extreme magnitudes\n");
 }
 
+unsigned lent_threads = 0;  // of the last call of lent_team
+
+// What OpenMP does: every thread of the team calls work once.
+void lent_team(void (*work)(void*), void* data, unsigned num_threads, unsigned) {
+    lent_threads = num_threads;
+    std::vector<std::thread> others;
+    for (unsigned i = 1; i < num_threads; ++i) others.emplace_back(work, data);
+    work(data);
+    for (auto& other : others) other.join();
+}
+
 void test_shared_input(const std::vector<std::string>& sets) {
     matgptq_arena* const arena = matgptq_arena_create(0);
     const Case a(33, 384, 64, true), b(16, 384, 128, false), c(100, 384, 384, true), d(20, 384, 32, true);
@@ -375,6 +386,14 @@ void test_shared_input(const std::vector<std::string>& sets) {
         });
     for (auto& caller : callers) caller.join();
     for (bool ok : same) check(ok, "concurrent callers");
+    // A team that was lent does the work instead.
+    matgptq_set_team(lent_team);
+    const auto lent = multiply(weights[2], 5, x, 3, 384, 100, nullptr, MATGPTQ_EXACT, 3);
+    check(lent == expected && lent_threads == 3, "a team that was lent");
+    matgptq_set_team(nullptr);
+    lent_threads = 0;
+    check(multiply(weights[2], 5, x, 3, 384, 100, nullptr, MATGPTQ_EXACT, 3) == expected && !lent_threads,
+          "the pool of the library's own again");
     for (auto* weight : weights) matgptq_weight_free(weight);
     std::printf("shared input, arena, threads\n");
 }

@@ -15,6 +15,8 @@ from matgptq.native.library import (
     isa,
     reason,
     set_isa,
+    share_threads,
+    shares_threads,
     solves,
 )
 from matgptq.native.products import (
@@ -49,6 +51,8 @@ __all__ = [
     "reason",
     "search_scales",
     "set_isa",
+    "share_threads",
+    "shares_threads",
     "solves",
     "spread_threads",
     "sweep",

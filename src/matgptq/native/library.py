@@ -20,11 +20,12 @@ from matgptq.errors import ConfigurationError, MatGPTQError
 Activations = Literal["exact", "int8"]
 SweepMode = Literal["residual", "change", "mean"]
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"exact": 0, "int8": 1}
 SWEEP_MODES = {"residual": 0, "change": 1, "mean": 2}
 GROUP_UNIT = 32
+_lent = False
 
 _pointer, _int, _int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
@@ -85,6 +86,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "message": (ctypes.c_char_p, (_int,)),
     "isa": (ctypes.c_char_p, ()),
     "set_isa": (_int, (ctypes.c_char_p,)),
+    "set_team": (None, (_pointer,)),
     "arena_create": (_pointer, (_int64,)),
     "arena_free": (None, (_pointer,)),
     "arena_bytes": (_int64, (_pointer,)),
@@ -128,7 +130,39 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
     version = library.matgptq_abi_version()
     if version != _ABI_VERSION:
         return None, f"libmatgptq has interface {version}, this package needs {_ABI_VERSION}; reinstall matgptq"
+    _lend(library, _torch_team())
     return library, ""
+
+
+def _torch_team() -> int | None:
+    """Address of the function that hands work to torch's own threads; None where torch has no OpenMP.
+
+    A pool of our own beside torch's would cost more than it brings: OpenMP's threads spin for milliseconds after each
+    of torch's operations, and ours would wait for the processors they spin on.
+    """
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        # Searches what libtorch_cpu was linked with, so that it is the runtime that torch uses, if there are several.
+        return ctypes.cast(ctypes.CDLL(str(torch_library)).GOMP_parallel, _pointer).value
+    except (OSError, AttributeError):
+        return None
+
+
+def _lend(library: ctypes.CDLL, team: int | None) -> None:
+    global _lent
+    library.matgptq_set_team(team)
+    _lent = team is not None
+
+
+def share_threads(share: bool) -> None:
+    """Compute on torch's threads (the default where they are OpenMP's), or on a pool of the library's own."""
+    _lend(require_library(), _torch_team() if share else None)
+
+
+def shares_threads() -> bool:
+    """Whether the library computes on torch's threads."""
+    require_library()
+    return _lent
 
 
 def available() -> bool:

@@ -21,6 +21,7 @@ from matgptq.native.library import (
     check_status,
     expect_tensor,
     require_library,
+    shares_threads,
     thread_count,
 )
 from matgptq.slicing import PARENT_BITS, check_bits, check_widths
@@ -29,15 +30,16 @@ from matgptq.slicing import PARENT_BITS, check_bits, check_widths
 def spread_threads(num_threads: int | None = None) -> None:
     """Start the library's threads and let them run wherever OpenMP's threads of this process do.
 
-    Servers bind each OpenMP thread, the calling one among them, to a processor of its own (``GOMP_CPU_AFFINITY``,
-    ``KMP_AFFINITY``; vLLM does). A new thread inherits the caller's binding, so without this all of ours would share
+    Does nothing where the library computes on OpenMP's threads anyway (``share_threads``). Servers bind each OpenMP
+    thread, the calling one among them, to a processor of its own (``GOMP_CPU_AFFINITY``, ``KMP_AFFINITY``; vLLM does).
+    A new thread inherits the caller's binding, so without this all of ours would share
     that one processor. Does nothing where threads cannot be bound.
 
     Args:
         num_threads: default ``torch.get_num_threads()``.
     """
     tasks = Path("/proc/self/task")
-    if thread_count(num_threads) == 1 or not tasks.exists():
+    if thread_count(num_threads) == 1 or shares_threads() or not tasks.exists():
         return
     own = len(os.sched_getaffinity(0))
     torch.empty(1 << 20).fill_(0)  # starts OpenMP's threads, if nothing has

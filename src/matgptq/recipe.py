@@ -206,17 +206,17 @@ _BALANCED: Mapping[str, Any] = {"coordinate_passes": 2, "saliency": 1.0, "sink_w
 _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"coordinate_passes": 0},
     "balanced": _BALANCED,
-    "best": {**_BALANCED, "rotate": True, "tuned_bits": (2, 3, 4, 6, 8)},
+    "best": {**_BALANCED, "rotate": True, "saliency": 1.5, "tuned_bits": (2, 3, 4, 8), "tuning_steps": 128},
 }
 
-# lambda of matgptq by width where it is not 2^r. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md);
-# in best the scales of small widths are tuned afterwards, and the codes can serve the large ones.
+# lambda of matgptq by width where it is not 2^r. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md).
 _BIT_WEIGHTS: Mapping[str, Mapping[int, float]] = {
     "balanced": {2: 5.0, 3: 13.0, 4: 14.0, 5: 20.0, 6: 28.0, 7: 80.0, 8: 270.0},
+    "best": {2: 6.0, 3: 16.0, 4: 24.0, 5: 28.0, 6: 36.0, 7: 110.0, 8: 400.0},
 }
 # Widths that are solved for besides the targets: between 4 and 8 bits a slice is the parent's plain rounding otherwise,
 # and 6 bits lose a third of their KL by a copy of their own.
-_BETWEEN: Mapping[str, int] = {"balanced": 6}
+_BETWEEN: Mapping[str, int] = {"balanced": 6, "best": 6}
 
 DEFAULT_TARGET_BITS = (2, 3, 4, 8)
 DEFAULT_QUALITY: Quality = "balanced"
@@ -236,9 +236,9 @@ def make_recipe(
             arXiv 2210.17323) or ``rtn`` (round to nearest).
         bits: target widths; nested methods need 8 among them, ``gptq`` takes exactly one. Default 2,3,4,8. ``rtn``
             rounds to the parent's grid whatever widths are named, so its only target is 8. Without ``bit_weights``,
-            ``balanced`` adds 6 bits where nothing else lies between 4 and 8.
+            ``balanced`` and ``best`` add 6 bits where nothing else lies between 4 and 8.
         bit_weights: lambda_r as ``{width: weight}`` or in the order of ``bits`` as given. Default by quality for
-            ``matgptq`` (2^r in ``fast`` and ``best``), equal for the others.
+            ``matgptq`` (2^r in ``fast``), equal for the others.
         quality: ``fast``, ``balanced`` (the default) or ``best``: ingredients of ``matgptq``; other methods have none.
         options: any other field of ``Recipe``; each beats what the quality chose.
 

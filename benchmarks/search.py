@@ -1,0 +1,129 @@
+"""What a width per layer brings, and what finding it costs, beside uniform widths and the published search.
+
+    python benchmarks/search.py OUT --dataset TEXT --text UNSEEN -o benchmarks/results/search.json --plot search.png
+
+OUT is a checkpoint of ``matgptq quantize``. Budgets are average bits of the codes. Each is measured on windows of a text that
+no search saw, and compared with the straight line between the neighbouring uniform widths in log KL (at a whole number
+of bits: with that uniform width). The published search, evolution from uniform widths, gets one of the budgets, and as
+many tokens as ours took, then several times as many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+from torch import Tensor
+
+import matgptq
+from matgptq.calibration import evaluation_windows
+from matgptq.checkpoint import open_checkpoint
+from matgptq.source import load_tokenizer
+
+BUDGETS = ("2.5", "3.0", "3.5", "4.5")
+TARGETS = {"2.5": 0.75, "3.0": 0.8, "3.5": 0.75, "4.5": 0.75}
+UNIFORM = (2, 3, 4, 5)
+COMPARED = "3.0"
+WINDOWS, SEQLEN = 8, 2048
+
+
+def scale_bits(checkpoint: Path) -> Fraction:
+    """Bits of the scales that serving reads, per weight."""
+    opened = open_checkpoint(checkpoint)
+    return Fraction(opened.served_bits(4), opened.quantized_weights) - 4
+
+
+def kl(checkpoint: Path, text: Tensor, allocation: str | None = None) -> dict[int | str, float]:
+    """KL of the uniform widths, or of an allocation."""
+    widths = None if allocation else UNIFORM
+    results = matgptq.evaluate(checkpoint, widths, allocation=allocation, text=text).results
+    return {allocation or result.bits: result.kl for result in results}
+
+
+def line(uniform: dict[int, float], bits: float) -> float:
+    """KL on the straight line between neighbouring uniform widths, in log KL."""
+    low = math.floor(bits)
+    high = min(low + 1, max(uniform))
+    return math.exp((high - bits) * math.log(uniform[low]) + (bits - low) * math.log(uniform[high]))
+
+
+def searched(
+    checkpoint: Path, text: Tensor, targets: list[Fraction], save: str, **options: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Records of what one run found, and what it cost."""
+    started = time.perf_counter()
+    run = matgptq.search(checkpoint, targets, save=save, **options)
+    seconds = time.perf_counter() - started
+    records = [
+        {
+            "bits": round(found.bits, 4),
+            "bits_per_weight": round(found.bits_per_weight, 4),
+            "slack_bits": found.slack_bits,
+            "kl": round(kl(checkpoint, text, found.name)[found.name], 5),
+            "widths": "".join(map(str, found.widths)),
+        }
+        for found in run.found
+    ]
+    return records, {"seconds": round(seconds, 1), "stages": run.seconds, "tokens_scored": run.tokens_scored}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dataset", required=True, help="text to search on")
+    parser.add_argument("--text", required=True, help="text to measure on")
+    parser.add_argument("--reference", help="the full model; default: what the checkpoint names")
+    parser.add_argument("--evolution", type=float, nargs="*", default=[1, 5], help="tokens of the published search: x ours")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    options = {"dataset": arguments.dataset, "reference": arguments.reference}
+    tokenizer = load_tokenizer(arguments.checkpoint)
+    text = evaluation_windows(arguments.text, tokenizer, windows=WINDOWS, seqlen=SEQLEN).tokens
+    record: dict[str, Any] = {"machine": describe_machine(), "model": arguments.checkpoint.resolve().name}
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = Path(directory) / "checkpoint"  # tables of earlier searches must not save time
+        shutil.copytree(arguments.checkpoint, checkpoint, ignore=shutil.ignore_patterns("search", "allocations"))
+        extra = scale_bits(checkpoint)
+        uniform = {int(bits): value for bits, value in kl(checkpoint, text).items()}
+        record["uniform"] = {bits: round(value, 5) for bits, value in uniform.items()}
+        print("uniform", record["uniform"], flush=True)
+        single, cost = searched(checkpoint, text, [Fraction(COMPARED) + extra], "single", **options)
+        record["one budget"] = {"budget": COMPARED, **single[0], **cost}
+        print("one budget", record["one budget"], flush=True)
+        record["evolution"] = []
+        for factor in arguments.evolution:
+            generations = 1
+            while True:  # resumed: as many generations as the tokens allow
+                found, spent = searched(
+                    checkpoint, text, [Fraction(COMPARED) + extra], "evolution", method="evolution",
+                    generations=generations, resume=True, **options,
+                )  # fmt: skip
+                if spent["tokens_scored"] >= factor * cost["tokens_scored"]:
+                    break
+                each = spent["tokens_scored"] / generations
+                generations = max(generations + 1, int(factor * cost["tokens_scored"] / each))
+            record["evolution"].append({"generations": generations, **found[0], "tokens_scored": spent["tokens_scored"]})
+            print("evolution", record["evolution"][-1], flush=True)
+        for fuse in ("serving", "none"):
+            targets = [Fraction(bits) + extra for bits in BUDGETS]
+            found, cost = searched(checkpoint, text, targets, fuse, fuse=fuse, **options)
+            for budget, each in zip(BUDGETS, found, strict=True):
+                each["ratio"] = round(each["kl"] / line(uniform, float(budget)), 3)
+                each["target"] = TARGETS[budget]
+                print(fuse, budget, each, flush=True)
+            record[f"budgets, fuse {fuse}"] = {**cost, "found": dict(zip(BUDGETS, found, strict=True))}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -74,7 +77,15 @@ def launch(directory: Path, source: Path, body: str) -> subprocess.CompletedProc
     )
     script.write_text(code)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    return subprocess.run(torchrun, capture_output=True, text=True, timeout=300)
+    with subprocess.Popen(
+        torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # workers that hang outlive their launcher
+    return subprocess.CompletedProcess(torchrun, process.returncode, stdout, stderr)
 
 
 def test_two_processes_make_the_checkpoint_of_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_model(
-    name: str, directory: Path, dtype: torch.dtype = torch.float32, num_hidden_layers: int = 2, **options: Any
+    name: str,
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    num_hidden_layers: int = 2,
+    shape: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Path:
     """Save model and tokenizer, and a few more files that a model on the hub has."""
-    build_model(name, dtype, num_hidden_layers=num_hidden_layers).save_pretrained(directory, **options)
+    model = build_model(name, dtype, num_hidden_layers=num_hidden_layers, **(shape or {}))
+    model.save_pretrained(directory, **options)
     make_tokenizer().save_pretrained(directory)
     (directory / "LICENSE").write_text("made of dice\n")
     (directory / "vocab.bin.txt").write_bytes(b"\x00\xff not text, and named like a weight\n")

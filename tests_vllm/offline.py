@@ -1,0 +1,41 @@
+"""Log-probabilities of token ids by vLLM without a server: python offline.py TOKENS.json MODEL...
+
+Prints a line of JSON for each model. The width is the plugin's business (MATGPTQ_BITS, MATGPTQ_ALLOCATION).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+
+def log_probs(model: str, tokens: list[int]) -> list[float]:
+    """Of each token after the first, given those before it."""
+    llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=1, disable_log_stats=True)
+    answer = llm.generate(
+        {"prompt_token_ids": tokens}, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False
+    )[0]
+    values = [entry[token].logprob for entry, token in zip(answer.prompt_logprobs[1:], tokens[1:], strict=True)]
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return values
+
+
+def main() -> None:
+    tokens = json.loads(Path(sys.argv[1]).read_text())
+    for model in sys.argv[2:]:
+        try:
+            result: dict[str, object] = {"log_probs": log_probs(model, tokens)}
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print("RESULT " + json.dumps({"model": model, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,8 @@
 
     python benchmarks/whole_solve.py MODEL --calibration TEXT -o benchmarks/results/whole_solve.json
 
-Quantizes the model (widths 2,3,4,8, group 64) and adds up the CPU time that all threads spend inside the solver:
-scales, sweep, coordinate passes, refits of all widths, errors; not the model's forward passes. The scan of 256
+Quantizes the model (widths 2,3,4,8, group 64) at each quality and adds up the CPU time that all threads spend inside the
+solver: scales, sweep, coordinate passes, refits of all widths, errors; not the model's forward passes. The scan of 256
 candidates per weight and width (``inner_loop.scan``) is timed on the layers of a few blocks and scaled to all of them.
 """
 
@@ -27,6 +27,7 @@ from matgptq.recipe import make_recipe
 from matgptq.solver import Solution, solve
 
 GROUP_SIZE = 64
+BITS = (2, 3, 4, 8)
 
 
 class Meter:
@@ -63,26 +64,27 @@ def main() -> None:
     parser.add_argument("--matrices-per-block", type=int, default=4, help="groups of layers that share an input")
     parser.add_argument("--scan-blocks", type=int, nargs="*", default=[0, 15], help="blocks that the scan is timed on")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--coordinate-passes", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--qualities", nargs="*", default=["fast", "balanced"], choices=["fast", "balanced"])
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
-    for passes in arguments.coordinate_passes:
+    for quality in arguments.qualities:
         meter = Meter(arguments.matrices_per_block, tuple(arguments.scan_blocks))
         quantization.solve = meter  # type: ignore[assignment]
         with tempfile.TemporaryDirectory() as folder:
             report = matgptq.quantize(
                 arguments.model,
                 Path(folder) / "out",
+                quality=quality,
+                bits=BITS,
                 group_size=GROUP_SIZE,
                 dataset=arguments.calibration,
                 nsamples=16,
                 seqlen=2048,
-                coordinate_passes=passes,
             )
         row = {
-            "coordinate_passes": passes,
+            "quality": quality,
             "solve_cpu_seconds": round(meter.cpu_seconds, 1),
             "blocks_wall_seconds": report.seconds["blocks"],
         }

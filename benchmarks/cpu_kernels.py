@@ -200,10 +200,10 @@ def main() -> None:
         torch.set_num_threads(threads)
         print(f"\n{threads} thread(s), batch 1, cold weights, group {GROUP_SIZE}; share = time of a pure read / time")
         print("shape        bits form      read GB/s   int8 us  share (target)   exact us  share   x torch bf16")
-        shapes = SHAPES if threads == 1 and not arguments.quick else SHAPES[:1]
+        shapes = SHAPES[:1] if arguments.quick else SHAPES
         widths = [2, 3, 4, 6, 8]
         for shape in shapes:
-            for record in bench_products(shape, widths, 5 if arguments.quick else 15):
+            for record in bench_products(shape, widths, 5 if arguments.quick else 31):
                 products.append(record)
                 print(
                     f"{shape[0]:5}x{shape[1]} {record['bits']:5} {record['form']:9} {record['read_gb_per_s']:8} "

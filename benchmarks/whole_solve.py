@@ -4,7 +4,8 @@
 
 Quantizes the model (widths 2,3,4,8, group 64) and adds up the CPU time that all threads spend inside the solver:
 scales, sweep, coordinate passes, refits of all widths, errors; not the model's forward passes. The scan of 256
-candidates per weight and width (``inner_loop.scan``) is timed on the layers of a few blocks and scaled to all of them.
+candidates per weight and width (``inner_loop.scan``) is timed on the layers of a few blocks and scaled to all of them;
+the row ``paper`` is the same method with our inner loop.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from matgptq.recipe import make_recipe
 from matgptq.solver import Solution, solve
 
 GROUP_SIZE = 64
+BITS = (2, 3, 4, 8)
+ROWS = ("paper", "fast", "balanced")
 
 
 class Meter:
@@ -63,26 +66,28 @@ def main() -> None:
     parser.add_argument("--matrices-per-block", type=int, default=4, help="groups of layers that share an input")
     parser.add_argument("--scan-blocks", type=int, nargs="*", default=[0, 15], help="blocks that the scan is timed on")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--coordinate-passes", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--rows", nargs="*", default=ROWS, choices=ROWS)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
-    for passes in arguments.coordinate_passes:
+    for name in arguments.rows:
         meter = Meter(arguments.matrices_per_block, tuple(arguments.scan_blocks))
         quantization.solve = meter  # type: ignore[assignment]
         with tempfile.TemporaryDirectory() as folder:
             report = matgptq.quantize(
                 arguments.model,
                 Path(folder) / "out",
+                method="paper" if name == "paper" else "matgptq",
+                quality=None if name == "paper" else name,
+                bits=BITS,
                 group_size=GROUP_SIZE,
                 dataset=arguments.calibration,
                 nsamples=16,
                 seqlen=2048,
-                coordinate_passes=passes,
             )
         row = {
-            "coordinate_passes": passes,
+            "row": name,
             "solve_cpu_seconds": round(meter.cpu_seconds, 1),
             "blocks_wall_seconds": report.seconds["blocks"],
         }

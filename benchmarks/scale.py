@@ -25,6 +25,8 @@ from machine import describe_machine
 
 BLOCKS = (4, 16, 64)
 SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
+WIDE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+WIDE_BLOCKS = 12
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16}
 LARGE_BLOCKS, LARGE_LIMIT = 58, 3 << 30
 WINDOWS, SEQLEN = 8, 256
@@ -37,6 +39,7 @@ import matgptq, matgptq.quantization as quantization
 if {whole}:
     quantization.can_stream = lambda source: False
 tokens = torch.randint(3, {vocabulary}, ({windows}, {seqlen}), generator=torch.Generator().manual_seed(0))
+print(time.time(), flush=True)
 started = time.perf_counter()
 report = matgptq.quantize({source!r}, {out!r}, dataset=tokens, group_size=64, activations={activations!r}, **{options})
 seconds = time.perf_counter() - started
@@ -141,37 +144,41 @@ def against_memory(root: Path, rounds: int = 3) -> dict[str, Any]:
     return {"seconds": times, "peak_bytes": memory, "ratio": round(ratio, 4)}
 
 
-def interrupted(root: Path) -> dict[str, Any]:
-    """What a kill in the middle costs beyond the block that it destroys: what the second process does again."""
-    _, uninterrupted = run(root / "source-64", root / "uninterrupted", activations="disk")
-    out = root / "interrupted"
-    process = subprocess.Popen(command(root / "source-64", out, activations="disk"), stdout=subprocess.DEVNULL)
-    work = out.with_name(f".{out.name}.unfinished")
-    while len(list(work.glob("block-*.json"))) < 32:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    finished = len(list(work.glob("block-*.json")))
-    _, rest = run(root / "source-64", out, activations="disk")
-    expected = uninterrupted * (1 - finished / 64)
-    overhead = (rest - expected) / uninterrupted
-    print(f"killed after {finished} of 64 blocks: {overhead:+.1%} of the run is done again", flush=True)
-    return {"uninterrupted_seconds": uninterrupted, "finished": finished, "rest_seconds": rest, "overhead": overhead}
+def interrupted(root: Path, rounds: int = 3) -> dict[str, Any]:
+    """What a kill in the middle costs, all that is done again included; the imports of a second process are not."""
+    source, options = root / "source-wide", {"activations": "disk", "windows": 4 * WINDOWS}
+    overheads = []
+    for number in range(rounds):
+        _, uninterrupted = run(source, root / f"uninterrupted-{number}", **options)
+        out = root / f"interrupted-{number}"
+        process = subprocess.Popen(command(source, out, **options), stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        started = float(process.stdout.readline())
+        work = out.with_name(f".{out.name}.unfinished")
+        while len(list(work.glob("block-*.json"))) < WIDE_BLOCKS // 2:
+            time.sleep(0.01)
+        killed = time.time()
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        _, rest = run(source, out, **options)
+        overheads.append((killed - started + rest - uninterrupted) / uninterrupted)
+        print(f"killed after {WIDE_BLOCKS // 2} of {WIDE_BLOCKS} blocks: {overheads[-1]:+.1%} of the run", flush=True)
+    return {"overheads": overheads, "overhead": round(statistics.median(overheads), 4)}
 
 
 def two_processes(root: Path, rounds: int = 3) -> dict[str, Any]:
     """Two processes of one thread against one process of two threads, interleaved."""
     times: dict[str, list[float]] = {"two processes": [], "one process": []}
-    source = root / "source-16"
+    source, windows = root / "source-wide", 4 * WINDOWS
     for number in range(rounds):
         script = root / "process.py"
-        script.write_text(command(source, root / f"two-{number}", activations="memory")[-1])
+        script.write_text(command(source, root / f"two-{number}", activations="memory", windows=windows)[-1])
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
         done = subprocess.run(torchrun, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
         times["two processes"].append(max(float(line.split()[1]) for line in done.stdout.splitlines()[-2:]))
-        _, seconds = run(source, root / f"one-{number}", activations="memory", threads=2)
+        _, seconds = run(source, root / f"one-{number}", activations="memory", threads=2, windows=windows)
         times["one process"].append(seconds)
     ratio = statistics.median(times["two processes"]) / statistics.median(times["one process"])
     print(f"two processes / one process with two threads: {ratio:.3f} x the time", flush=True)
@@ -205,10 +212,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
+        make_model(root / "source-wide", WIDE_BLOCKS, WIDE)
         record: dict[str, Any] = {
             "machine": describe_machine(),
             "shape": SHAPE,
-            "calibration": f"{WINDOWS} x {SEQLEN} tokens, --quality fast, one thread",
+            "wide shape": WIDE,
+            "calibration": f"{WINDOWS} x {SEQLEN} tokens (wide: {4 * WINDOWS}), --quality fast, one thread",
             "peaks": peaks(root),
             "streamed_against_in_memory": against_memory(root),
             "interrupted": interrupted(root),

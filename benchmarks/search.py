@@ -2,10 +2,10 @@
 
     python benchmarks/search.py OUT --dataset TEXT --text UNSEEN -o benchmarks/results/search.json --plot search.png
 
-OUT is a checkpoint of ``matgptq quantize``. Budgets are average bits of the codes. Each is measured on windows of a text that
-no search saw, and compared with the straight line between the neighbouring uniform widths in log KL (at a whole number
-of bits: with that uniform width). The published search, evolution from uniform widths, gets one of the budgets, and as
-many tokens as ours took, then several times as many.
+OUT is a checkpoint of ``matgptq quantize``. Budgets are average bits of the codes. Each is measured on windows of a text
+that no search saw, and compared with the straight line between the neighbouring uniform widths in log KL (at a whole
+number of bits: with that uniform width). The published search, evolution from uniform widths, gets one of the budgets,
+and as many tokens as ours took, then several times as many.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="text to search on")
     parser.add_argument("--text", required=True, help="text to measure on")
     parser.add_argument("--reference", help="the full model; default: what the checkpoint names")
-    parser.add_argument("--evolution", type=float, nargs="*", default=[1, 5], help="tokens of the published search: x ours")
+    parser.add_argument(
+        "--evolution", type=float, nargs="*", default=[1, 5], help="tokens of the published search: x ours"
+    )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
@@ -111,7 +113,9 @@ def main() -> None:
                     break
                 each = spent["tokens_scored"] / generations
                 generations = max(generations + 1, int(factor * cost["tokens_scored"] / each))
-            record["evolution"].append({"generations": generations, **found[0], "tokens_scored": spent["tokens_scored"]})
+            record["evolution"].append(
+                {"generations": generations, **found[0], "tokens_scored": spent["tokens_scored"]}
+            )
             print("evolution", record["evolution"][-1], flush=True)
         for fuse in ("serving", "none"):
             targets = [Fraction(bits) + extra for bits in BUDGETS]

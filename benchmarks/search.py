@@ -1,9 +1,9 @@
 """What a width per layer brings, and what finding it costs, beside uniform widths and the published search.
 
-    python benchmarks/search.py OUT --dataset TEXT --text UNSEEN -o benchmarks/results/search.json --plot search.png
+    python benchmarks/search.py OUT --dataset TEXT --text UNSEEN -o benchmarks/results/search.json
 
-OUT is a checkpoint of ``matgptq quantize``. Budgets are average bits of the codes. Each is measured on windows of a text
-that no search saw, and compared with the straight line between the neighbouring uniform widths in log KL (at a whole
+OUT is a checkpoint of ``matgptq quantize``. Budgets are average bits of the codes. Each is measured on windows of a
+text that no search saw, and compared with the straight line between the neighbouring uniform widths in log KL (at a whole
 number of bits: with that uniform width). The published search, evolution from uniform widths, gets one of the budgets,
 and as many tokens as ours took, then several times as many.
 """
@@ -24,8 +24,10 @@ from machine import describe_machine
 from torch import Tensor
 
 import matgptq
+from matgptq.allocation_search import Search
 from matgptq.calibration import evaluation_windows
 from matgptq.checkpoint import open_checkpoint
+from matgptq.plotting import plot_search
 from matgptq.source import load_tokenizer
 
 BUDGETS = ("2.5", "3.0", "3.5", "4.5")
@@ -57,8 +59,8 @@ def line(uniform: dict[int, float], bits: float) -> float:
 
 def searched(
     checkpoint: Path, text: Tensor, targets: list[Fraction], save: str, **options: Any
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Records of what one run found, and what it cost."""
+) -> tuple[Search, list[dict[str, Any]], dict[str, Any]]:
+    """A run, records of what it found, and what it cost."""
     started = time.perf_counter()
     run = matgptq.search(checkpoint, targets, save=save, **options)
     seconds = time.perf_counter() - started
@@ -72,7 +74,7 @@ def searched(
         }
         for found in run.found
     ]
-    return records, {"seconds": round(seconds, 1), "stages": run.seconds, "tokens_scored": run.tokens_scored}
+    return run, records, {"seconds": round(seconds, 1), "stages": run.seconds, "tokens_scored": run.tokens_scored}
 
 
 def main() -> None:
@@ -98,14 +100,14 @@ def main() -> None:
         uniform = {int(bits): value for bits, value in kl(checkpoint, text).items()}
         record["uniform"] = {bits: round(value, 5) for bits, value in uniform.items()}
         print("uniform", record["uniform"], flush=True)
-        single, cost = searched(checkpoint, text, [Fraction(COMPARED) + extra], "single", **options)
+        _, single, cost = searched(checkpoint, text, [Fraction(COMPARED) + extra], "single", **options)
         record["one budget"] = {"budget": COMPARED, **single[0], **cost}
         print("one budget", record["one budget"], flush=True)
         record["evolution"] = []
         for factor in arguments.evolution:
             generations = 1
             while True:  # resumed: as many generations as the tokens allow
-                found, spent = searched(
+                _, found, spent = searched(
                     checkpoint, text, [Fraction(COMPARED) + extra], "evolution", method="evolution",
                     generations=generations, resume=True, **options,
                 )  # fmt: skip
@@ -119,11 +121,13 @@ def main() -> None:
             print("evolution", record["evolution"][-1], flush=True)
         for fuse in ("serving", "none"):
             targets = [Fraction(bits) + extra for bits in BUDGETS]
-            found, cost = searched(checkpoint, text, targets, fuse, fuse=fuse, **options)
+            run, found, cost = searched(checkpoint, text, targets, fuse, fuse=fuse, **options)
             for budget, each in zip(BUDGETS, found, strict=True):
                 each["ratio"] = round(each["kl"] / line(uniform, float(budget)), 3)
                 each["target"] = TARGETS[budget]
                 print(fuse, budget, each, flush=True)
+            if fuse == "serving" and arguments.plot:
+                plot_search(run, arguments.plot, f"{arguments.checkpoint.resolve().name}: a width for every layer")
             record[f"budgets, fuse {fuse}"] = {**cost, "found": dict(zip(BUDGETS, found, strict=True))}
     if arguments.output:
         arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -3,9 +3,9 @@
     python benchmarks/search.py OUT --dataset TEXT --text UNSEEN -o benchmarks/results/search.json
 
 OUT is a checkpoint of ``matgptq quantize``. Budgets are average bits of the codes. Each is measured on windows of a
-text that no search saw, and compared with the straight line between the neighbouring uniform widths in log KL (at a whole
-number of bits: with that uniform width). The published search, evolution from uniform widths, gets one of the budgets,
-and as many tokens as ours took, then several times as many.
+text that no search saw, and compared with the straight line between the neighbouring uniform widths in log KL (at a
+whole number of bits: with that uniform width). The published search, evolution from uniform widths, gets one of the
+budgets, and as many tokens as ours took, then several times as many.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from server import environment
 
 import matgptq
-from server import environment
 
 # Largest difference of a log-probability in float32. vLLM's attention on a CPU computes Gemma 2's bounded attention
 # scores less exactly than transformers do: its unquantized models differ as much (docs/serving.md).

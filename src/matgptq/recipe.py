@@ -206,7 +206,7 @@ _BALANCED: Mapping[str, Any] = {"coordinate_passes": 2, "saliency": 1.0, "sink_w
 _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"coordinate_passes": 0},
     "balanced": _BALANCED,
-    "best": {**_BALANCED, "rotate": True, "saliency": 1.5, "tuned_bits": (2, 3, 4, 8), "tuning_steps": 128},
+    "best": {**_BALANCED, "rotate": True, "saliency": 1.5, "tuned_bits": (2, 3, 4), "tuning_steps": 96},
 }
 
 # lambda of matgptq by width where it is not 2^r. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md).

@@ -141,12 +141,7 @@ class JoinedProduct:
     def __init__(self, operands: Sequence[Operand], *, activations: Activations = "exact") -> None:
         self._operands = list(operands)
         self._activations: Activations = activations
-        self._native: native.Joined | None = None
-        weights = [operand.weight for operand in operands if isinstance(operand.weight, native.Weight)]
-        if len(weights) == len(self._operands):
-            bits = [operand.bits for operand in operands]
-            biases = [None if operand.bias is None else operand.bias.float() for operand in operands]
-            self._native = native.Joined(weights, bits, biases, activations=activations)
+        self._native = join(operands, activations)
         self._fused: dict[tuple[int, torch.dtype, str], bool] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -163,6 +158,16 @@ class JoinedProduct:
                 return joined if x.ndim == 2 else joined.view(*x.shape[:-1], joined.shape[1])
         results = [matmul(x, *operand, activations=self._activations) for operand in self._operands]
         return results[0] if len(results) == 1 else torch.cat(results, -1)
+
+
+def join(operands: Sequence[Operand], activations: Activations) -> native.Joined | None:
+    """Operands prepared for one native call after the other; None if the native library holds not all of them."""
+    weights = [operand.weight for operand in operands if isinstance(operand.weight, native.Weight)]
+    if len(weights) < len(operands):
+        return None
+    bits = [operand.bits for operand in operands]
+    biases = [None if operand.bias is None else operand.bias.float() for operand in operands]
+    return native.Joined(weights, bits, biases, activations=activations)
 
 
 def fuses(product: Product) -> bool:

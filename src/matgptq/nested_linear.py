@@ -277,12 +277,15 @@ def pack_layers(
         layer.pack(arena, resident=resident)
         layer.activations = activations
         packed[name] = layer
-    for group in shared if arena is not None else ():  # only the native library takes several weights in one call
-        members = [packed[name] for name in group if name in packed]
-        if len(members) > 1:
-            together = SharedInput(members)
-            for member in members:
-                member._shared = together
+    if arena is None:  # only the native library takes several weights in one call
+        return len(packed)
+    groups = [[packed[name] for name in group if name in packed] for group in shared]
+    together = {id(member) for members in groups for member in members}
+    groups += [[layer] for layer in packed.values() if id(layer) not in together]
+    for members in groups:
+        inputs = SharedInput(members) if members else None
+        for member in members:
+            member._shared = inputs
     return len(packed)
 
 

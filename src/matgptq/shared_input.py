@@ -1,4 +1,8 @@
-"""Layers that multiply the same input (q, k and v; gate and up) run as one call of the kernels."""
+"""Layers that multiply the same input (q, k and v; gate and up) run as one call of the kernels.
+
+A single row, which is what decoding multiplies, takes less time than Python needs to describe the call, so the call is
+kept for as long as weights and widths stay the same. A layer that shares its input with none is a group of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from matgptq import kernels
+from matgptq import kernels, native
 
 
 @dataclass
@@ -56,6 +60,7 @@ class SharedInput:
     def __init__(self, members: Sequence[Member]) -> None:
         self._members = tuple(members)
         self._ready: _Ready | None = None
+        self._prepared: tuple[list[tuple[int, int, int]], native.Joined | None] = ([], None)
 
     def product(self, member: Member, inputs: Tensor) -> Tensor | None:
         """The product of one layer, or None where the kernels take one weight at a time."""
@@ -70,10 +75,30 @@ class SharedInput:
         rows = inputs.shape[:-1].numel()
         if not kernels.fuses(kernels.Product("native", inputs.device.type, inputs.dtype, rows, activations)):
             return None
-        products = kernels.matmul_shared(inputs, [each.operand for each in self._members], activations=activations)
+        operands = [each.operand for each in self._members]
+        if rows == 1:
+            products = self._multiply_row(inputs, operands, activations)
+        else:
+            products = kernels.matmul_shared(inputs, operands, activations=activations)
         results = {(id(each), each.bits): product for each, product in zip(self._members, products, strict=True)}
         result = results.pop((id(member), member.bits))
-        # Inference tensors have no version counter; the few rows that are shared are cheap to compare.
-        counted = not inputs.is_inference()
-        self._ready = _Ready(inputs, inputs._version if counted else None, None if counted else inputs.clone(), results)
+        if results:
+            # Inference tensors have no version counter; the few rows that are shared are cheap to compare.
+            counted = not inputs.is_inference()
+            version, copy = (inputs._version, None) if counted else (None, inputs.clone())
+            self._ready = _Ready(inputs, version, copy, results)
         return result
+
+    def _multiply_row(
+        self, inputs: Tensor, operands: Sequence[kernels.Operand], activations: kernels.Activations
+    ) -> list[Tensor]:
+        # The prepared call keeps the weights alive, so that no other one can get the id of one of them.
+        state = [(id(weight), bits, -1 if bias is None else bias._version) for weight, bits, bias in operands]
+        known, joined = self._prepared
+        if known != state or joined is None:
+            joined = kernels.join(operands, activations)
+            if joined is None:
+                return kernels.matmul_shared(inputs, operands, activations=activations)
+            self._prepared = state, joined
+        pieces = torch.split(joined(inputs.reshape(1, inputs.shape[-1])), joined.sizes, 1)
+        return [piece.view(*inputs.shape[:-1], piece.shape[1]) for piece in pieces]

@@ -306,7 +306,8 @@ class Joined:
         self._multiply = require_library().matgptq_matmul
         self._activations = ACTIVATIONS[activations]
         self.in_features = weights[0].in_features
-        self.out_features = sum(weight.out_features for weight in weights)
+        self.sizes = [weight.out_features for weight in weights]
+        self.out_features = sum(self.sizes)
         self._products = (Product * len(weights))()
         self._offsets = []
         self._alive: list[object] = [*weights]

@@ -178,3 +178,40 @@ def test_head_bits_are_checked(make_checkpoint):
         matgptq.load(out, head_bits=8, dtype="float16")
     with pytest.raises(UnsupportedModelError, match="lm_head"):
         pack_head(build_model("llama", hidden_size=40, head_dim=10), 8)
+
+
+def test_a_copy_of_a_model_that_has_decoded(make_checkpoint):
+    _, out = make_checkpoint("llama")
+    model = matgptq.load(out, 4)
+    ids = token_ids()[:1, :1]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        copied = copy.deepcopy(model)
+        model.set_bits(2)
+        assert torch.equal(copied(input_ids=ids).logits, wanted)
+        assert not torch.equal(model(input_ids=ids).logits, wanted)
+
+
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_one_row_follows_widths_and_biases(make_checkpoint, activations):
+    """The call that is prepared for a row is another one as soon as a width or a bias is another one."""
+    _, out = make_checkpoint("llama-biased")
+    model = matgptq.load(out, 4, activations=activations)
+    ids = token_ids()[:1, :2]
+
+    def logits(row: bool) -> torch.Tensor:
+        with torch.no_grad():
+            if not row:
+                return model(input_ids=ids, use_cache=False).logits[:, -1:]
+            first = model(input_ids=ids[:, :1], use_cache=True)
+            return model(input_ids=ids[:, 1:], past_key_values=first.past_key_values).logits
+
+    layer = "model.layers.0.self_attn.k_proj"
+    for bits in (4, {layer: 2}, {layer: 8}, 3):
+        model.set_bits(bits)
+        assert torch.allclose(logits(True), logits(False), atol=1e-5)
+    before = logits(True)
+    with torch.no_grad():
+        model.get_submodule(layer).bias.add_(1)
+    assert not torch.allclose(logits(True), before)
+    assert torch.allclose(logits(True), logits(False), atol=1e-5)

@@ -62,6 +62,10 @@ class SharedInput:
         self._ready: _Ready | None = None
         self._prepared: tuple[list[tuple[int, int, int]], native.Joined | None] = ([], None)
 
+    def __getstate__(self) -> dict[str, object]:
+        """For copies: what was computed or prepared belongs to the layers of the original."""
+        return {**self.__dict__, "_ready": None, "_prepared": ([], None)}
+
     def product(self, member: Member, inputs: Tensor) -> Tensor | None:
         """The product of one layer, or None where the kernels take one weight at a time."""
         ready = self._ready

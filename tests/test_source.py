@@ -324,6 +324,18 @@ def test_gguf_end_to_end(name, tmp_path, monkeypatch):
     assert {"tokenizer.json", "generation_config.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
 
 
+def test_gguf_is_unpacked_where_transformers_has_kernels_for_it(tmp_path, monkeypatch):
+    quantizer = pytest.importorskip("transformers.quantizers.quantizer_gguf", reason="this transformers always unpacks")
+
+    def kernel() -> None:
+        raise AssertionError("asked for kernels")
+
+    monkeypatch.setattr(quantizer, "get_gguf_kernel", kernel)
+    write_gguf(tmp_path / "model.gguf", "llama")
+    network = open_source(tmp_path / "model.gguf").load_model(torch.bfloat16)
+    assert type(network.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
 def test_a_directory_with_one_gguf_file_is_that_file(tmp_path):
     write_gguf(tmp_path / "model.gguf", "llama")
     opened = open_source(tmp_path)

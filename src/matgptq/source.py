@@ -173,7 +173,7 @@ class ModelSource:
 
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
         if self.gguf_file:
-            options["gguf_file"] = self.gguf_file
+            options |= {"gguf_file": self.gguf_file, **_dense_gguf()}
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(self.directory, output_loading_info=True, **options)
         except (MemoryError, torch.OutOfMemoryError):
@@ -199,6 +199,15 @@ class ModelSource:
         Returns ``{place relative to the directory: file}``; hidden files and foreign directories are left out.
         """
         return {} if self.gguf_file else side_files(self.directory)
+
+
+def _dense_gguf() -> dict[str, Any]:
+    """Option by which transformers unpacks a GGUF file: newer ones leave it packed where they find kernels for it."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # these always unpack
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def side_files(directory: Path) -> dict[str, Path]:

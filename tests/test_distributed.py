@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -77,14 +74,13 @@ def launch(directory: Path, source: Path, body: str) -> subprocess.CompletedProc
     )
     script.write_text(code)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    with subprocess.Popen(
-        torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    with subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             stdout, stderr = process.communicate(timeout=300)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # workers that hang outlive their launcher
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher ends its workers, which are in sessions of their own
+            process.communicate(timeout=60)
+            raise
     return subprocess.CompletedProcess(torchrun, process.returncode, stdout, stderr)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, build_model, make_tokenizer, save_model, token_ids
 from transformers import AutoTokenizer
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 import matgptq
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import SourceError, UnsupportedModelError
+from matgptq.families import attention_options
 from matgptq.nested_linear import nested_layers
 from matgptq.source import DTYPE_BITS, open_source, read_header, read_headers, read_json, read_tensor
 
@@ -324,16 +326,25 @@ def test_gguf_end_to_end(name, tmp_path, monkeypatch):
     assert {"tokenizer.json", "generation_config.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
 
 
-def test_gguf_is_unpacked_where_transformers_has_kernels_for_it(tmp_path, monkeypatch):
-    quantizer = pytest.importorskip("transformers.quantizers.quantizer_gguf", reason="this transformers always unpacks")
+def test_gguf_is_unpacked_also_where_transformers_has_kernels_for_it(tmp_path, monkeypatch):
+    """Packed layers are no Linear, and could not be quantized."""
+    real, seen = transformers.AutoModelForCausalLM.from_pretrained, []
 
-    def kernel() -> None:
-        raise AssertionError("asked for kernels")
+    def load(*arguments, **options):
+        seen.append(options)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(quantizer, "get_gguf_kernel", kernel)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     write_gguf(tmp_path / "model.gguf", "llama")
-    network = open_source(tmp_path / "model.gguf").load_model(torch.bfloat16)
+    network = open_source(tmp_path / "model.gguf").load_model(torch.float32)
+    assert not hasattr(transformers, "GgufConfig") or seen[0]["quantization_config"].dequantize
     assert type(network.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def test_bounded_attention_is_computed_by_what_bounds_it():
+    """Some versions of transformers choose an attention for Gemma 2 that leaves the bound out."""
+    for name, wanted in (("gemma2", {"attn_implementation": "eager"}), ("gemma3_text", {}), ("llama", {})):
+        assert attention_options(build_model(name).config.to_dict()) == wanted
 
 
 def test_a_directory_with_one_gguf_file_is_that_file(tmp_path):

@@ -22,7 +22,7 @@ from matgptq.errors import (
     SourceError,
     UnsupportedModelError,
 )
-from matgptq.families import find_family
+from matgptq.families import attention_options, find_family
 from matgptq.format import Settings, parse_settings
 from matgptq.kernels import Activations
 from matgptq.nested_linear import nested_layers, pack_layers
@@ -101,7 +101,11 @@ def load(
     run_dtype = resolve_dtype(dtype, target, stored)
     with _reading(path):
         model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=run_dtype, trust_remote_code=trust_remote_code
+            path,
+            config=config,
+            dtype=run_dtype,
+            trust_remote_code=trust_remote_code,
+            **attention_options(config.to_dict()),
         )
     model = model.to(target).eval()
     if allocation is not None and not settings.is_slice:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from matgptq.blocks import Block
 from matgptq.errors import SourceError
+from matgptq.families import attention_options
 from matgptq.source import ModelSource, TensorInfo, read_tensor
 from matgptq.tensor_names import match_names
 
@@ -126,7 +127,12 @@ def build_empty(source: ModelSource, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
         with _parameters_on_meta():
-            network = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=source.trust_remote_code)
+            network = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                trust_remote_code=source.trust_remote_code,
+                **attention_options(source.config),
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise SourceError(f"{source.name}: transformers cannot build it: {error}") from error
     network.name_or_path = str(source.directory)

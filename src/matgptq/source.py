@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from matgptq.errors import SourceError, UnsupportedModelError
+from matgptq.families import attention_options
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -172,6 +173,7 @@ class ModelSource:
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
+        options |= attention_options(self.config)
         if self.gguf_file:
             options |= {"gguf_file": self.gguf_file, **_dense_gguf()}
         try:

@@ -16,6 +16,7 @@ from matgptq.devices import resolve_dtype
 from matgptq.errors import AllocationError, ExportError, SourceError
 from matgptq.exports.gguf_file import ARCHITECTURES, FILE_NAME, context_length
 from matgptq.exports.target import Target
+from matgptq.families import attention_options
 from matgptq.nested_linear import NestedLinear
 from matgptq.progress import Progress, Silent
 from matgptq.source import read_headers, read_json, read_tensor
@@ -189,7 +190,12 @@ def _dense_model(target: Target, weights: Callable[[str], Tensor]) -> Any:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(target.model_config)]
     return _complete(
         *model_class.from_pretrained(
-            None, config=target.model_config, state_dict=state, dtype=torch.float32, output_loading_info=True
+            None,
+            config=target.model_config,
+            state_dict=state,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **attention_options(target.model_config.to_dict()),
         )
     )
 
@@ -204,7 +210,10 @@ def _complete(model: Any, loading: dict[str, Any]) -> Any:
 def _load_directory(directory: Path, target: Target) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return _complete(*AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True))
+    options = attention_options(target.model_config.to_dict())
+    return _complete(
+        *AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True, **options)
+    )
 
 
 def _load_gguf(directory: Path, target: Target) -> Any:
@@ -221,6 +230,7 @@ def _load_gguf(directory: Path, target: Target) -> Any:
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
+            **attention_options(config.to_dict()),
         )
     )
 

@@ -70,7 +70,7 @@ def open_folders(directory: Path, model: ModelSource | None) -> Reference:
         weights=full_weights(model, network, layers),
         default_bits=PARENT_BITS,
         packed=False,
-        read=lambda name: _read_data(root / name / DATA_NAME, name, layers[name]),
+        read=lambda name: read_data(root / name / DATA_NAME, name, layers[name]),
         notes=tuple(notes),
     )
 
@@ -108,7 +108,7 @@ def _missing_siblings(layers: Iterable[str], linears: Iterable[str]) -> list[str
     return [name for name in linears if name not in present and kind(name) in kinds]
 
 
-def _read_data(file: Path, layer: str, shape: tuple[int, int]) -> ReferenceLayer:
+def read_data(file: Path, layer: str, shape: tuple[int, int]) -> ReferenceLayer:
     """Load one ``data.pt`` as tensors only and check what it holds."""
     try:
         data = torch.load(file, map_location="cpu", weights_only=True)

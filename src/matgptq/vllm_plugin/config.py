@@ -83,11 +83,13 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             CheckpointError: damaged files, or tensors that are not those of the architecture.
             AllocationError: a width or allocation that it does not hold.
+            UnsupportedModelError: a mixture of experts.
         """
         checkpoint = open_checkpoint(_directory(model_name, revision), slices=True)
         self.settings = checkpoint.settings
         self.ignore = list(checkpoint.settings.ignore)
         self.layers = chosen_layers(self.choice, checkpoint)
+        _refuse_experts(checkpoint)
         _check_architecture(checkpoint)
         _log.info(
             "matgptq: serving %s at %s", checkpoint.path, describe([layer.bits for layer in self.layers.values()])
@@ -153,6 +155,16 @@ def _directory(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _refuse_experts(checkpoint: Checkpoint) -> None:
+    """Mixtures of experts: vLLM keeps all experts of a block in two tensors of its own and would load none of ours."""
+    expert = next((name for name in checkpoint.layers if ".experts." in name), None)
+    if expert is not None:
+        raise UnsupportedModelError(
+            f"{checkpoint.path}: {expert}: the plugin does not serve mixtures of experts; "
+            "matgptq export --format compressed-tensors makes a directory that vLLM serves without it"
+        )
 
 
 def _check_architecture(checkpoint: Checkpoint) -> None:

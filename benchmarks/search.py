@@ -34,7 +34,7 @@ BUDGETS = ("2.5", "3.0", "3.5", "4.5")
 TARGETS = {"2.5": 0.75, "3.0": 0.8, "3.5": 0.75, "4.5": 0.75}
 UNIFORM = (2, 3, 4, 5)
 COMPARED = "3.0"
-WINDOWS, SEQLEN = 8, 2048
+WINDOWS, SEQLEN = 4, 2048
 
 
 def scale_bits(checkpoint: Path) -> Fraction:
@@ -46,7 +46,7 @@ def scale_bits(checkpoint: Path) -> Fraction:
 def kl(checkpoint: Path, text: Tensor, allocation: str | None = None) -> dict[int | str, float]:
     """KL of the uniform widths, or of an allocation."""
     widths = None if allocation else UNIFORM
-    results = matgptq.evaluate(checkpoint, widths, allocation=allocation, text=text).results
+    results = matgptq.evaluate(checkpoint, widths, allocation=allocation, text=text, dtype="bfloat16").results
     return {allocation or result.bits: result.kl for result in results}
 
 
@@ -93,44 +93,54 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.checkpoint)
     text = evaluation_windows(arguments.text, tokenizer, windows=WINDOWS, seqlen=SEQLEN).tokens
     record: dict[str, Any] = {"machine": describe_machine(), "model": arguments.checkpoint.resolve().name}
+
+    def keep(name: str, value: Any) -> None:
+        """Print and write what is known so far: the whole takes an hour."""
+        record[name] = value
+        print(name, json.dumps(value), flush=True)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory) / "checkpoint"  # tables of earlier searches must not save time
         shutil.copytree(arguments.checkpoint, checkpoint, ignore=shutil.ignore_patterns("search", "allocations"))
         extra = scale_bits(checkpoint)
         uniform = {int(bits): value for bits, value in kl(checkpoint, text).items()}
-        record["uniform"] = {bits: round(value, 5) for bits, value in uniform.items()}
-        print("uniform", record["uniform"], flush=True)
-        _, single, cost = searched(checkpoint, text, [Fraction(COMPARED) + extra], "single", **options)
-        record["one budget"] = {"budget": COMPARED, **single[0], **cost}
-        print("one budget", record["one budget"], flush=True)
-        record["evolution"] = []
-        for factor in arguments.evolution:
-            generations = 1
-            while True:  # resumed: as many generations as the tokens allow
-                _, found, spent = searched(
-                    checkpoint, text, [Fraction(COMPARED) + extra], "evolution", method="evolution",
-                    generations=generations, resume=True, **options,
-                )  # fmt: skip
-                if spent["tokens_scored"] >= factor * cost["tokens_scored"]:
-                    break
-                each = spent["tokens_scored"] / generations
-                generations = max(generations + 1, int(factor * cost["tokens_scored"] / each))
-            record["evolution"].append(
-                {"generations": generations, **found[0], "tokens_scored": spent["tokens_scored"]}
-            )
-            print("evolution", record["evolution"][-1], flush=True)
+        keep("uniform", {bits: round(value, 5) for bits, value in uniform.items()})
+
+        def compared(found: dict[str, Any], budget: str) -> dict[str, Any]:
+            return {**found, "ratio": round(found["kl"] / line(uniform, float(budget)), 3), "target": TARGETS[budget]}
+
         for fuse in ("serving", "none"):
-            targets = [Fraction(bits) + extra for bits in BUDGETS]
-            run, found, cost = searched(checkpoint, text, targets, fuse, fuse=fuse, **options)
-            for budget, each in zip(BUDGETS, found, strict=True):
-                each["ratio"] = round(each["kl"] / line(uniform, float(budget)), 3)
-                each["target"] = TARGETS[budget]
-                print(fuse, budget, each, flush=True)
-            if fuse == "serving" and arguments.plot:
+            _, [single], cost = searched(checkpoint, text, [Fraction(COMPARED) + extra], fuse, fuse=fuse, **options)
+            keep(f"fuse {fuse}, one budget", {"budget": COMPARED, **compared(single, COMPARED), **cost})
+            others = [budget for budget in BUDGETS if budget != COMPARED]
+            targets = [Fraction(budget) + extra for budget in others]
+            run, found, more = searched(checkpoint, text, targets, fuse, fuse=fuse, **options)
+            results = {budget: compared(each, budget) for budget, each in zip(others, found, strict=True)}
+            keep(f"fuse {fuse}, more budgets from the same table", {**results, **more})
+            if fuse == "none":
+                continue
+            if arguments.plot:
                 plot_search(run, arguments.plot, f"{arguments.checkpoint.resolve().name}: a width for every layer")
-            record[f"budgets, fuse {fuse}"] = {**cost, "found": dict(zip(BUDGETS, found, strict=True))}
-    if arguments.output:
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            rivals = []
+            for factor in arguments.evolution:
+                rivals.append(
+                    evolve(checkpoint, text, Fraction(COMPARED) + extra, factor * cost["tokens_scored"], options)
+                )
+                keep("evolution from uniform widths, serving", [compared(rival, COMPARED) for rival in rivals])
+
+
+def evolve(checkpoint: Path, text: Tensor, target: Fraction, tokens: float, options: dict[str, Any]) -> dict[str, Any]:
+    """The published search, for as many generations as some tokens allow; goes on where it was."""
+    generations = 1
+    while True:
+        _, [found], spent = searched(
+            checkpoint, text, [target], "evolution", method="evolution", generations=generations, resume=True, **options
+        )
+        if spent["tokens_scored"] >= tokens:
+            return {**found, "generations": generations, "tokens_scored": spent["tokens_scored"]}
+        generations = max(generations + 1, int(tokens * generations / spent["tokens_scored"]))
 
 
 if __name__ == "__main__":

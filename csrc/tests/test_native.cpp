@@ -386,14 +386,18 @@ void test_shared_input(const std::vector<std::string>& sets) {
         });
     for (auto& caller : callers) caller.join();
     for (bool ok : same) check(ok, "concurrent callers");
-    // A team that was lent does the work instead.
+    // A team that was lent does the work instead, where there is enough of it to share.
+    const Case large(2048, 384, 64, true);
+    matgptq_weight* const shared_out = large.pack(0);
+    const auto alone = multiply(shared_out, 5, x, 3, 384, 2048, nullptr, MATGPTQ_EXACT, 1);
     matgptq_set_team(lent_team);
-    const auto lent = multiply(weights[2], 5, x, 3, 384, 100, nullptr, MATGPTQ_EXACT, 3);
-    check(lent == expected && lent_threads == 3, "a team that was lent");
+    const auto lent = multiply(shared_out, 5, x, 3, 384, 2048, nullptr, MATGPTQ_EXACT, 3);
+    check(lent == alone && lent_threads == 3, "a team that was lent");
     matgptq_set_team(nullptr);
     lent_threads = 0;
-    check(multiply(weights[2], 5, x, 3, 384, 100, nullptr, MATGPTQ_EXACT, 3) == expected && !lent_threads,
+    check(multiply(shared_out, 5, x, 3, 384, 2048, nullptr, MATGPTQ_EXACT, 3) == alone && !lent_threads,
           "the pool of the library's own again");
+    matgptq_weight_free(shared_out);
     for (auto* weight : weights) matgptq_weight_free(weight);
     std::printf("shared input, arena, threads\n");
 }

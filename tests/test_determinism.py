@@ -1,6 +1,6 @@
-"""The same seed gives the same bytes, also with other numbers of threads where PyTorch's products allow it.
+"""The same seed gives the same bytes with the same number of threads.
 
-At the size of real models they do not: libraries cut a product by the number of threads (docs/scale.md).
+With another number it does not: the libraries beneath PyTorch cut products by it (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ def threads():
     ],
     ids=["fast", "balanced", "best", "paper", "experts"],
 )
-def test_bytes_do_not_depend_on_threads(model, dtype, options, threads, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(model, dtype, options, threads, tmp_path: Path) -> None:
     # Wide enough that products and the solver hand out work: 1,024 rows, 512 tokens.
     source = save_model(model, tmp_path / "source", dtype, shape={"intermediate_size": 1024})
-    written = set()
-    for number in (1, 2, 3):
+    for number in (1, 3):
         threads(number)
-        out = tmp_path / f"out-{number}"
-        matgptq.quantize(source, out, dataset=token_ids(8, 64), group_size=GROUP_SIZE, **options)
-        written.add((out / "model.safetensors").read_bytes())
-    assert len(written) == 1
+        written = set()
+        for attempt in ("first", "second"):
+            out = tmp_path / f"{attempt}-{number}"
+            matgptq.quantize(source, out, dataset=token_ids(8, 64), group_size=GROUP_SIZE, **options)
+            written.add((out / "model.safetensors").read_bytes())
+        assert len(written) == 1

@@ -215,3 +215,13 @@ def test_one_row_follows_widths_and_biases(make_checkpoint, activations):
         model.get_submodule(layer).bias.add_(1)
     assert not torch.allclose(logits(True), before)
     assert torch.allclose(logits(True), logits(False), atol=1e-5)
+
+
+def test_a_model_loaded_in_inference_mode_decodes(make_checkpoint):
+    """Its biases count no changes."""
+    _, out = make_checkpoint("llama-biased")
+    ids = token_ids()[:1, :1]
+    with torch.inference_mode():
+        logits = matgptq.load(out, 4)(input_ids=ids).logits
+    with torch.no_grad():
+        assert torch.equal(matgptq.load(out, 4)(input_ids=ids).logits, logits)

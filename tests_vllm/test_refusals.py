@@ -85,7 +85,7 @@ def test_a_slice_at_another_width(checkpoint: Path, tmp_path: Path, monkeypatch:
 
 
 def test_experts(make_tiny: MakeTiny) -> None:
-    with pytest.raises(ValueError, match=r"experts\.0\..*does not serve mixtures of experts; matgptq export"):
+    with pytest.raises(ValueError, match=r"experts\.0\..*does not serve mixtures of experts; use matgptq export"):
         configure(make_tiny("mixtral", 32))
 
 

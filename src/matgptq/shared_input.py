@@ -97,7 +97,7 @@ class SharedInput:
         self, inputs: Tensor, operands: Sequence[kernels.Operand], activations: kernels.Activations
     ) -> list[Tensor]:
         # The prepared call keeps the weights alive, so that no other one can get the id of one of them.
-        state = [(id(weight), bits, -1 if bias is None else bias._version) for weight, bits, bias in operands]
+        state = [(id(weight), bits, _version(bias)) for weight, bits, bias in operands]
         known, joined = self._prepared
         if known != state or joined is None:
             joined = kernels.join(operands, activations)
@@ -106,3 +106,8 @@ class SharedInput:
             self._prepared = state, joined
         pieces = torch.split(joined(inputs.reshape(1, inputs.shape[-1])), joined.sizes, 1)
         return [piece.view(*inputs.shape[:-1], piece.shape[1]) for piece in pieces]
+
+
+def _version(tensor: Tensor | None) -> int:
+    """Grows with every change in place; inference tensors do not count theirs, and cannot be changed outside."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version

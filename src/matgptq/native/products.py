@@ -32,8 +32,8 @@ def spread_threads(num_threads: int | None = None) -> None:
 
     Does nothing where the library computes on OpenMP's threads anyway (``share_threads``). Servers bind each OpenMP
     thread, the calling one among them, to a processor of its own (``GOMP_CPU_AFFINITY``, ``KMP_AFFINITY``; vLLM does).
-    A new thread inherits the caller's binding, so without this all of ours would share
-    that one processor. Does nothing where threads cannot be bound.
+    A new thread inherits the caller's binding, so without this all of ours would share that one processor. Does
+    nothing where threads cannot be bound.
 
     Args:
         num_threads: default ``torch.get_num_threads()``.

@@ -163,7 +163,7 @@ def _refuse_experts(checkpoint: Checkpoint) -> None:
     if expert is not None:
         raise UnsupportedModelError(
             f"{checkpoint.path}: {expert}: the plugin does not serve mixtures of experts; "
-            "matgptq export --format compressed-tensors makes a directory that vLLM serves without it"
+            "use matgptq export --format compressed-tensors instead"
         )
 
 

@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -18,6 +19,13 @@ struct Task {
     int64_t count;
     int64_t piece;
     std::atomic<int64_t> next{0};
+    const std::thread::id caller = std::this_thread::get_id();
+    std::chrono::steady_clock::time_point done;  // when the caller found nothing left; only `share` notes it
+
+    void share() {
+        run();
+        if (std::this_thread::get_id() == caller) done = std::chrono::steady_clock::now();
+    }
 
     void run() {
         for (;;) {
@@ -28,9 +36,36 @@ struct Task {
     }
 };
 
+// A lent team comes back when all of its threads have run, also one that found nothing to do; on a processor that another
+// program holds that takes milliseconds, many times what a product does. Where waiting is most of some calls in a row,
+// the pool, which waits for nobody who is late, takes the next ones, more of them each time.
+struct Patience {
+    using Clock = std::chrono::steady_clock;
+    static constexpr int kJudged = 32;    // calls
+    static constexpr int kBearable = 3;   // waiting, in units of work
+    static constexpr int kFewest = 64, kMost = 4096;
+    int rest = 0;        // calls that are the pool's
+    int next = kFewest;  // rest after the next verdict
+    int calls = 0;
+    Clock::duration worked{0}, waited{0};
+
+    // Started, the caller's own share done, all back now.
+    void judge(Clock::time_point started, Clock::time_point done) {
+        worked += done - started;
+        waited += Clock::now() - done;
+        if (++calls < kJudged) return;
+        const bool late = waited > kBearable * worked;
+        rest = late ? next : 0;
+        next = !late ? kFewest : next * 2 < kMost ? next * 2 : kMost;
+        calls = 0;
+        worked = waited = Clock::duration{0};
+    }
+};
+
 class Pool {
   public:
-    std::mutex busy;  // held by the caller whose task runs
+    std::mutex busy;    // held by the caller whose task runs
+    Patience patience;  // of that caller, with a lent team
 
     void run(Task& task, int helpers) {
         {
@@ -126,17 +161,24 @@ void parallel_for(int64_t count, int64_t grain, int num_threads, const std::func
         work(0, count);
         return;
     }
-    if (const matgptq_team borrowed = usable_team()) {
-        // All threads, also for fewer pieces: a runtime ends the threads that a smaller team leaves out.
-        borrowed([](void* data) { static_cast<Task*>(data)->run(); }, &task, static_cast<unsigned>(num_threads), 0);
-    } else {
+    const matgptq_team borrowed = usable_team();
+    if (!borrowed || shared.patience.rest > 0) {
+        if (shared.patience.rest > 0) --shared.patience.rest;
         shared.run(task, threads - 1);
+        return;
     }
+    const auto started = std::chrono::steady_clock::now();
+    // All threads, also for fewer pieces: a runtime ends the threads that a smaller team leaves out.
+    borrowed([](void* data) { static_cast<Task*>(data)->share(); }, &task, static_cast<unsigned>(num_threads), 0);
+    shared.patience.judge(started, task.done);
 }
 
 }  // namespace matgptq
 
 extern "C" void matgptq_set_team(matgptq_team borrowed) {
+    matgptq::Pool& shared = matgptq::pool();
+    std::lock_guard<std::mutex> lock(shared.busy);
+    shared.patience = {};
     matgptq::team_owner.store(matgptq::process());
     matgptq::team.store(borrowed);
 }

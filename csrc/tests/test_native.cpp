@@ -1,6 +1,7 @@
 // Every kernel of every instruction set this machine has, against plain loops written from the formulas in matgptq.h.
 // Prints one line per group of checks; exit status 1 on any failure. Built with -DMATGPTQ_TESTS=ON, and under the
 // sanitizers with -DMATGPTQ_SANITIZE=ON.
+#include <chrono>
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -342,6 +343,13 @@ void lent_team(void (*work)(void*), void* data, unsigned num_threads, unsigned) 
     for (auto& other : others) other.join();
 }
 
+// One whose threads come back late, as on a processor that another program holds.
+void late_team(void (*work)(void*), void* data, unsigned num_threads, unsigned) {
+    lent_threads = num_threads;
+    work(data);
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+}
+
 void test_shared_input(const std::vector<std::string>& sets) {
     matgptq_arena* const arena = matgptq_arena_create(0);
     const Case a(33, 384, 64, true), b(16, 384, 128, false), c(100, 384, 384, true), d(20, 384, 32, true);
@@ -393,6 +401,14 @@ void test_shared_input(const std::vector<std::string>& sets) {
     matgptq_set_team(lent_team);
     const auto lent = multiply(shared_out, 5, x, 3, 384, 2048, nullptr, MATGPTQ_EXACT, 3);
     check(lent == alone && lent_threads == 3, "a team that was lent");
+    matgptq_set_team(late_team);
+    int used = 0;
+    for (int call = 0; call < 64; ++call) {
+        lent_threads = 0;
+        check(multiply(shared_out, 5, x, 3, 384, 2048, nullptr, MATGPTQ_EXACT, 3) == alone, "a late team's product");
+        used += lent_threads > 0;
+    }
+    check(used == 32, "a team that is late rests");
     matgptq_set_team(nullptr);
     lent_threads = 0;
     check(multiply(shared_out, 5, x, 3, 384, 2048, nullptr, MATGPTQ_EXACT, 3) == alone && !lent_threads,

@@ -7,7 +7,7 @@ Choices were made by the first 4 windows of the text; windows 4 to 11 and the ot
 Each row is quantized and measured in a process of its own, so that its time and peak memory are its own, too. Rows that
 the output holds already are not measured again.
 
-The ``alone`` rows are the bound: one width, no nesting, with the same tools.
+The ``alone`` rows are the bound: one width, no nesting, with the same ingredients.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from machine import describe_machine, peak_memory_bytes
 from torch import Tensor
 
 from matgptq.calibration import evaluation_windows
+from matgptq.recipe import make_recipe
 from matgptq.source import open_source
 
 GROUP_SIZE = 64
@@ -47,13 +48,13 @@ class Row:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-TOOLS = {"grid": "absmax", "signed_scales": True, "scale_candidates": 16, "column_order": "hessian",
-         "coordinate_passes": 2, "refit": True, "saliency": 1.0}  # fmt: skip
-ROTATED = {**TOOLS, "rotate": True}
-
-
-def _alone(bits: int, name: str, tools: dict[str, Any]) -> Row:
-    return Row(f"{name} {bits}", {"method": "gptq", "bits": [bits], **tools}, (bits,))
+def _alone(bits: int, quality: str) -> Row:
+    """One width without nesting, by every ingredient of a quality; tuned if that tunes this width."""
+    recipe = make_recipe("matgptq", quality=quality).to_dict()
+    for nested in ("method", "target_bits", "bit_weights", "refit_bits", "group_size", "damping", "seed"):
+        del recipe[nested]
+    recipe["tuned_bits"] = [bits] if bits in recipe["tuned_bits"] else []
+    return Row(f"{bits} bits alone, as {quality}", {"method": "gptq", "bits": [bits], **recipe}, (bits,))
 
 
 ROWS = [
@@ -65,9 +66,8 @@ ROWS = [
     Row("best", {"quality": "best"}),
     Row("balanced, seed 1", {"quality": "balanced"}, seed=1),
     Row("best, seed 1", {"quality": "best"}, seed=1),
-    *(_alone(bits, "alone", TOOLS) for bits in (3, 4)),
-    *(_alone(bits, "alone, rotated", ROTATED) for bits in (3, 4)),
-    *(_alone(bits, "alone, rotated, tuned", {**ROTATED, "tuned_bits": [bits]}) for bits in (2, 3, 4)),
+    *(_alone(bits, "best") for bits in (3, 4, 2)),
+    *(_alone(bits, "balanced") for bits in (3, 4, 2)),
     Row("balanced, PyTorch solver", {"quality": "balanced"}, environment={"MATGPTQ_SOLVER": "torch"}),
     Row("balanced, self calibration", {"quality": "balanced"}, dataset="self"),
 ]
@@ -145,7 +145,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if arguments.output and arguments.output.exists():
         rows = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]
-    print(f"{'row':28}" + "".join(f"{f'KL {bits}':>10}" for bits in EVALUATED) + f"{'minutes':>10}{'peak GB':>10}")
+    print(f"{'row':40}" + "".join(f"{f'KL {bits}':>10}" for bits in EVALUATED) + f"{'minutes':>10}{'peak GB':>10}")
     for name in wanted:
         found = next((row for row in rows if row["name"] == name), None)
         if found is None:

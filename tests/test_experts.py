@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import matgptq
-from matgptq.blocks import capture_inputs, collect_hessians
+from matgptq.block_hessians import collect_hessians
+from matgptq.blocks import capture_inputs
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import ExportError, UnsupportedModelError
 from matgptq.expert_hessians import ExpertCalibration

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import matgptq
-from matgptq.blocks import capture_inputs, collect_hessians, find_blocks, propagate
+from matgptq.block_hessians import collect_hessians
+from matgptq.blocks import capture_inputs, find_blocks, propagate
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.families import FAMILIES, find_family

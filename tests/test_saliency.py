@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_models import MODELS, blocks_of, build_model, token_ids
 
-from matgptq.blocks import capture_inputs, collect_hessians
+from matgptq.block_hessians import collect_hessians
+from matgptq.blocks import capture_inputs
 from matgptq.residency import Whole
 from matgptq.saliency import _window_seed, draw_tokens, token_saliency, token_weights
 

@@ -7,7 +7,8 @@ import torch
 from tiny_models import build_model, make_tokenizer, token_ids
 
 import matgptq
-from matgptq.blocks import capture_inputs, collect_hessians, find_blocks, propagate
+from matgptq.block_hessians import collect_hessians
+from matgptq.blocks import capture_inputs, find_blocks, propagate
 from matgptq.calibration import first_tokens
 from matgptq.families import find_family
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from matgptq.devices import fast_products
-from matgptq.distributed import ALONE, Processes
 from matgptq.errors import UnsupportedModelError
-from matgptq.expert_hessians import Coverage, ExpertCalibration, ExpertLayers, ExpertTotals
+from matgptq.expert_hessians import ExpertLayers
 from matgptq.experts import Experts
 from matgptq.families import Family
-from matgptq.hessian import accumulate_hessian
+from matgptq.workers import INLINE, Workers
 
 
 @dataclass(frozen=True)
@@ -220,153 +220,39 @@ def skipped(blocks: Sequence[Block]) -> Iterator[None]:
             block.module.__dict__.pop("forward", None)
 
 
-def complete(model: Any, blocks: Sequence[Block], hidden: Tensor) -> Tensor:
-    """What the base model makes of the last block's output, ``[1, seqlen, hidden]``: the states that enter the head.
+@contextmanager
+def ending(model: Any, blocks: Sequence[Block]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Inside, what follows the blocks: from the last block's output to the states that enter the head.
 
-    Differentiable; no block's weights are needed.
+    Both are ``[1, seqlen, hidden]``. Differentiable; no block's weights are needed. May be called in several threads.
     """
-    nothing = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=model.get_input_embeddings().weight.device)
-    with skipped(blocks):
-        blocks[-1].module.forward = lambda *_, **__: hidden.to(nothing.device)
+    device = model.get_input_embeddings().weight.device
+    of_thread = threading.local()
+
+    def complete(hidden: Tensor) -> Tensor:
+        of_thread.hidden = hidden.to(device)
+        nothing = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=device)
         states: Tensor = model.base_model(input_ids=nothing, use_cache=False).last_hidden_state
-    return states
+        return states
+
+    with skipped(blocks):
+        blocks[-1].module.forward = lambda *_, **__: of_thread.hidden
+        yield complete
 
 
-@dataclass(frozen=True)
-class BlockHessians:
-    """What the layers of a block see.
-
-    Attributes:
-        matrices: for each group of layers that share an input, float32 ``[in, in]``: twice the weighted mean of
-            ``x x^T``. Not finite for an expert that nothing is known of.
-        coverage: of the groups of experts, by the full name of their first layer.
-    """
-
-    matrices: list[Tensor]
-    coverage: Mapping[str, Coverage]
+def complete(model: Any, blocks: Sequence[Block], hidden: Tensor) -> Tensor:
+    """What the base model makes of the last block's output; see ``ending``."""
+    with ending(model, blocks) as rest:
+        return rest(hidden)
 
 
-def _accumulate(
-    block: Block, inputs: Sequence[BlockInputs], index: int, observed: Mapping[str, nn.Linear],
-    totals: Mapping[str, Tensor], experts: ExpertTotals | None, tick: Callable[[], None],
-) -> None:  # fmt: skip
-    """Run a block over all streams and add what the observed layers and experts see to their totals."""
-    for number, stream in enumerate(inputs):
-        batch = slice(0, 0)  # windows that are being run; a layer may see them flattened
-
-        def weights_of(name: str, stream: BlockInputs = stream) -> Tensor | None:
-            weights = stream.token_weights.get(name)
-            return None if weights is None else weights[batch]  # noqa: B023 - of the batch that is being run
-
-        def show(name: str, _: nn.Module, positional: tuple[Tensor, ...], stream: BlockInputs = stream) -> None:
-            accumulate_hessian(totals[name], positional[0], stream.weight, weights_of(name))
-
-        with ExitStack() as stack:
-            stack.enter_context(fast_products(stream.device))
-            for name, layer in observed.items():
-                stack.callback(layer.register_forward_pre_hook(partial(show, name)).remove)
-            if experts is not None:
-                of_experts = partial(weights_of, f"{block.name}.{block.experts}")
-                stack.enter_context(experts.watching(stream.weight, of_experts, counts=number == 0))
-            for hidden in stream.hidden:
-                batch = slice(batch.stop, batch.stop + len(hidden))
-                run_block(block, hidden.to(stream.device), stream.arguments[index])
-                tick()
-
-
-@torch.no_grad()
-def collect_hessians(
-    block: Block,
-    inputs: Sequence[BlockInputs],
-    index: int,
-    tick: Callable[[], None],
-    processes: Processes = ALONE,
-    experts: ExpertCalibration | None = None,
-) -> BlockHessians:
-    """Hessians of the block's input groups: twice the weighted mean of ``x x^T`` over all tokens.
-
-    Args:
-        block: still at full precision.
-        inputs: as left by the blocks before it; not changed. The first are the calibration windows, whose tokens are
-            counted for experts.
-        index: position of the block, selects its arguments.
-        tick: called after each batch.
-        processes: among which the tokens are shared out; each gets the sums over all.
-        experts: how experts are calibrated; None for the defaults.
-
-    Raises:
-        UnsupportedModelError: an activation is not finite; names the layer that receives it.
-    """
-    experts = experts or ExpertCalibration()
-    # All layers of a group see the same input, one of them is enough.
-    observed = {f"{block.name}.{group[0][0]}": group[0][1] for group in block.ordinary_inputs()}
-    totals = {
-        name: torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
-        for name, layer in observed.items()
-    }
-    of_experts = _expert_totals(block, experts)
-    _accumulate(block, inputs, index, observed, totals, of_experts, tick)
-    weight = torch.tensor([stream.weight * stream.tokens for stream in inputs], dtype=torch.float64).sum()
-    processes.add([*totals.values(), weight])
-    for name, total in totals.items():
-        _check_finite(name, total)
-        total.mul_(2 / float(weight))
-    coverage: dict[str, Coverage] = {}
-    if of_experts is not None:
-        coverage = _finish_experts(block, inputs, index, experts, of_experts, totals, processes)
-    return BlockHessians([totals[f"{block.name}.{group[0][0]}"] for group in block.inputs], coverage)
-
-
-def _check_finite(name: str, total: Tensor) -> None:
-    if not bool(torch.isfinite(total).all()):
-        raise UnsupportedModelError(
-            f"the inputs of {name} are not finite during calibration; "
-            "use a dtype with more range (--dtype bfloat16 or float32)"
-        )
-
-
-def _expert_totals(block: Block, how: ExpertCalibration, only: Sequence[int] | None = None) -> ExpertTotals | None:
-    layers = block.expert_layers()
-    if only is not None:
-        layers = {number: layers[number] for number in only}
-    if not layers:
-        return None
-    experts = block.module.get_submodule(str(block.experts))
-    assert isinstance(experts, Experts)
-    return ExpertTotals(experts, layers, how)
-
-
-def _finish_experts(
-    block: Block, inputs: Sequence[BlockInputs], index: int, how: ExpertCalibration, own: ExpertTotals,
-    totals: dict[str, Tensor], processes: Processes,
-) -> dict[str, Coverage]:  # fmt: skip
-    """Add the Hessians of experts to the others; those that saw too few tokens see all of them in a second pass."""
-    own.finish(processes)
-    totals.update(own.totals)
-    starved = own.starved()
-    shared = _expert_totals(block, replace(how, every_token=True), starved)
-    if shared is not None:
-        _accumulate(block, inputs, index, {}, {}, shared, lambda: None)
-        shared.finish(processes)
-        totals.update(shared.totals)
-    coverage = {}
-    for number, layers in block.expert_layers().items():
-        alone = number not in starved and not how.every_token
-        for name in (layers.inner, layers.down):
-            if name is not None:
-                if alone or name == layers.inner:  # what enters all experts is what the block computes with
-                    _check_finite(name, totals[name])
-                coverage[name] = Coverage(own.tokens[number], number in starved)
-    return coverage
-
-
-@torch.no_grad()
 def propagate(
     block: Block,
     inputs: Sequence[BlockInputs],
     index: int,
     tick: Callable[[], None],
     into: Sequence[MutableSequence[Tensor]] | None = None,
+    workers: Workers = INLINE,
 ) -> None:
     """Replace every hidden state by the block's output.
 
@@ -376,16 +262,23 @@ def propagate(
         index: position of the block, selects its arguments.
         tick: called after each batch.
         into: an empty list for each stream, to hold the new states from now on; None replaces the old ones in place.
+        workers: among which batches are shared out.
     """
     for number, stream in enumerate(inputs):
-        with fast_products(stream.device):
-            for position, hidden in enumerate(stream.hidden):
-                # The residual stream keeps its dtype; only products are rounded.
-                output = run_block(block, hidden.to(stream.device), stream.arguments[index]).to(hidden.dtype)
-                if into is None:
-                    stream.hidden[position] = output
-                else:
-                    into[number].append(output)
-                tick()
+        run = partial(_leave, block, stream, index)
+        for position, output in enumerate(workers.map(run, range(len(stream.hidden)))):
+            if into is None:
+                stream.hidden[position] = output
+            else:
+                into[number].append(output)
+            tick()
         if into is not None:
             stream.hidden = into[number]
+
+
+def _leave(block: Block, stream: BlockInputs, index: int, position: int) -> Tensor:
+    """What leaves a block where a batch of windows enters it."""
+    hidden = stream.hidden[position]
+    with torch.no_grad(), fast_products(stream.device):
+        # The residual stream keeps its dtype; only products are rounded.
+        return run_block(block, hidden.to(stream.device), stream.arguments[index]).to(hidden.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,21 +53,51 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
+class _MediumPrecision:
+    """PyTorch's precision of float32 products, which is one for all threads, while any of them wants it lower."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = ""
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("medium")
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                torch.set_float32_matmul_precision(self._before)
+
+
+_MEDIUM_PRECISION = _MediumPrecision()
+
+
 @contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
     """Let a float32 model on a CPU with matrix tiles multiply in bfloat16; sums, and what is added up, stay float32.
 
     For what averages over thousands of tokens (Hessians, gradients that weigh tokens, activations that go from block to
     block while a model is quantized), not for measuring a model. Elsewhere nothing changes: a model on a GPU is run in
-    the dtype that it was loaded in.
+    the dtype that it was loaded in. May be entered in several threads.
     """
     if device.type != "cpu" or not multiplies_bfloat16(device):
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with _MEDIUM_PRECISION, torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@contextmanager
+def fast_sums(device: torch.device) -> Iterator[None]:
+    """``fast_products`` for products whose result must be float32."""
+    if device.type != "cpu" or not multiplies_bfloat16(device):
+        yield
+        return
+    with _MEDIUM_PRECISION:
+        yield

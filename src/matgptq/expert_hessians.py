@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matgptq.devices import fast_products
 from matgptq.distributed import Processes
 from matgptq.experts import Experts
-from matgptq.hessian import accumulate_hessian
+from matgptq.hessian import mirror
+from matgptq.sightings import Notes, Sighting, Watch
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ class ExpertTotals:
 
     Attributes:
         totals: float32 ``[in, in]`` by the full name of the first layer of each group; experts that are calibrated on
-            the same tokens hold one tensor.
-        weights: sum of the weights of the streams, of the tokens that each total is made of.
+            the same tokens hold one tensor. Filled on and below the diagonal until they are finished.
         tokens: of each expert, by number, in streams that count.
+        columns: inputs of all layers of one expert that have Hessians of their own.
     """
 
     def __init__(self, experts: Experts, layers: Mapping[int, ExpertLayers], calibration: ExpertCalibration) -> None:
@@ -81,68 +83,64 @@ class ExpertTotals:
         self._layers = layers
         self._calibration = calibration
         self.totals: dict[str, Tensor] = {}
-        self.weights: dict[str, float] = {}
         self.tokens = dict.fromkeys(layers, 0)
-        self._rows: Tensor | None = None  # weights of the tokens of the expert that is running
-        together: Tensor | None = None
+        self.columns = 0
+        self._common: str | None = None  # the name under which what enters all experts is noted
         for number, each in layers.items():
             expert: Any = experts[number]
             hidden, inner = expert.gate.in_features, expert.down.in_features
+            self.columns = hidden + inner
             if each.inner is not None:
-                if together is None or not calibration.every_token:
-                    together = torch.zeros(hidden, hidden, device=expert.gate.weight.device)
-                self.totals[each.inner] = together
+                if self._common is not None and calibration.every_token:
+                    self.totals[each.inner] = self.totals[self._common]
+                else:
+                    self.totals[each.inner] = torch.zeros(hidden, hidden, device=expert.gate.weight.device)
+                    self._common = each.inner
             if each.down is not None:
                 self.totals[each.down] = torch.zeros(inner, inner, device=expert.gate.weight.device)
-        self.weights = dict.fromkeys(self.totals, 0.0)
+        # Sums of the weights of the streams, of the tokens that each total is made of.
+        self._weights = {id(total): 0.0 for total in self.totals.values()}
 
     @contextmanager
-    def watching(self, weight: float, token_weights: Callable[[], Tensor | None], *, counts: bool) -> Iterator[None]:
-        """Inside, add what the experts see whenever the block is run.
+    def watching(self, watch: Watch, token_weights: Callable[[], Tensor | None]) -> Iterator[None]:
+        """Inside, the block's hooks note what the experts see.
 
         Args:
-            weight: of each token.
-            token_weights: gives further weights of the tokens that are being run, ``[tokens]``, or None.
-            counts: these are the windows whose tokens are counted.
+            watch: where.
+            token_weights: gives further weights of the tokens that this thread runs, ``[tokens]``, or None.
         """
         with ExitStack() as stack:
-            show: Callable[..., None]
             if self._calibration.every_token:
-                show = partial(self._see_all, weight, token_weights)
-                stack.callback(self._experts.register_forward_pre_hook(show).remove)
+                see_all = partial(self._see_all, watch, token_weights)
+                stack.callback(self._experts.register_forward_pre_hook(see_all).remove)
             for number, layers in self._layers.items():
                 expert: Any = self._experts[number]
-                show = partial(self._see, number, weight, token_weights, counts)
-                stack.callback(expert.register_forward_pre_hook(show).remove)
+                see = partial(self._see, watch, number, token_weights)
+                stack.callback(expert.register_forward_pre_hook(see).remove)
                 if layers.down is not None and not self._calibration.every_token:
-                    show = partial(self._add, layers.down, weight)
-                    stack.callback(expert.down.register_forward_pre_hook(show).remove)
+                    see_inner = partial(self._see_inner, watch, layers.down)
+                    stack.callback(expert.down.register_forward_pre_hook(see_inner).remove)
             yield
 
     def _see_all(
-        self, weight: float, token_weights: Callable[[], Tensor | None], _: nn.Module, given: tuple[Tensor, ...]
+        self, watch: Watch, token_weights: Callable[[], Tensor | None], _: nn.Module, given: tuple[Tensor, ...]
     ) -> None:
         hidden, rows = given[0], token_weights()
-        seen: set[int] = set()
+        if self._common is not None:
+            watch.notes.sightings.append(Sighting(self._common, hidden, len(hidden), rows))
         for number, layers in self._layers.items():
-            if layers.inner is not None:
-                total = self.totals[layers.inner]
-                if id(total) not in seen:
-                    accumulate_hessian(total, hidden, weight, rows)
-                    seen.add(id(total))
-                self.weights[layers.inner] += weight * len(hidden)
             if layers.down is not None:
                 expert: Any = self._experts[number]
-                accumulate_hessian(self.totals[layers.down], expert.inner(hidden), weight, rows)
-                self.weights[layers.down] += weight * len(hidden)
+                # Made when it is added: of all experts together it would be the largest of all that is in memory.
+                inner = partial(_inner, expert, hidden)
+                watch.notes.sightings.append(Sighting(layers.down, inner, len(hidden), rows))
 
     def _see(
-        self, number: int, weight: float, token_weights: Callable[[], Tensor | None], counts: bool,
-        expert: nn.Module, given: tuple[Tensor, Tensor, Tensor],
+        self, watch: Watch, number: int, token_weights: Callable[[], Tensor | None],
+        _: nn.Module, given: tuple[Tensor, Tensor, Tensor],
     ) -> None:  # fmt: skip
-        _, tokens, routed = given
-        if counts:
-            self.tokens[number] += len(tokens)
+        hidden, tokens, routed = given
+        watch.notes.expert_tokens[number] = len(tokens)
         if self._calibration.every_token:
             return
         rows = token_weights()
@@ -151,15 +149,29 @@ class ExpertTotals:
         if self._calibration.saliency:
             factors = routed.detach().float() ** self._calibration.saliency
             rows = factors if rows is None else rows * factors
-        self._rows = rows
+        watch.row_weights = rows  # its down projection comes next
         name = self._layers[number].inner
         if name is not None:
-            self._add(name, weight, expert, given)
+            watch.notes.sightings.append(Sighting(name, hidden, len(hidden), rows))
 
-    def _add(self, name: str, weight: float, _: nn.Module, given: tuple[Tensor, ...]) -> None:
-        """Add what one layer of the expert sees whose tokens came last."""
-        accumulate_hessian(self.totals[name], given[0], weight, self._rows)
-        self.weights[name] += weight * len(given[0])
+    def _see_inner(self, watch: Watch, name: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        """Note what the down projection sees of the expert whose tokens came last."""
+        watch.notes.sightings.append(Sighting(name, given[0], len(given[0]), watch.row_weights))
+
+    def count(self, notes: Notes, weight: float, *, counts: bool) -> None:
+        """Take up how many tokens there were.
+
+        Args:
+            notes: of some windows.
+            weight: of each token.
+            counts: these are the windows whose tokens are counted.
+        """
+        for each in notes.sightings:
+            if each.total in self.totals:
+                self._weights[id(self.totals[each.total])] += weight * each.count
+        if counts:
+            for number, tokens in notes.expert_tokens.items():
+                self.tokens[number] += tokens
 
     def starved(self) -> list[int]:
         """Numbers of the experts that have seen too few tokens for Hessians of their own."""
@@ -169,13 +181,19 @@ class ExpertTotals:
 
     def finish(self, processes: Processes) -> None:
         """Turn sums into Hessians, twice the weighted mean of ``x x^T`` over the tokens of all processes."""
-        unique = [*{id(total): total for total in self.totals.values()}.values()]
-        weights = torch.tensor([*self.weights.values()], dtype=torch.float64)
+        unique = {id(total): total for total in self.totals.values()}
+        weights = torch.tensor([self._weights[key] for key in unique], dtype=torch.float64)
         tokens = torch.tensor([*self.tokens.values()])
-        processes.add([*unique, weights, tokens])
-        self.weights = dict(zip(self.weights, weights.tolist(), strict=True))
+        processes.add([*unique.values(), weights, tokens])
         self.tokens = dict(zip(self.tokens, tokens.tolist(), strict=True))
-        of_total = {id(self.totals[name]): weight for name, weight in self.weights.items()}
-        for total in unique:
-            if of_total[id(total)]:
-                total.mul_(2 / of_total[id(total)])
+        for total, weight in zip(unique.values(), weights.tolist(), strict=True):
+            mirror(total)
+            if weight:
+                total.mul_(2 / weight)
+
+
+def _inner(expert: Any, hidden: Tensor) -> Tensor:
+    """What enters the down projection of an expert, as the block computes it."""
+    with fast_products(hidden.device):
+        inner: Tensor = expert.inner(hidden)
+    return inner

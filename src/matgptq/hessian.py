@@ -7,25 +7,57 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from matgptq.triangular import factorize_lower, invert_lower, panels
+from matgptq.workers import INLINE, Workers
+
 # Each step adds ten times the damping of the one before; past the last, the layer is rounded to nearest.
 DAMPING_STEPS = 4
 
 
-def accumulate_hessian(total: Tensor, inputs: Tensor, weight: float = 1.0, row_weights: Tensor | None = None) -> None:
-    """Add ``weight * X^T diag(row_weights) X`` to ``total`` in place.
+def hessian_rows(inputs: Tensor, row_weights: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[rows, in]`` X whose ``X^T X`` the inputs add to a Hessian.
 
     Args:
-        total: float32 or float64 ``[in, in]`` running sum.
-        inputs: ``[..., in]`` activations of any float dtype; products are formed in ``total``'s dtype, because a
-            sum of tens of thousands of bfloat16 products would lose the small eigenvalues.
-        weight: of all these rows.
-        row_weights: one more weight for each row, not negative; None for ones.
+        inputs: ``[..., in]`` activations of any float dtype.
+        row_weights: a weight for each row, not negative; None for ones.
+        dtype: of the result and of products, because a sum of tens of thousands of bfloat16 products would lose the
+            small eigenvalues.
     """
-    rows = inputs.reshape(-1, inputs.shape[-1]).to(total.dtype)
+    rows = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
     if row_weights is not None:
         # The root on both sides: whatever a product rounds its factors to, the sum is positive semidefinite.
-        rows = rows * row_weights.reshape(-1, 1).to(total).sqrt()
-    total.addmm_(rows.T, rows, alpha=weight)
+        rows = rows * row_weights.reshape(-1, 1).to(rows).sqrt()
+    return rows
+
+
+def hessian_tiles(total: Tensor) -> list[slice]:
+    """Rows of a Hessian that are summed on their own; a GPU likes one product best."""
+    return panels(0, len(total)) if total.device.type == "cpu" else [slice(0, len(total))]
+
+
+def add_to_tile(total: Tensor, tile: slice, rows: Tensor, weight: float = 1.0) -> None:
+    """Add ``weight * X^T X`` to some rows of ``total`` in place, as far as they are on and below the diagonal."""
+    total[tile, : tile.stop].add_(rows[:, tile].T @ rows[:, : tile.stop], alpha=weight)
+
+
+def mirror(total: Tensor) -> None:
+    """Complete a Hessian whose tiles have been summed."""
+    for tile in hessian_tiles(total):
+        total[: tile.start, tile] = total[tile, : tile.start].T
+
+
+def accumulate_hessian(total: Tensor, inputs: Tensor, weight: float = 1.0, row_weights: Tensor | None = None) -> None:
+    """Add ``weight * X^T diag(row_weights) X`` to a symmetric ``total`` in place.
+
+    Args:
+        total: float32 or float64 ``[in, in]`` running sum, in whose dtype products are formed.
+        inputs, row_weights: as for ``hessian_rows``.
+        weight: of all these rows.
+    """
+    rows = hessian_rows(inputs, row_weights, total.dtype)
+    for tile in hessian_tiles(total):
+        add_to_tile(total, tile, rows, weight)
+    mirror(total)
 
 
 @dataclass(frozen=True)
@@ -67,34 +99,43 @@ class Factor:
     steps: int
 
 
-def factorize(matrix: Tensor, damping: float) -> Factor | None:
+def factorize(matrix: Tensor, damping: float, workers: Workers = INLINE) -> Factor | None:
     """Factor the inverse of the damped Hessian, raising the damping in steps when it is not positive definite.
 
-    ``H = L^T L`` with L lower triangular (a Cholesky factorization of the matrix read backwards) gives
-    ``U = L^-T`` turned upper: one factorization and one triangular inverse instead of the usual
-    factor-invert-factor, and no loss from forming the inverse. Done in float64.
+    ``H = L^T L`` with L lower triangular (a Cholesky factorization of the matrix read backwards) gives ``U = L^-T``
+    turned upper: one factorization and one triangular inverse instead of the usual factor-invert-factor, and no loss
+    from forming the inverse. Done in float64.
 
     Args:
         matrix: ``[in, in]`` symmetric.
         damping: fraction of the mean diagonal added to the diagonal.
+        workers: among which the work is shared out.
 
     Returns:
         The factor in float32, or None when even the largest damping did not help (then round to nearest).
     """
-    working = matrix.to(torch.float64)
-    mean_diagonal = working.diagonal().mean()
-    if not bool(torch.isfinite(working).all()) or not bool(mean_diagonal > 0):
+    mean_diagonal = matrix.diagonal().double().mean()
+    if not bool(torch.isfinite(matrix).all()) or not bool(mean_diagonal > 0):
         return None
     tried = damping
     for step in range(DAMPING_STEPS + 1):
-        damped = working.clone()
-        damped.diagonal().add_(tried * mean_diagonal)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(info) == 0:
-            # flip(L) is upper with H = flip(L) flip(L)^T, hence H^-1 = U^T U for U = flip(L)^-1.
-            identity = torch.eye(len(working), dtype=torch.float64, device=working.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            if bool(torch.isfinite(upper).all()):
-                return Factor(upper.to(torch.float32), tried, step)
+        backwards = matrix.to(torch.float64).flip(0, 1)
+        backwards.diagonal().add_(tried * mean_diagonal)
+        inverse = _inverse_factor(backwards, workers)
+        if inverse is not None and bool(torch.isfinite(inverse).all()):
+            # H = flip(L) flip(L)^T, hence H^-1 = U^T U for U = flip(L)^-1 = flip(L^-1), which is upper.
+            return Factor(inverse.flip(0, 1), tried, step)
         tried = max(tried * 10, 1e-4)
     return None
+
+
+def _inverse_factor(matrix: Tensor, workers: Workers) -> Tensor | None:
+    """float32 ``L^-1`` of a float64 matrix ``L L^T``, which is overwritten; None if it is not positive definite."""
+    if matrix.device.type == "cpu":
+        return invert_lower(matrix, workers) if factorize_lower(matrix, workers) else None
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        return None
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.to(torch.float32)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from matgptq.activations import Boundaries, Placement, check_placement
-from matgptq.blocks import Block, BlockInputs, capture_inputs, collect_hessians, propagate
+from matgptq.block_hessians import collect_hessians
+from matgptq.blocks import Block, BlockInputs, capture_inputs, propagate
 from matgptq.calibration import SELF, Windows, first_tokens, load_windows
 from matgptq.checkpoint import (
     DEFAULT_SHARD_BYTES,
@@ -52,6 +53,7 @@ from matgptq.slicing import check_bits
 from matgptq.solver import solve
 from matgptq.source import ModelSource, open_source, read_header
 from matgptq.work_directory import WorkDirectory
+from matgptq.workers import INLINE, one_thread_each
 
 # One-token sequences for the weight of first positions; as one batch they cost half as much as one window.
 _FIRST_TOKENS = 1024
@@ -300,8 +302,10 @@ class _Run:
         clock: _Clock,
         progress: Progress,
     ) -> None:
+        self.device = prepared.device
         self.together = together
         self.source = prepared.source
+        self.workers = INLINE
         self.residency = prepared.residency
         self.network = prepared.residency.network
         self.plan = prepared.plan
@@ -324,17 +328,21 @@ class _Run:
         work, recipe = self.work, self.recipe
         if not self.together.is_first:
             windows, calibration = self._calibration_windows()
-            self._rotate()
-            return Report(str(destination), recipe.to_dict(), calibration, [*self._quantize_blocks(windows)])
+            with one_thread_each(self.device) as self.workers:
+                self._rotate()
+                return Report(str(destination), recipe.to_dict(), calibration, [*self._quantize_blocks(windows)])
         with CheckpointWriter(destination, force=force, shard_bytes=shard_bytes, staging=work.staging) as writer:
             # before the long part: what cannot be read is better known now
             _copy_side_files(writer, self.source, self.network)
             windows, calibration = self._calibration_windows()
             self.clock.lap("calibration text")
-            self._rotate()
             report = Report(str(destination), recipe.to_dict(), calibration)
             described = {"model": self.source.name, "recipe": report.recipe, "calibration": calibration}
-            with RunLog(work.path / LOG_NAME, described, wandb_project=wandb_project) as log:
+            with (
+                one_thread_each(self.device) as self.workers,
+                RunLog(work.path / LOG_NAME, described, wandb_project=wandb_project) as log,
+            ):
+                self._rotate()
                 for layer_report in self._quantize_blocks(windows):
                     report.layers.append(layer_report)
                     log.write("layer", **asdict(layer_report))
@@ -452,8 +460,9 @@ class _Run:
                 own = windows[mine]
                 self.progress.start("saliency of tokens", 2 * len(own) * len(blocks))
                 saliency = token_saliency(
-                    self.residency, blocks, own, recipe.seed, self.progress.advance, first_window=mine.start
-                )
+                    self.residency, blocks, own, recipe.seed, self.progress.advance, first_window=mine.start,
+                    workers=self.workers,
+                )  # fmt: skip
                 saliency = {name: together.join_rows(rows, len(windows)) for name, rows in saliency.items()}
                 return token_weights(saliency, blocks, recipe.saliency)
 
@@ -484,7 +493,7 @@ class _Run:
 
     def _propagate(self, block: Block, inputs: list[BlockInputs], index: int, boundaries: Boundaries) -> None:
         into = boundaries.begin(index + 1, len(inputs)) if self.on_disk else None
-        propagate(block, inputs, index, self.progress.advance, into)
+        propagate(block, inputs, index, self.progress.advance, into, self.workers)
         if self.on_disk:
             boundaries.finish(index + 1)
 
@@ -495,7 +504,7 @@ class _Run:
         if inputs:
             recipe = self.recipe
             how = ExpertCalibration(recipe.min_expert_tokens, recipe.all_experts, recipe.saliency)
-            seen = collect_hessians(block, inputs, index, self.progress.advance, self.together, how)
+            seen = collect_hessians(block, inputs, index, self.progress.advance, self.together, how, self.workers)
             hessians, coverage = [*seen.matrices], seen.coverage
             self._note_starved(block, coverage)
         tensors: dict[str, Tensor] = {}
@@ -539,7 +548,7 @@ class _Run:
         plan, recipe = self.plan, self.recipe
         sizes = [layer.out_features for _, layer in layers]
         group_size = plan.layers[layers[0][0]].group_size
-        solution = solve(torch.cat([layer.weight for _, layer in layers]), hessian, recipe, group_size)
+        solution = solve(torch.cat([layer.weight for _, layer in layers]), hessian, recipe, group_size, self.workers)
         seconds = time.monotonic() - started
         first = 0
         reports = []

@@ -21,7 +21,7 @@ from matgptq.recipe import Recipe
 
 _PROGRAM_BYTES = 700_000_000  # Python, PyTorch and its workspaces
 _HESSIAN_COPIES = 7  # as collected, prepared, in processing order, factored, and what a factorization works in
-_SWEEP_BYTES = 200_000_000  # of one piece of rows
+_SWEEP_BYTES = 60_000_000  # of one piece of rows
 _MEMORY_SHARE = 4  # activations stay in memory up to a quarter of it
 # CPU-seconds for each weight and copy of a sweep; measured on one core of a Xeon with AVX-512 (docs/scale.md).
 _SWEEP_SECONDS = 3e-8
@@ -85,7 +85,9 @@ def estimate_requirements(
         memory["model"] = whole
     if plan.nsamples:
         memory["Hessians"] = max(map(_hessian_bytes, plan.blocks))
-        memory["working memory"] = _SWEEP_BYTES + plan.seqlen * _widest(plan) * 4 * 6
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        of_window = plan.seqlen * _widest(plan) * 4 * 6
+        memory["working memory"] = threads * _SWEEP_BYTES + min(threads, plan.nsamples) * of_window
         memory["activations"] = states if activations == "memory" else states // plan.nsamples * 2
     output = plan.stored_bytes(recipe) + kept_bytes
     disk = {"finished blocks": output, "checkpoint": output}

@@ -12,17 +12,22 @@ its query by none.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from matgptq.blocks import Block, capture_inputs, complete, run_block
+from matgptq.blocks import Block, capture_inputs, ending, run_block
 from matgptq.devices import multiplies_bfloat16
 from matgptq.residency import Residency
 from matgptq.teacher import OutputHead, chunks, output_head
+from matgptq.workers import INLINE, Workers
 
 
 def token_saliency(
@@ -34,6 +39,7 @@ def token_saliency(
     *,
     most_bytes: int = 1 << 29,
     first_window: int = 0,
+    workers: Workers = INLINE,
 ) -> dict[str, Tensor]:
     """Squared gradient norms of all quantizable layers' outputs.
 
@@ -49,7 +55,8 @@ def token_saliency(
         seed: of the drawn tokens.
         tick: called for each window after each block, there and back.
         first_window: number of the first of these windows among all; each draws its tokens by a seed of its own.
-        most_bytes: of what is kept of some windows between the blocks; at least one window is taken.
+        most_bytes: of what is kept of some windows between the blocks; at least one window is taken for each worker.
+        workers: among which windows are shared out.
 
     Returns:
         float32 ``[n, seqlen]`` on the CPU for each layer, by its full name; for the experts of a block one for the sum
@@ -61,59 +68,109 @@ def token_saliency(
     head = output_head(network, blocks)
     width = network.get_input_embeddings().weight.shape[1]
     of_one_window = windows.shape[1] * width * network.dtype.itemsize * (len(blocks) + 1)
-    together = max(1, most_bytes // of_one_window)
-    with ExitStack() as stack:
-        stack.enter_context(_without_parameter_gradients(network))
-        if multiplies_bfloat16(network.device):
-            stack.enter_context(torch.autocast(network.device.type, torch.bfloat16))
+    together = max(workers.count, most_bytes // of_one_window)
+    with _without_parameter_gradients(network):
         for first in range(0, len(windows), together):
             part = windows[first : first + together]
             rows = {name: values[first : first + together] for name, values in saliency.items()}
             seeds = [_window_seed(seed, first_window + first + number) for number in range(len(part))]
-            _see_part(residency, blocks, part, rows, head, seeds, tick)
+            _Part(part, rows, seeds, head, workers, tick).see(residency, blocks)
     return saliency
 
 
-def _see_part(
-    residency: Residency,
-    blocks: Sequence[Block],
-    windows: Tensor,
-    saliency: Mapping[str, Tensor],
-    head: OutputHead,
-    seeds: Sequence[int],
-    tick: Callable[[], None],
-) -> None:
-    inputs = capture_inputs(residency.network, blocks, windows)
-    states = [list(inputs.hidden)]  # what enters each block, by window
-    for block, arguments in zip(blocks, inputs.arguments, strict=True):
-        with residency.present(block), torch.no_grad():
-            states.append([_ticked(run_block(block, hidden, arguments), tick) for hidden in states[-1]])
-    gradients = []
-    for hidden, seed in zip(states.pop(), seeds, strict=True):
+@dataclass(frozen=True)
+class _Part:
+    """Some windows that go through the blocks together, each in a thread of its own for as long as it is in a block.
+
+    Attributes:
+        windows: int64 ``[n, seqlen]``.
+        saliency: their rows of what is found, by layer.
+        seeds: of the tokens that each draws.
+        head: the model's.
+        workers: among which windows are shared out.
+        tick: called for each window after each block, there and back.
+    """
+
+    windows: Tensor
+    saliency: Mapping[str, Tensor]
+    seeds: Sequence[int]
+    head: OutputHead
+    workers: Workers
+    tick: Callable[[], None]
+
+    def see(self, residency: Residency, blocks: Sequence[Block]) -> None:
+        """Run the windows through the model and back."""
+        network = residency.network
+        inputs = capture_inputs(network, blocks, self.windows)
+        states = [list(inputs.hidden)]  # what enters each block, by window
+        for block, arguments in zip(blocks, inputs.arguments, strict=True):
+            with residency.present(block):
+                leave = partial(self._leave, network, block, arguments)
+                states.append([*self._ticked(self.workers.map(leave, states[-1]))])
+        with ending(network, blocks) as rest:
+            begin = partial(self._gradient_at_end, network, rest)
+            gradients = [*self.workers.map(begin, zip(states.pop(), self.seeds, strict=True))]
+        for block, arguments in zip(reversed(blocks), reversed(inputs.arguments), strict=True):
+            watch = _WatchedWindow()
+            with residency.present(block), _observed(block, self.saliency, watch):
+                back = partial(self._gradient_at_entry, network, block, arguments, watch)
+                entering = zip(count(), states.pop(), gradients)
+                gradients = [*self._ticked(self.workers.map(back, entering))]
+
+    def _ticked(self, results: Iterator[Tensor]) -> Iterator[Tensor]:
+        for result in results:
+            self.tick()
+            yield result
+
+    def _leave(self, network: Any, block: Block, arguments: dict[str, Any], hidden: Tensor) -> Tensor:
+        with torch.no_grad(), _products_of(network):
+            return run_block(block, hidden, arguments)
+
+    def _gradient_at_end(self, network: Any, rest: Callable[[Tensor], Tensor], entering: tuple[Tensor, int]) -> Tensor:
+        """The gradient in what leaves the last block."""
+        hidden, seed = entering
         generator = torch.Generator(hidden.device).manual_seed(seed)
-        with torch.enable_grad():
+        with torch.enable_grad(), _products_of(network):
             last = hidden.requires_grad_()
-            entering = complete(residency.network, blocks, last)
-            entering.backward(_gradient_at_head(head, entering.detach()[0], generator).unsqueeze(0))  # type: ignore[no-untyped-call]
-        gradients.append(_gradient(last))
-    for block, arguments in zip(reversed(blocks), reversed(inputs.arguments), strict=True):
-        with residency.present(block):
-            for number, hidden in enumerate(states.pop()):
-                with torch.enable_grad(), _observed(block, saliency, number):
-                    entered = hidden.requires_grad_()
-                    run_block(block, entered, arguments).backward(gradients[number])  # type: ignore[no-untyped-call]
-                gradients[number] = _gradient(entered)
-                tick()
+            states = rest(last)
+            states.backward(_gradient_at_head(self.head, states.detach()[0], generator).unsqueeze(0))  # type: ignore[no-untyped-call]
+        return _gradient(last)
+
+    def _gradient_at_entry(
+        self,
+        network: Any,
+        block: Block,
+        arguments: dict[str, Any],
+        watch: _WatchedWindow,
+        entering: tuple[int, Tensor, Tensor],
+    ) -> Tensor:
+        """The gradient in what enters a block, by that in what leaves it."""
+        watch.number, hidden, gradient = entering
+        with torch.enable_grad(), _products_of(network):
+            entered = hidden.requires_grad_()
+            run_block(block, entered, arguments).backward(gradient)  # type: ignore[no-untyped-call]
+        return _gradient(entered)
+
+
+class _WatchedWindow(threading.local):
+    """Which of a part's windows a thread runs."""
+
+    number: int
+
+
+@contextmanager
+def _products_of(network: Any) -> Iterator[None]:
+    """Multiply in bfloat16 where that is faster; autocast is each thread's own."""
+    if not multiplies_bfloat16(network.device):
+        yield
+        return
+    with torch.autocast(network.device.type, torch.bfloat16):
+        yield
 
 
 def _window_seed(seed: int, window: int) -> int:
     """Different for each window, and independent of how windows are shared out."""
     return seed * 1_000_003 + window
-
-
-def _ticked(output: Tensor, tick: Callable[[], None]) -> Tensor:
-    tick()
-    return output
 
 
 def _gradient(leaf: Tensor) -> Tensor:
@@ -122,10 +179,12 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 @contextmanager
-def _observed(block: Block, saliency: Mapping[str, Tensor], window: int) -> Iterator[None]:
+def _observed(block: Block, saliency: Mapping[str, Tensor], watch: _WatchedWindow) -> Iterator[None]:
     """Inside, a backward pass through the block writes the squared gradient norms of its layers' outputs."""
 
     def observe(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+        window = watch.number
+
         def record(gradient: Tensor) -> None:
             # some models flatten batch and tokens
             saliency[name][window].copy_(gradient.float().square().sum(-1).view(-1))

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from matgptq import cache
 from matgptq.errors import CalibrationError, ConfigurationError
+from matgptq.workers import one_thread_each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 # Part of the cache key: raise it when the same arguments would generate other tokens.
-_GENERATION_VERSION = 1
+_GENERATION_VERSION = 2
 
 
 def generate_windows(
@@ -181,7 +183,6 @@ class _Sampler:
         return torch.searchsorted(cumulative, uniform * (1 - 2**-20) * total, right=True)
 
 
-@torch.no_grad()
 def _generate(
     model: nn.Module,
     sampler: _Sampler,
@@ -194,22 +195,34 @@ def _generate(
 ) -> Tensor:
     """Sample ``documents`` sequences; ``torch.int64`` ``[documents, length]`` on the CPU."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    generator = torch.Generator(device).manual_seed(seed)
     chooser = torch.Generator().manual_seed(seed)
     starts = torch.tensor(first)[torch.randint(len(first), (documents,), generator=chooser)]
     tokens = torch.empty(documents, length, dtype=torch.int64, device=device)
     tokens[:, 0] = starts.to(device)
-    done, total = 0, documents * length
-    for batch in torch.split(tokens, batch_size):  # views [at most batch_size, length], filled in place
+    done, lock = 0, threading.Lock()
+
+    def report(count: int) -> None:
+        nonlocal done
+        if progress is not None:
+            with lock:
+                done += count
+                progress(done, documents * length)
+
+    @torch.no_grad()
+    def write(numbered: tuple[int, Tensor]) -> None:
+        number, batch = numbered
+        # Each batch has a generator of its own, so that it does not matter which are written side by side.
+        generator = torch.Generator(device).manual_seed(seed + 1_000_003 * number)
         cache = _growing_cache(model.config, length)
         for position in range(1, length):
             output = model(input_ids=batch[:, position - 1 : position], past_key_values=cache, use_cache=True)
             batch[:, position : position + 1] = sampler.draw(output.logits[:, -1].to(device), generator)
-            if progress is not None:
-                progress(done + len(batch) * position, total)
-        done += len(batch) * length
-        if progress is not None:
-            progress(done, total)
+            report(len(batch))
+        report(len(batch))
+
+    with one_thread_each(device) as workers:
+        # Views [at most batch_size, length], filled in place.
+        workers.run(write, enumerate(torch.split(tokens, batch_size)))
     return tokens.cpu()
 
 

@@ -16,8 +16,10 @@ from matgptq.recipe import Recipe
 from matgptq.rounding import SharedTable, round_shared, shared_table
 from matgptq.slicing import PARENT_BITS, WIDTHS, level_table
 from matgptq.sweep import SweepGrid, code_levels, compensate, descend
+from matgptq.workers import INLINE, Workers
 
-_SWEEP_ELEMENTS = 1 << 21  # floats in one [in, copies * rows] temporary: bounds memory, and stays near the caches
+# Floats in one [in, copies * rows] temporary: bounds memory, stays near the caches, gives all threads something to do.
+_SWEEP_ELEMENTS = 1 << 19
 _SWEEP_ELEMENTS_ON_GPU = 1 << 27  # rows are what fills a GPU
 
 
@@ -60,7 +62,9 @@ class Solution:
     rounded_to_nearest: bool = False
 
 
-def solve(weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: int) -> Solution:
+def solve(
+    weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: int, workers: Workers = INLINE
+) -> Solution:
     """Quantize a weight matrix to nested codes.
 
     Layers that see the same input may be stacked along the rows: rows do not influence one another.
@@ -70,6 +74,7 @@ def solve(weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: in
         hessian: ``[in, in]``, ``2/N sum x x^T`` of the layer's inputs; None only if the recipe needs no calibration.
         recipe: the ingredients.
         group_size: input columns per scale, divides ``in``.
+        workers: among which rows are shared out, in pieces whose size does not depend on them.
 
     Raises:
         ConfigurationError: shapes do not fit, or the Hessian is missing.
@@ -86,9 +91,12 @@ def solve(weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: in
         raise ConfigurationError(f"Hessian {tuple(hessian.shape)} does not fit a weight {tuple(weight.shape)}")
     if not bool(torch.isfinite(hessian).all()):
         return Solution(_round_to_nearest(weight, recipe, group_size), rounded_to_nearest=True)
+    hessian = hessian.to(torch.float32)
     prepared = prepare_hessian(hessian)
     matrix, dead_columns = prepared.matrix, int(prepared.dead.sum())
-    scales = search_scales(weight, matrix.diagonal(), group_size, recipe)
+    copies = 1 if recipe.compensation == "mean" else len(recipe.target_bits)
+    elements = _SWEEP_ELEMENTS if weight.device.type == "cpu" else _SWEEP_ELEMENTS_ON_GPU
+    pieces = torch.split(weight, max(1, elements // (in_features * copies)))
 
     order = torch.arange(in_features, device=weight.device)
     if recipe.column_order == "hessian":
@@ -96,28 +104,29 @@ def solve(weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: in
     ordered = matrix[order][:, order]
     factor = None
     if recipe.compensation != "none":
-        factor = factorize(ordered, recipe.damping)
+        factor = factorize(ordered, recipe.damping, workers)
         if factor is None:
             fallback = _round_to_nearest(weight, recipe, group_size)
             return Solution(fallback, output_errors(weight, fallback, hessian), dead_columns, rounded_to_nearest=True)
 
-    copies = 1 if recipe.compensation == "mean" else len(recipe.target_bits)
-    elements = _SWEEP_ELEMENTS if weight.device.type == "cpu" else _SWEEP_ELEMENTS_ON_GPU
-    rows_per_piece = max(1, elements // (in_features * copies))
     problem = _Problem(recipe, group_size, order, matrix, ordered, None if factor is None else factor.upper)
-    pieces = [
-        problem.solve(rows, piece_scales)
-        for rows, piece_scales in zip(
-            torch.split(weight, rows_per_piece), torch.split(scales, rows_per_piece), strict=True
-        )
-    ]
+
+    def solve_piece(piece: Tensor) -> tuple[NestedWeight, OutputErrors]:
+        # PyTorch's grad mode is each thread's own.
+        with torch.no_grad():
+            nested, known = problem.solve(piece, search_scales(piece, matrix.diagonal(), group_size, recipe))
+            # What the refit found holds unless dead columns gave it a Hessian that is not the layer's own.
+            return nested, output_errors(piece, nested, hessian, {} if dead_columns else known)
+
+    solved = [*workers.map(solve_piece, pieces)]
     nested = NestedWeight(
-        torch.cat([piece.codes for piece, _ in pieces]),
-        {bits: torch.cat([piece.scales[bits] for piece, _ in pieces]) for bits in pieces[0][0].scales},
+        torch.cat([piece.codes for piece, _ in solved]),
+        {bits: torch.cat([piece.scales[bits] for piece, _ in solved]) for bits in solved[0][0].scales},
     )
-    # What the refit found holds unless dead columns gave it a Hessian that is not the layer's own.
-    known = {bits: torch.cat([errors[bits] for _, errors in pieces]) for bits in pieces[0][1]}
-    errors = output_errors(weight, nested, hessian, {} if dead_columns else known)
+    errors = OutputErrors(
+        torch.cat([each.energy for _, each in solved]),
+        {bits: torch.cat([each.errors[bits] for _, each in solved]) for bits in WIDTHS},
+    )
     if factor is None:
         return Solution(nested, errors, dead_columns)
     return Solution(nested, errors, dead_columns, factor.damping, factor.steps)

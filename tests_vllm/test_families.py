@@ -17,6 +17,7 @@ import matgptq
 TOLERANCE = 5e-5  # of a log-probability in float32
 FAMILIES = (
     "llama", "llama-biased", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt_neox", "opt",
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe",
 )  # fmt: skip
 TOKENS = torch.randint(2, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 

@@ -84,11 +84,6 @@ def test_a_slice_at_another_width(checkpoint: Path, tmp_path: Path, monkeypatch:
         configure(tmp_path / "slice")
 
 
-def test_experts(make_tiny: MakeTiny) -> None:
-    with pytest.raises(ValueError, match=r"experts\.0\..*does not serve mixtures of experts; use matgptq export"):
-        configure(make_tiny("mixtral", 32))
-
-
 def test_an_old_vllm(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.version.__version__", "0.24.0")
     with pytest.raises(ValueError, match=r"vLLM 0\.24\.0 is too old for matgptq, which needs 0\.26 or later"):

@@ -35,6 +35,8 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
         layers: what is served of each layer, by vLLM's names; empty until ``maybe_update_config`` has seen the
             checkpoint.
         settings: of the checkpoint.
+        ignore: Linear layers that the checkpoint leaves at full precision.
+        plain: whatever has a matrix at full precision, routers among them.
         sizes: tensor-parallel sizes that fit; None for an architecture that ``matgptq.families`` does not know.
     """
 
@@ -44,6 +46,7 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
         self.layers: dict[str, ServedLayer] = {}
         self.settings: Settings | None = None
         self.ignore: list[str] = []
+        self.plain: list[str] = []
         self.sizes: list[int] | None = None
 
     def __repr__(self) -> str:
@@ -83,13 +86,16 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             CheckpointError: damaged files, or tensors that are not those of the architecture.
             AllocationError: a width or allocation that it does not hold.
-            UnsupportedModelError: a mixture of experts.
         """
         checkpoint = open_checkpoint(_directory(model_name, revision), slices=True)
         self.settings = checkpoint.settings
         self.ignore = list(checkpoint.settings.ignore)
         self.layers = chosen_layers(self.choice, checkpoint)
-        _refuse_experts(checkpoint)
+        self.plain = [
+            name.removesuffix(".weight")
+            for name, info in checkpoint.tensors.items()
+            if name.endswith(".weight") and len(info.shape) == 2
+        ]
         _check_architecture(checkpoint)
         _log.info(
             "matgptq: serving %s at %s", checkpoint.path, describe([layer.bits for layer in self.layers.values()])
@@ -103,6 +109,7 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
         """Take over the names of a model that vLLM builds differently."""
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
         self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
+        self.plain = hf_to_vllm_mapper.apply_list(self.plain)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """How a layer is computed; None for vLLM's own way.
@@ -123,11 +130,15 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
         if not isinstance(layer, LinearBase):
             kind = type(layer).__name__
             inside = any(name.startswith(f"{prefix}.") for name in self.layers) and "Attention" not in kind
+            if inside and kind == "RoutedExperts":
+                from matgptq.vllm_plugin.expert_method import ServedExpertsMethod
+
+                return ServedExpertsMethod(prefix, layer, self.layers, self.settings, self.choice.activations)
             if layers or inside:
                 raise UnsupportedModelError(f"{prefix}: vLLM builds it as {kind}, which the plugin cannot serve")
             return None
         if not layers:
-            if prefix in self.ignore:
+            if prefix in self.ignore or prefix in self.plain:
                 return UnquantizedLinearMethod()
             raise CheckpointError(
                 f"layer {prefix}: vLLM's model has it, the checkpoint has no codes for it and does not list it under "
@@ -155,16 +166,6 @@ def _directory(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-
-
-def _refuse_experts(checkpoint: Checkpoint) -> None:
-    """Mixtures of experts: vLLM keeps all experts of a block in two tensors of its own and would load none of ours."""
-    expert = next((name for name in checkpoint.layers if ".experts." in name), None)
-    if expert is not None:
-        raise UnsupportedModelError(
-            f"{checkpoint.path}: {expert}: the plugin does not serve mixtures of experts; "
-            "use matgptq export --format compressed-tensors instead"
-        )
 
 
 def _check_architecture(checkpoint: Checkpoint) -> None:

@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a signature or struct below changes. */
-#define MATGPTQ_ABI_VERSION 3
+#define MATGPTQ_ABI_VERSION 4
 
 enum matgptq_status {
     MATGPTQ_OK = 0,
@@ -179,6 +179,24 @@ typedef struct {
 } matgptq_search_job;
 
 MATGPTQ_API int matgptq_search_scales(const matgptq_search_job *job);
+
+/* ---- between the products of a decoded row -------------------------------------------------------------------------
+ * What a transformer block does to a few vectors besides multiplying: nothing that takes a processor long, but as
+ * separate operations of an interpreter longer than the products of a small model. All in the calling thread. Every
+ * intermediate result that the formulas write as [..] is rounded to `dtype`; sums are float32, in a fixed order, so that
+ * results are the same on every instruction set. NaN and infinity propagate. */
+
+/* If update is not NULL first x = [x + update], in place; then out = [weight * [x / sqrt(mean(x^2) + eps)]], for `rows`
+ * rows of `size`. `out` may be `x` only without update. */
+MATGPTQ_API int matgptq_rms_norm(void *x, const void *update, const void *weight, float eps, void *out, int64_t rows,
+                                 int64_t size, int dtype);
+/* Rotary embedding of `heads` vectors of `size` (even), in place: x = [[x * cos] + [(-second half, first half) * sin]],
+ * with cos and sin of `size` elements. */
+MATGPTQ_API int matgptq_rotate(void *x, const void *cosine, const void *sine, int64_t heads, int64_t size, int dtype);
+/* out = [[gate / (1 + exp(-gate))] * up], `size` elements. */
+MATGPTQ_API int matgptq_silu_product(const void *gate, const void *up, void *out, int64_t size, int dtype);
+/* x = [x + update], `size` elements, in place. */
+MATGPTQ_API int matgptq_add(void *x, const void *update, int64_t size, int dtype);
 
 #ifdef __cplusplus
 }

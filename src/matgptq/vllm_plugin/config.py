@@ -24,6 +24,9 @@ from matgptq.vllm_plugin.vllm_version import check_version
 
 _log = init_logger("vllm.matgptq")
 
+# Some models of vLLM (Qwen3-MoE with a dense block) say too late that they stack these.
+_USUAL_STACKS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 class ServedConfig(QuantizationConfig):  # type: ignore[misc]
     """What is served: the widths chosen at start, and the settings of the checkpoint.
@@ -151,7 +154,8 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
         if prefix in self.layers:
             return {prefix: self.layers[prefix]}
         parent, _, leaf = prefix.rpartition(".")
-        names = [f"{parent}.{name}" if parent else name for name in self.packed_modules_mapping.get(leaf, ())]
+        stacked = self.packed_modules_mapping.get(leaf) or _USUAL_STACKS.get(leaf, ())
+        names = [f"{parent}.{name}" if parent else name for name in stacked]
         held = {name: self.layers[name] for name in names if name in self.layers}
         if held and len(held) < len(names):
             lost = next(name for name in names if name not in held)

@@ -541,6 +541,135 @@ void test_sweep(const std::vector<std::string>& sets) {
     std::printf("sweep: twelve sets of widths, three modes\n");
 }
 
+// A vector of either dtype, and what it holds.
+struct Vector {
+    bool half;
+    std::vector<float> values;
+    std::vector<uint16_t> words;
+
+    Vector(int64_t size, bool half_, float low, float high) : half(half_), values(static_cast<size_t>(size)) {
+        for (float& value : values) value = half ? bfloat16(uniform(low, high)) : uniform(low, high);
+        write();
+    }
+    void write() {
+        words.resize(values.size());
+        for (size_t i = 0; i < values.size(); ++i) {
+            uint32_t word;
+            std::memcpy(&word, &values[i], 4);
+            words[i] = static_cast<uint16_t>(word >> 16);
+        }
+    }
+    void read() {
+        if (!half) return;
+        for (size_t i = 0; i < values.size(); ++i) {
+            const uint32_t word = static_cast<uint32_t>(words[i]) << 16;
+            std::memcpy(&values[i], &word, 4);
+        }
+    }
+    void* data() { return half ? static_cast<void*>(words.data()) : static_cast<void*>(values.data()); }
+    int dtype() const { return half ? MATGPTQ_BFLOAT16 : MATGPTQ_FLOAT32; }
+    // Whether a result is the expected one; one of bfloat16 may have gone the other way at a tie that float32 sees.
+    bool is(size_t i, double expected) const {
+        const double allowed = (half ? 0.009 : 3e-6) * std::fabs(expected) + 1e-6;
+        return std::fabs(static_cast<double>(values[i]) - expected) <= allowed;
+    }
+};
+
+void test_row_steps() {
+    for (const bool half : {false, true})
+        for (const int64_t size : {1, 2, 3, 15, 16, 17, 31, 64, 70, 577}) {
+            where = "row steps, size " + std::to_string(size) + (half ? ", bfloat16" : ", float32");
+            const auto at = [](int64_t i) { return static_cast<size_t>(i); };
+            for (const bool updates : {false, true}) {
+                const int64_t rows = 3;
+                Vector x(rows * size, half, -2, 2), update(rows * size, half, -2, 2), weight(size, half, 0.5f, 2);
+                Vector out(rows * size, half, 0, 0);
+                std::vector<double> sum(at(rows * size));
+                for (size_t i = 0; i < sum.size(); ++i) {
+                    const float added = x.values[i] + (updates ? update.values[i] : 0.0f);
+                    sum[i] = half ? bfloat16(added) : added;
+                }
+                check(matgptq_rms_norm(x.data(), updates ? update.data() : nullptr, weight.data(), 1e-5f, out.data(),
+                                       rows, size, x.dtype()) == MATGPTQ_OK, "rms_norm runs");
+                x.read();
+                out.read();
+                bool same = true;
+                for (int64_t row = 0; row < rows; ++row) {
+                    double mean = 0;
+                    for (int64_t i = 0; i < size; ++i) mean += sum[at(row * size + i)] * sum[at(row * size + i)];
+                    const double factor = 1 / std::sqrt(mean / static_cast<double>(size) + 1e-5);
+                    for (int64_t i = 0; i < size; ++i) {
+                        const size_t place = at(row * size + i);
+                        same &= x.values[place] == static_cast<float>(sum[place]);
+                        same &= out.is(place, weight.values[at(i)] * sum[place] * factor);
+                    }
+                }
+                check(same, "rms_norm is its formula");
+            }
+            Vector gate(size, half, -20, 20), up(size, half, -2, 2), product(size, half, 0, 0);
+            check(matgptq_silu_product(gate.data(), up.data(), product.data(), size, gate.dtype()) == MATGPTQ_OK,
+                  "silu_product runs");
+            product.read();
+            bool same = true;
+            for (int64_t i = 0; i < size; ++i) {
+                const double g = gate.values[at(i)];
+                same &= product.is(at(i), g / (1 + std::exp(-g)) * up.values[at(i)]);
+            }
+            check(same, "silu_product is its formula");
+            Vector sum = gate;
+            check(matgptq_add(sum.data(), up.data(), size, sum.dtype()) == MATGPTQ_OK, "add runs");
+            sum.read();
+            same = true;
+            for (int64_t i = 0; i < size; ++i) {
+                const float added = gate.values[at(i)] + up.values[at(i)];
+                same &= sum.values[at(i)] == (half ? bfloat16(added) : added);
+            }
+            check(same, "add is exact");
+            if (size % 2) {
+                check(matgptq_rotate(gate.data(), up.data(), up.data(), 1, size, gate.dtype()) == MATGPTQ_E_ARGUMENT,
+                      "rotate refuses an odd size");
+                continue;
+            }
+            const int64_t heads = 3, half_size = size / 2;
+            Vector turned(heads * size, half, -2, 2), cosine(size, half, -1, 1), sine(size, half, -1, 1);
+            const Vector before = turned;
+            check(matgptq_rotate(turned.data(), cosine.data(), sine.data(), heads, size, turned.dtype()) == MATGPTQ_OK,
+                  "rotate runs");
+            turned.read();
+            same = true;
+            for (int64_t i = 0; i < heads * size; ++i) {
+                const int64_t place = i % size, first = i - place;
+                const double partner = place < half_size ? -before.values[at(first + place + half_size)]
+                                                         : before.values[at(first + place - half_size)];
+                const double kept = before.values[at(i)] * cosine.values[at(place)];
+                const double other = partner * sine.values[at(place)];
+                // Both terms are rounded before they are added, and may cancel.
+                const double allowed = (half ? 0.012 : 1e-6) * (std::fabs(kept) + std::fabs(other)) + 1e-7;
+                same &= std::fabs(turned.values[at(i)] - (kept + other)) <= allowed;
+            }
+            check(same, "rotate is its formula");
+        }
+    where = "row steps, values that are not finite";
+    const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    std::vector<float> gate = {nan, infinity, 1.0f, 88.0f, -200.0f}, up = {1, 1, nan, 1, 1}, out(5), ones(5, 1.0f);
+    check(matgptq_silu_product(gate.data(), up.data(), out.data(), 5, MATGPTQ_FLOAT32) == MATGPTQ_OK, "runs");
+    check(std::isnan(out[0]) && std::isinf(out[1]) && std::isnan(out[2]), "silu_product propagates them");
+    check(out[3] == 88.0f && std::fabs(out[4]) < 1e-30f, "silu_product does not overflow");
+    std::vector<float> row = {1, nan, 1, 1, 1};
+    check(matgptq_rms_norm(row.data(), nullptr, ones.data(), 1e-5f, out.data(), 1, 5, MATGPTQ_FLOAT32) == MATGPTQ_OK,
+          "runs");
+    check(std::isnan(out[0]) && std::isnan(out[4]), "rms_norm propagates them");
+    uint16_t quiet = 0x7fc1, word = 0x3f80;
+    check(matgptq_add(&quiet, &word, 1, MATGPTQ_BFLOAT16) == MATGPTQ_OK && (quiet & 0x7fff) > 0x7f80, "a NaN stays one");
+    where = "row steps, refusals";
+    check(matgptq_rms_norm(row.data(), nullptr, ones.data(), 0, out.data(), 1, 0, 0) == MATGPTQ_E_ARGUMENT, "size 0");
+    check(matgptq_rms_norm(row.data(), nullptr, nullptr, 0, out.data(), 1, 5, 0) == MATGPTQ_E_ARGUMENT, "no weight");
+    check(matgptq_silu_product(gate.data(), up.data(), out.data(), 5, 2) == MATGPTQ_E_ARGUMENT, "unknown dtype");
+    check(matgptq_add(nullptr, up.data(), 5, 0) == MATGPTQ_E_ARGUMENT, "no row");
+    check(matgptq_add(nullptr, nullptr, 0, 0) == MATGPTQ_OK, "nothing to add");
+    std::printf("row steps: ten sizes, two dtypes\n");
+}
+
 }  // namespace
 
 int main() {
@@ -557,6 +686,7 @@ int main() {
     test_shared_input(sets);
     test_sweep(sets);
     test_read(sets);
+    test_row_steps();
     test_refusals();
     if (failures) std::printf("%d checks failed\n", failures);
     return failures ? 1 : 0;

@@ -90,6 +90,7 @@ class Family:
         rotation: what a rotation changes, or the reason why none leaves the model the same.
         experts: where blocks have experts, if the family has such blocks.
         parts: what a model has beside the language model, all of it kept as it is.
+        plain_blocks: blocks are what ``matgptq.decoding`` knows a short way through.
     """
 
     model_types: tuple[str, ...]
@@ -98,6 +99,7 @@ class Family:
     rotation: RotationSites | str
     experts: ExpertSites | None = None
     parts: tuple[str, ...] = ()
+    plain_blocks: bool = False
 
     @property
     def ordinary_inputs(self) -> tuple[tuple[str, ...], ...]:
@@ -216,6 +218,7 @@ FAMILIES: tuple[Family, ...] = (
         blocks="model.layers",
         inputs=_LLAMA_INPUTS,
         rotation=_LLAMA_ROTATION,
+        plain_blocks=True,
     ),
     Family(
         model_types=("mixtral",),

@@ -13,6 +13,7 @@ from matgptq import kernels
 from matgptq.allocation import complete_allocation, read_allocation
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import open_checkpoint
+from matgptq.decoding import decode_in_rows
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import (
     AllocationError,
@@ -114,6 +115,8 @@ def load(
         model.set_bits(complete_allocation(allocation, layers, default))
     if _packs(target, model.dtype, resident, activations, head_bits):
         pack_layers(model, resident=resident, activations=activations, shared=_shared_inputs(model))
+        if kernels.packed_form(target) == "native":
+            _decode_in_rows(model)
         if head_bits is not None:
             pack_head(model, head_bits, activations)
     return model
@@ -163,6 +166,15 @@ def _shared_inputs(model: Any) -> list[tuple[str, ...]]:
     except UnsupportedModelError:  # a checkpoint of another program may hold any architecture
         return []
     return family.shared_inputs(nested_layers(model))
+
+
+def _decode_in_rows(model: Any) -> None:
+    try:
+        family = find_family(str(model.config.model_type))
+    except UnsupportedModelError:
+        return
+    if family.plain_blocks:
+        decode_in_rows(model, family.blocks)
 
 
 def _packs(

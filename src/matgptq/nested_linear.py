@@ -103,6 +103,11 @@ class NestedLinear(nn.Module):
         """The packed form, if there is one."""
         return self._packed
 
+    @property
+    def shared_input(self) -> SharedInput | None:
+        """What multiplies this layer and those that share its input in one call, if the kernels do."""
+        return self._shared
+
     def pack(self, arena: native.Arena | None = None, *, resident: bool = True) -> None:
         """Pack the codes for the kernels of their device and let go of them.
 

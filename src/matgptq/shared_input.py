@@ -6,6 +6,7 @@ kept for as long as weights and widths stay the same. A layer that shares its in
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -93,19 +94,36 @@ class SharedInput:
             self._ready = _Ready(inputs, version, copy, results)
         return result
 
+    def is_of(self, members: Sequence[Member]) -> bool:
+        """Whether these are the members, in this order."""
+        return len(members) == len(self._members) and all(map(operator.is_, members, self._members))
+
+    def row(self, inputs: Tensor) -> Tensor | None:
+        """``[1, in]`` times all members, their results side by side; None where no prepared call does that."""
+        activations = self._members[0].activations
+        if not kernels.fuses(kernels.Product("native", inputs.device.type, inputs.dtype, 1, activations)):
+            return None
+        joined = self._join([each.operand for each in self._members], activations)
+        return None if joined is None else joined(inputs)
+
     def _multiply_row(
         self, inputs: Tensor, operands: Sequence[kernels.Operand], activations: kernels.Activations
     ) -> list[Tensor]:
+        joined = self._join(operands, activations)
+        if joined is None:
+            return kernels.matmul_shared(inputs, operands, activations=activations)
+        pieces = torch.split(joined(inputs.reshape(1, inputs.shape[-1])), joined.sizes, 1)
+        return [piece.view(*inputs.shape[:-1], piece.shape[1]) for piece in pieces]
+
+    def _join(self, operands: Sequence[kernels.Operand], activations: kernels.Activations) -> native.Joined | None:
         # The prepared call keeps the weights alive, so that no other one can get the id of one of them.
         state = [(id(weight), bits, _version(bias)) for weight, bits, bias in operands]
         known, joined = self._prepared
         if known != state or joined is None:
             joined = kernels.join(operands, activations)
-            if joined is None:
-                return kernels.matmul_shared(inputs, operands, activations=activations)
-            self._prepared = state, joined
-        pieces = torch.split(joined(inputs.reshape(1, inputs.shape[-1])), joined.sizes, 1)
-        return [piece.view(*inputs.shape[:-1], piece.shape[1]) for piece in pieces]
+            if joined is not None:
+                self._prepared = state, joined
+        return joined
 
 
 def _version(tensor: Tensor | None) -> int:

@@ -8,6 +8,7 @@ Invalid arguments raise ``ConfigurationError`` before any work starts.
 """
 
 from matgptq.native.library import (
+    DTYPES,
     Activations,
     NativeUnavailableError,
     SweepMode,
@@ -31,13 +32,16 @@ from matgptq.native.products import (
     read,
     spread_threads,
 )
+from matgptq.native.row_steps import RowSteps
 from matgptq.native.solver_loops import search_scales, sweep
 
 __all__ = [
+    "DTYPES",
     "Activations",
     "Arena",
     "Joined",
     "NativeUnavailableError",
+    "RowSteps",
     "SweepMode",
     "Weight",
     "available",

@@ -20,7 +20,7 @@ from matgptq.errors import ConfigurationError, MatGPTQError
 Activations = Literal["exact", "int8"]
 SweepMode = Literal["residual", "change", "mean"]
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"exact": 0, "int8": 1}
 SWEEP_MODES = {"residual": 0, "change": 1, "mean": 2}
@@ -102,6 +102,10 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "read": (ctypes.c_uint64, (_pointer, _int64, _int)),
     "sweep": (_int, (_pointer,)),
     "search_scales": (_int, (_pointer,)),
+    "rms_norm": (_int, (_pointer, _pointer, _pointer, ctypes.c_float, _pointer, _int64, _int64, _int)),
+    "rotate": (_int, (_pointer, _pointer, _pointer, _int64, _int64, _int)),
+    "silu_product": (_int, (_pointer, _pointer, _pointer, _int64, _int)),
+    "add": (_int, (_pointer, _pointer, _int64, _int)),
 }
 
 

@@ -1,0 +1,163 @@
+// What happens to a decoded row between its products: see matgptq.h. Plain loops over short vectors, written so that
+// compilers vectorize them without reordering a sum.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "matgptq.h"
+
+namespace {
+
+struct Float32 {
+    using Stored = float;
+    static float load(float value) { return value; }
+    static float store(float value) { return value; }
+};
+
+struct BFloat16 {
+    using Stored = uint16_t;
+    static float load(uint16_t value) {
+        const uint32_t bits = static_cast<uint32_t>(value) << 16;
+        float result;
+        std::memcpy(&result, &bits, sizeof result);
+        return result;
+    }
+    // To nearest, ties to even; a NaN stays one whatever its payload.
+    static uint16_t store(float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const uint32_t quiet = (bits >> 16) | 0x40u;
+        return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+    }
+};
+
+template <typename T>
+float rounded(float value) {
+    return T::load(T::store(value));
+}
+
+// Partial sums, so that the order of a sum is fixed and several are in flight.
+constexpr int kLanes = 16;
+
+template <typename T>
+float sum_of_squares(const typename T::Stored* x, int64_t size) {
+    float lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes)
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const float value = T::load(x[i + lane]);
+            lanes[lane] += value * value;
+        }
+    for (; i < size; ++i) {
+        const float value = T::load(x[i]);
+        lanes[i % kLanes] += value * value;
+    }
+    for (int step = kLanes / 2; step; step /= 2)
+        for (int lane = 0; lane < step; ++lane) lanes[lane] += lanes[lane + step];
+    return lanes[0];
+}
+
+template <typename T>
+void add(typename T::Stored* x, const typename T::Stored* update, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) x[i] = T::store(T::load(x[i]) + T::load(update[i]));
+}
+
+template <typename T>
+void rms_norm(void* x_, const void* update_, const void* weight_, float eps, void* out_, int64_t rows, int64_t size) {
+    using Stored = typename T::Stored;
+    const Stored* weight = static_cast<const Stored*>(weight_);
+    for (int64_t row = 0; row < rows; ++row) {
+        Stored* x = static_cast<Stored*>(x_) + row * size;
+        Stored* out = static_cast<Stored*>(out_) + row * size;
+        if (update_) add<T>(x, static_cast<const Stored*>(update_) + row * size, size);
+        const float factor = 1.0f / std::sqrt(sum_of_squares<T>(x, size) / static_cast<float>(size) + eps);
+        for (int64_t i = 0; i < size; ++i)
+            out[i] = T::store(T::load(weight[i]) * rounded<T>(T::load(x[i]) * factor));
+    }
+}
+
+template <typename T>
+void rotate(void* x_, const void* cosine_, const void* sine_, int64_t heads, int64_t size) {
+    using Stored = typename T::Stored;
+    const Stored *cosine = static_cast<const Stored*>(cosine_), *sine = static_cast<const Stored*>(sine_);
+    const int64_t half = size / 2;
+    for (int64_t head = 0; head < heads; ++head) {
+        Stored* x = static_cast<Stored*>(x_) + head * size;
+        for (int64_t i = 0; i < half; ++i) {
+            const float first = T::load(x[i]), second = T::load(x[half + i]);
+            const float kept = rounded<T>(first * T::load(cosine[i]));
+            const float turned = rounded<T>(-second * T::load(sine[i]));
+            const float kept_second = rounded<T>(second * T::load(cosine[half + i]));
+            const float turned_second = rounded<T>(first * T::load(sine[half + i]));
+            x[i] = T::store(kept + turned);
+            x[half + i] = T::store(kept_second + turned_second);
+        }
+    }
+}
+
+// exp(x) for x <= 0 to within 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2, r by a polynomial.
+inline float exp_not_positive(float x) {
+    const float clamped = x < -87.0f ? -87.0f : x;  // smaller results vanish beside the 1 that they are added to
+    const int32_t whole = static_cast<int32_t>(clamped * 1.44269504f - 0.5f);  // to nearest, as x <= 0
+    const float n = static_cast<float>(whole);
+    const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r) * r + r + 1.0f;
+    const int32_t bits = (whole + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    return p * scale;
+}
+
+inline float silu(float x) {
+    // With e = exp(-|x|): 1 / (1 + exp(-x)) is 1 / (1 + e) for x >= 0 and e / (1 + e) below, and nothing overflows.
+    const float magnitude = std::fabs(x);
+    const float e = exp_not_positive(-(magnitude == magnitude ? magnitude : 0.0f));
+    return x * ((x < 0.0f ? e : 1.0f) / (1.0f + e));
+}
+
+template <typename T>
+void silu_product(const void* gate_, const void* up_, void* out_, int64_t size) {
+    using Stored = typename T::Stored;
+    const Stored *gate = static_cast<const Stored*>(gate_), *up = static_cast<const Stored*>(up_);
+    Stored* out = static_cast<Stored*>(out_);
+    for (int64_t i = 0; i < size; ++i) out[i] = T::store(rounded<T>(silu(T::load(gate[i]))) * T::load(up[i]));
+}
+
+bool is_dtype(int dtype) { return dtype == MATGPTQ_FLOAT32 || dtype == MATGPTQ_BFLOAT16; }
+
+}  // namespace
+
+int matgptq_rms_norm(void* x, const void* update, const void* weight, float eps, void* out, int64_t rows, int64_t size,
+                     int dtype) {
+    if (rows < 0 || size < 1 || !is_dtype(dtype)) return MATGPTQ_E_ARGUMENT;
+    if (rows && (!x || !weight || !out)) return MATGPTQ_E_ARGUMENT;
+    (dtype == MATGPTQ_FLOAT32 ? rms_norm<Float32> : rms_norm<BFloat16>)(x, update, weight, eps, out, rows, size);
+    return MATGPTQ_OK;
+}
+
+int matgptq_rotate(void* x, const void* cosine, const void* sine, int64_t heads, int64_t size, int dtype) {
+    if (heads < 0 || size < 2 || size % 2 || !is_dtype(dtype)) return MATGPTQ_E_ARGUMENT;
+    if (heads && (!x || !cosine || !sine)) return MATGPTQ_E_ARGUMENT;
+    (dtype == MATGPTQ_FLOAT32 ? rotate<Float32> : rotate<BFloat16>)(x, cosine, sine, heads, size);
+    return MATGPTQ_OK;
+}
+
+int matgptq_silu_product(const void* gate, const void* up, void* out, int64_t size, int dtype) {
+    if (size < 0 || !is_dtype(dtype) || (size && (!gate || !up || !out))) return MATGPTQ_E_ARGUMENT;
+    (dtype == MATGPTQ_FLOAT32 ? silu_product<Float32> : silu_product<BFloat16>)(gate, up, out, size);
+    return MATGPTQ_OK;
+}
+
+int matgptq_add(void* x, const void* update, int64_t size, int dtype) {
+    if (size < 0 || !is_dtype(dtype) || (size && (!x || !update))) return MATGPTQ_E_ARGUMENT;
+    if (dtype == MATGPTQ_FLOAT32) add<Float32>(static_cast<float*>(x), static_cast<const float*>(update), size);
+    else add<BFloat16>(static_cast<uint16_t*>(x), static_cast<const uint16_t*>(update), size);
+    return MATGPTQ_OK;
+}

@@ -1,0 +1,71 @@
+"""What happens to a decoded row between its products, each as one call (``csrc/row_steps.cpp``).
+
+Every function takes contiguous tensors of one dtype, float32 or bfloat16, on the CPU, and rounds where transformers
+rounds. They are called dozens of times for a token, and check their arguments no more than the library does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from matgptq.native.library import DTYPES, check_status, require_library
+
+
+class RowSteps:
+    """The calls for one dtype.
+
+    Args:
+        dtype: of all tensors.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        library = require_library()
+        self._dtype = DTYPES[dtype]
+        self._rms_norm = library.matgptq_rms_norm
+        self._rotate = library.matgptq_rotate
+        self._silu_product = library.matgptq_silu_product
+        self._add = library.matgptq_add
+
+    def __deepcopy__(self, _: object) -> RowSteps:
+        """Itself: functions of a library are not copied with a model."""
+        return self
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None) -> Tensor:
+        """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, after ``x += update`` in place."""
+        out = torch.empty_like(x)
+        size = weight.shape[0]
+        status = self._rms_norm(
+            x.data_ptr(), None if update is None else update.data_ptr(), weight.data_ptr(), eps, out.data_ptr(),
+            x.numel() // size, size, self._dtype,
+        )  # fmt: skip
+        if status:
+            check_status(status)
+        return out
+
+    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> None:
+        """Rotary position embedding of vectors as long as ``cosine``, one after the other, in place."""
+        size = cosine.shape[-1]
+        status = self._rotate(
+            x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), x.numel() // size, size, self._dtype
+        )  # fmt: skip
+        if status:
+            check_status(status)
+
+    def silu_product(self, gate_up: Tensor) -> Tensor:
+        """``silu(gate) * up`` of ``[1, 2 * size]``, gate before up; ``[1, size]``."""
+        size = gate_up.shape[1] // 2
+        out = gate_up.new_empty((1, size))
+        gate = gate_up.data_ptr()
+        status = self._silu_product(
+            gate, gate + size * gate_up.element_size(), out.data_ptr(), size, self._dtype
+        )  # fmt: skip
+        if status:
+            check_status(status)
+        return out
+
+    def add(self, x: Tensor, update: Tensor) -> None:
+        """``x += update`` in place."""
+        status = self._add(x.data_ptr(), update.data_ptr(), x.numel(), self._dtype)
+        if status:
+            check_status(status)

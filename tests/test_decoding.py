@@ -1,0 +1,251 @@
+"""The short way of a single token through a block, against transformers' own code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import GROUP_SIZE, make_tokenizer, save_model, token_ids
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+
+import matgptq
+from matgptq import native
+from matgptq.decoding import DecodesRows, RowBlock
+from matgptq.native import RowSteps
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
+
+PLAIN = ("llama", "llama-biased", "mistral", "qwen2", "qwen3")
+OTHERS = ("gemma", "gemma2", "gemma3_text", "phi3", "opt", "gpt_neox", "mixtral")
+CONTEXT = token_ids(1, 12)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    made: dict[str, str] = {}
+
+    def make(name: str) -> str:
+        if name not in made:
+            directory = tmp_path_factory.mktemp(name)
+            sizes = {"hidden_size": 64, "intermediate_size": 96}
+            if name == "mistral":
+                sizes["sliding_window"] = None  # with one shorter than the context there is a mask
+            source = save_model(name, directory / "source", torch.float32, shape=sizes)
+            matgptq.quantize(source, directory / "out", method="rtn", group_size=GROUP_SIZE)
+            made[name] = str(directory / "out")
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each block that a token has gone through the short way."""
+    seen: list[int] = []
+    run = RowBlock.run
+
+    def counted(self: RowBlock, *given: object) -> Tensor | None:
+        seen.append(1)
+        return run(self, *given)
+
+    monkeypatch.setattr(RowBlock, "run", counted)
+    return seen
+
+
+def decode(model: nn.Module, steps: int = 6, cache: object = None, **options: object) -> Tensor:
+    """Logits ``[steps, vocabulary]`` of one token after the other, always the same tokens."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    logits = []
+    with torch.inference_mode():
+        model(CONTEXT, past_key_values=cache, use_cache=True)
+        for token in token_ids(1, steps)[0]:
+            output = model(token.view(1, 1), past_key_values=cache, use_cache=True, **options)
+            logits.append(output.logits[0, -1].float())
+    return torch.stack(logits)
+
+
+def the_long_way(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: object) -> Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(RowBlock, "takes", lambda *_: False)
+        return decode(model, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_token_computes_what_transformers_computes(name, dtype, checkpoint, calls, monkeypatch):
+    model = matgptq.load(checkpoint(name), 4, device="cpu", dtype=dtype)
+    short = decode(model)
+    assert len(calls) == 6 * model.config.num_hidden_layers
+    long = the_long_way(model, monkeypatch)
+    # bfloat16 keeps 8 bits: where attention's sum goes the other way, so does all that follows.
+    tolerance = 1e-5 if dtype == "float32" else 0.03
+    torch.testing.assert_close(short, long, rtol=tolerance, atol=tolerance * float(long.abs().max()))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_blocks_are_left_alone(name, checkpoint):
+    model = matgptq.load(checkpoint(name), 4, device="cpu")
+    assert not any(isinstance(module, DecodesRows) for module in model.modules())
+
+
+def test_widths_and_activations_follow(checkpoint, calls, monkeypatch):
+    for activations in ("exact", "int8"):
+        model = matgptq.load(checkpoint("llama"), 4, device="cpu", activations=activations)
+        for bits in (2, 8, {name: 3 for name, _ in list(matgptq.nested_linear.nested_layers(model).items())[:3]}):
+            model.set_bits(bits)
+            short = decode(model, 2)
+            assert calls
+            calls.clear()
+            torch.testing.assert_close(short, the_long_way(model, monkeypatch, steps=2), rtol=1e-5, atol=1e-5)
+
+
+def test_generate_gives_the_same_text(checkpoint, calls, monkeypatch):
+    model = matgptq.load(checkpoint("qwen3"), 8, device="cpu")
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    short = model.generate(CONTEXT, **options)
+    assert calls
+    with monkeypatch.context() as patch:
+        patch.setattr(RowBlock, "takes", lambda *_: False)
+        assert torch.equal(short, model.generate(CONTEXT, **options))
+
+
+def test_other_caches(checkpoint, monkeypatch):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    expected = the_long_way(model, monkeypatch)
+    found = decode(model, cache=StaticCache(config=model.config, max_cache_len=32))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_state_of_the_caller_is_not_written_to(checkpoint, calls):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(CONTEXT, past_key_values=cache, use_cache=True)
+        given = model.get_input_embeddings()(CONTEXT[:, :1])
+        before = given.clone()
+        model(inputs_embeds=given, past_key_values=cache, use_cache=True)
+    assert calls
+    assert torch.equal(given, before)
+
+
+def _hooked(model: nn.Module) -> None:
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda *_: None)
+
+
+def _replaced(model: nn.Module) -> None:
+    for block in model.model.layers:
+        block.self_attn.q_proj = nn.Sequential(block.self_attn.q_proj)
+
+
+def _unpacked(model: nn.Module) -> None:
+    for layer in matgptq.nested_linear.nested_layers(model).values():
+        layer.unpack()
+
+
+def _eager(model: nn.Module) -> None:
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("change", [_hooked, _replaced, _unpacked, _eager], ids=lambda change: change.__name__[1:])
+def test_what_the_short_way_would_pass_over_is_not(change, checkpoint, monkeypatch):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    expected = the_long_way(model, monkeypatch)
+    change(model)
+    seen: list[Tensor | None] = []
+    run = RowBlock.run
+    monkeypatch.setattr(RowBlock, "run", lambda *given: seen.append(run(*given)) or seen[-1])
+    torch.testing.assert_close(decode(model), expected, rtol=1e-4, atol=1e-4)
+    assert all(result is None for result in seen)
+
+
+def test_a_hook_sees_every_token(checkpoint):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    seen = []
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    decode(model, 4)
+    assert len(seen) == 1 + 4
+
+
+def test_hidden_states_and_attentions_are_there_when_asked_for(checkpoint):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(CONTEXT, past_key_values=cache, use_cache=True)
+        output = model(CONTEXT[:, :1], past_key_values=cache, use_cache=True, output_hidden_states=True)
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+    assert not torch.equal(output.hidden_states[0], output.hidden_states[1])
+
+
+def test_a_forced_kernel_is_used(checkpoint, calls, monkeypatch):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    expected = decode(model)
+    monkeypatch.setenv("MATGPTQ_KERNEL", "reference")
+    torch.testing.assert_close(decode(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_go_the_long_way(checkpoint, calls):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    cache = DynamicCache(config=model.config)
+    model(CONTEXT, past_key_values=cache, use_cache=True)
+    embedded = model.get_input_embeddings()(CONTEXT[:, :1]).detach().requires_grad_()
+    assert torch.isfinite(model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits).all()
+    assert not calls
+
+
+def test_several_sequences_and_padding_go_the_long_way(checkpoint, calls):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    prompts, mask = torch.cat([CONTEXT, CONTEXT]), torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :4] = 0
+    model.generate(prompts, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert not calls
+
+
+def test_a_copy_is_a_model_of_its_own(checkpoint, calls):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    expected = decode(model)
+    other = copy.deepcopy(model)
+    other.set_bits(2)
+    changed = decode(other)
+    assert len(calls) == 2 * 6 * model.config.num_hidden_layers
+    assert torch.equal(decode(model), expected)
+    assert not torch.equal(changed, expected)
+
+
+def test_saved_and_loaded_again(checkpoint, tmp_path):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    model.save_pretrained(tmp_path / "again")
+    make_tokenizer().save_pretrained(tmp_path / "again")
+    assert torch.equal(decode(matgptq.load(tmp_path / "again", 8, device="cpu")), decode(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 6, 30, 64, 130])
+def test_steps_round_where_transformers_rounds(dtype, size):
+    generator = torch.Generator().manual_seed(size)
+    steps = RowSteps(dtype)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x, update, weight = normal(1, size), normal(1, size), normal(size)
+    residual = x.clone()
+    found = steps.rms_norm(residual, weight, 1e-5, update)
+    assert torch.equal(residual, x + update)
+    wide = residual.float()
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, weight * normed, rtol=2 * unit, atol=0)
+    gate_up = normal(1, 2 * size) * 4
+    gate, up = gate_up.chunk(2, 1)
+    torch.testing.assert_close(
+        steps.silu_product(gate_up), nn.functional.silu(gate) * up, rtol=2.5 * unit, atol=unit * 1e-3
+    )
+    heads, cosine, sine = normal(3, size), normal(1, 1, size), normal(1, 1, size)
+    turned = torch.cat([-heads[:, size // 2 :], heads[:, : size // 2]], 1)
+    expected = heads * cosine[0] + turned * sine[0]
+    steps.rotate(heads, cosine, sine)
+    assert torch.equal(heads, expected)

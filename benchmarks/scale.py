@@ -217,7 +217,7 @@ PARTS: dict[str, Callable[[Path], Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="quantize 6 GB under a limit of 3 GB, too")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=[*PARTS], help="what to measure")
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=[*PARTS], help="what to measure")
     parser.add_argument("-o", "--output", type=Path, help="JSON; parts that are not measured stay in it")
     arguments = parser.parse_args()
     record: dict[str, Any] = {}
@@ -231,9 +231,10 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        for blocks in BLOCKS:
-            make_model(root / f"source-{blocks}", blocks, SHAPE)
-        make_model(root / "source-wide", WIDE_BLOCKS, WIDE)
+        if arguments.parts:
+            for blocks in BLOCKS:
+                make_model(root / f"source-{blocks}", blocks, SHAPE)
+            make_model(root / "source-wide", WIDE_BLOCKS, WIDE)
         for part in arguments.parts:
             record[part] = PARTS[part](root)
         if arguments.large:

@@ -45,7 +45,7 @@ from matgptq.recipe import Recipe, make_recipe
 from matgptq.refinement import refine
 from matgptq.report import LayerReport, Report
 from matgptq.requirements import Requirements, check_requirements, estimate_requirements
-from matgptq.residency import Residency, Streamed, Whole, build_empty, can_stream, needs_conversion
+from matgptq.residency import Residency, Streamed, Whole, build_empty, can_stream, needs_conversion, return_freed_memory
 from matgptq.rotated_model import rotate_model, rotated_tensors, rotation_sites
 from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.saliency import token_saliency, token_weights
@@ -436,6 +436,7 @@ class _Run:
                         self._propagate(block, inputs, index, boundaries)
                 progress.advance(3 * batches or 1)
                 continue
+            return_freed_memory()
             with self.residency.present(block):
                 yield from self._quantize_block(block, index, inputs)
                 progress.advance(batches or 1)

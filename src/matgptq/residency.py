@@ -7,6 +7,8 @@ comes whole (GGUF, which transformers decodes at once) is used through the same 
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -110,6 +112,27 @@ class Streamed:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise SourceError(f"{info.file}: tensor {stored} holds NaN or Inf")
             _set(self.network, name, tensor)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's; other C libraries have none and need none."""
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return trim
+
+
+def return_freed_memory() -> None:
+    """Give what has been freed back to the system.
+
+    glibc keeps freed pieces for later ones, which do not fit into all of them: over a hundred blocks the process would
+    grow by what a few blocks take.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 def build_empty(source: ModelSource, dtype: torch.dtype) -> Any:

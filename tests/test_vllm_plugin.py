@@ -17,6 +17,7 @@ from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.nested_weight import NestedWeight
 from matgptq.vllm_plugin.choice import Choice, chosen_layers, read_choice
+from matgptq.vllm_plugin.fused_experts import ExpertParts, FusedExperts
 from matgptq.vllm_plugin.fused_linear import FusedLinear, Part
 from matgptq.vllm_plugin.vllm_version import check_version
 
@@ -33,6 +34,39 @@ def _part(rows: int, bits: int, columns: int = 192, group_size: int = 64, seed: 
 def _wanted(x: torch.Tensor, parts: list[Part], bias: torch.Tensor | None) -> torch.Tensor:
     weights = [NestedWeight(part.codes, {8: part.scales}).dequantize(part.bits) for part in parts]
     return torch.nn.functional.linear(x.double(), torch.cat(weights).double(), None if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17])
+def test_experts_are_weighted_sums_of_those_that_were_chosen(tokens: int, dtype: torch.dtype) -> None:
+    hidden, inner, count = 192, 64, 4
+    experts = [
+        ExpertParts(
+            _part(inner, 2 + number, hidden, seed=number),
+            _part(inner, 8 - number, hidden, seed=10 + number),
+            _part(hidden, 3 + number, inner, 32, seed=20 + number),
+        )
+        for number in range(count)
+    ]
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    # The last expert is never chosen.
+    chosen = torch.stack(
+        [torch.randperm(count - 1, generator=generator)[:2] for _ in range(tokens)] or [torch.empty(2)]
+    )
+    chosen = chosen.long()[:tokens]
+    weights = torch.rand(tokens, 2, generator=generator)
+    found = FusedExperts("experts", experts, torch.nn.functional.silu, dtype).multiply(x, weights, chosen)
+    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for token in range(tokens):
+        for weight, number in zip(weights[token], chosen[token], strict=True):
+            each, row = experts[int(number)], x[token : token + 1]
+            gate, up = (_wanted(row, [part], None) for part in (each.gate, each.up))
+            expected[token] += weight * _wanted(torch.nn.functional.silu(gate) * up, [each.down], None)[0]
+    assert found.dtype == dtype
+    unit = torch.finfo(dtype).eps
+    largest = float(expected.abs().max()) if tokens else 0.0
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=8 * unit * largest)
 
 
 @pytest.mark.parametrize("widths", [(4, 4, 4), (8, 3, 4), (4, 4, 2), (2,)])

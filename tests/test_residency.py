@@ -92,3 +92,22 @@ def test_a_block_with_nan_is_named_when_it_is_filled(tmp_path):
         residency.present(blocks[1]),
     ):
         pass
+
+
+def test_no_linear_layer_is_made_only_to_be_dropped(tmp_path, monkeypatch):
+    # Freed pieces as large as the model, with small objects in between, would stay in the process's address space.
+    source = open_source(save_model("llama", tmp_path / "source", torch.bfloat16))
+    empty, initialize = torch.empty, torch.nn.Linear.__init__
+    real = []
+
+    def watched(*sizes, **options):
+        made = empty(*sizes, **options)
+        if not made.is_meta and made.dim() == 2:
+            real.append(made.shape)
+        return made
+
+    monkeypatch.setattr(torch, "empty", watched)
+    network = build_empty(source, torch.bfloat16)
+    assert real == []
+    assert all(parameter.is_meta for parameter in network.parameters())
+    assert torch.nn.Linear.__init__ is initialize

@@ -224,8 +224,13 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have their parameters on the meta device; buffers, which they compute, stay real."""
+    """Modules made inside have their parameters on the meta device; buffers, which they compute, stay real.
+
+    Large layers are made there from the start: made and dropped one after the other they would leave the process with
+    address space as large as the model, in pieces that small objects in between keep from being given back.
+    """
     register = nn.Module.register_parameter
+    made = {kind: kind.__init__ for kind in (nn.Linear, nn.Embedding)}
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
@@ -233,7 +238,18 @@ def _parameters_on_meta() -> Iterator[None]:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    for kind in made:
+        kind.__init__ = _made_on_meta(made[kind])  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        for kind, own in made.items():
+            kind.__init__ = own  # type: ignore[method-assign]
+
+
+def _made_on_meta(initialize: Callable[..., None]) -> Callable[..., None]:
+    def initialize_there(module: nn.Module, *sizes: Any, **options: Any) -> None:
+        initialize(module, *sizes, **{"device": "meta", **options})
+
+    return initialize_there

@@ -119,7 +119,7 @@ def factorize(matrix: Tensor, damping: float, workers: Workers = INLINE) -> Fact
         return None
     tried = damping
     for step in range(DAMPING_STEPS + 1):
-        backwards = matrix.to(torch.float64).flip(0, 1)
+        backwards = matrix.flip(0, 1).to(torch.float64)
         backwards.diagonal().add_(tried * mean_diagonal)
         inverse = _inverse_factor(backwards, workers)
         if inverse is not None and bool(torch.isfinite(inverse).all()):

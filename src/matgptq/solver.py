@@ -101,7 +101,7 @@ def solve(
     order = torch.arange(in_features, device=weight.device)
     if recipe.column_order == "hessian":
         order = matrix.diagonal().argsort(descending=True, stable=True)
-    ordered = matrix[order][:, order]
+    ordered = matrix[order.unsqueeze(1), order]
     factor = None
     if recipe.compensation != "none":
         factor = factorize(ordered, recipe.damping, workers)

@@ -56,7 +56,10 @@ def test_experts_are_weighted_sums_of_those_that_were_chosen(tokens: int, dtype:
     )
     chosen = chosen.long()[:tokens]
     weights = torch.rand(tokens, 2, generator=generator)
-    found = FusedExperts("experts", experts, torch.nn.functional.silu, dtype).multiply(x, weights, chosen)
+    layer = FusedExperts("experts", experts, torch.nn.functional.silu, dtype)
+    found = layer.product(x, weights, chosen)
+    compiled = torch.compile(lambda *given: layer.product(*given) + 0, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weights, chosen), found)
     expected = torch.zeros(tokens, hidden, dtype=torch.float64)
     for token in range(tokens):
         for weight, number in zip(weights[token], chosen[token], strict=True):

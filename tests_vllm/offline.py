@@ -1,12 +1,14 @@
 """Log-probabilities of token ids by vLLM without a server: python offline.py TOKENS.json MODEL...
 
-Prints a line of JSON for each model. The width is the plugin's business (MATGPTQ_BITS, MATGPTQ_ALLOCATION).
+Prints a line of JSON for each model. The width is the plugin's business (MATGPTQ_BITS, MATGPTQ_ALLOCATION). Models run
+eagerly unless COMPILED is set.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +18,10 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 def log_probs(model: str, tokens: list[int]) -> list[float]:
     """Of each token after the first, given those before it."""
-    llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=1, disable_log_stats=True)
+    llm = LLM(
+        model, dtype="float32", enforce_eager="COMPILED" not in os.environ, max_model_len=64, max_num_seqs=1,
+        disable_log_stats=True,
+    )  # fmt: skip
     answer = llm.generate(
         {"prompt_token_ids": tokens}, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False
     )[0]

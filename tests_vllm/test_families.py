@@ -44,9 +44,8 @@ def served(make_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {name: (checkpoint, results[str(checkpoint)]) for name, checkpoint in checkpoints.items()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_family(name: str, served: dict[str, tuple[Path, dict[str, Any]]]) -> None:
-    checkpoint, result = served[name]
+def check(checkpoint: Path, result: dict[str, Any]) -> None:
+    """vLLM's log-probabilities against those of ``matgptq.load``."""
     assert "error" not in result, result["error"]
     model = matgptq.load(checkpoint, allocation="mixed", device="cpu", dtype="float32")
     ids = torch.tensor([TOKENS])
@@ -55,3 +54,14 @@ def test_family(name: str, served: dict[str, tuple[Path, dict[str, Any]]]) -> No
     wanted = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     difference = (torch.tensor(result["log_probs"]) - wanted).abs().max()
     assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name: str, served: dict[str, tuple[Path, dict[str, Any]]]) -> None:
+    check(*served[name])
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_compiled(name: str, make_tiny: Any, tmp_path: Path) -> None:
+    checkpoint = make_tiny(name, 32)
+    check(checkpoint, offline([checkpoint], tmp_path, MATGPTQ_ALLOCATION="mixed", COMPILED="1")[str(checkpoint)])

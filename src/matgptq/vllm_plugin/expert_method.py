@@ -230,4 +230,4 @@ class ServedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Weighted sum of what each token's experts make of it; shared experts are vLLM's to add."""
-        return self._weight.multiply(x, topk_weights, topk_ids)
+        return self._weight.product(x, topk_weights, topk_ids)

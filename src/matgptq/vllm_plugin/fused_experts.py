@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,16 @@ class FusedExperts:
             for number, each in enumerate(experts)
         ]
         self.obstacle = self._experts[0][0].obstacle
+        # The name by which graphs find them: as for each of their matrices, the same in the next process.
+        self.key = self._experts[0][0].key
+        _known[self.key] = self
+
+    def product(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """``multiply``, which a compiled graph takes for one operation: what it does depends on who was chosen."""
+        if torch.compiler.is_compiling():
+            result: Tensor = torch.ops.matgptq.fused_experts(x, weights, chosen, self.key)
+            return result
+        return self.multiply(x, weights, chosen)
 
     def multiply(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Weighted sum of what each token's experts make of it.
@@ -86,3 +97,21 @@ class FusedExperts:
         inner, down = self._experts[number]
         gate, up = inner.multiply(x, None).chunk(2, -1)
         return down.multiply(self._activation(gate) * up, None)
+
+
+_known: weakref.WeakValueDictionary[str, FusedExperts] = weakref.WeakValueDictionary()
+
+
+def _multiply(x: Tensor, weights: Tensor, chosen: Tensor, experts: str) -> Tensor:
+    return _known[experts].multiply(x, weights, chosen)
+
+
+def _fake(x: Tensor, weights: Tensor, chosen: Tensor, experts: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+_library = torch.library.Library("matgptq", "FRAGMENT")  # type: ignore[no-untyped-call]
+_SCHEMA = "fused_experts(Tensor x, Tensor weights, Tensor chosen, str experts) -> Tensor"
+_library.define(_SCHEMA)  # type: ignore[no-untyped-call]
+_library.impl("fused_experts", _multiply, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("matgptq::fused_experts", _fake)

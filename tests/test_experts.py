@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from summed_hessian import accumulate_hessian
 from tiny_models import VOCAB, blocks_of, build_model, make_tokenizer, save_model, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -23,7 +24,6 @@ from matgptq.errors import ExportError, UnsupportedModelError
 from matgptq.expert_hessians import ExpertCalibration
 from matgptq.experts import Experts, unfuse_experts
 from matgptq.families import find_family
-from matgptq.hessian import accumulate_hessian
 from matgptq.nested_linear import nested_layers
 from matgptq.recipe import make_recipe
 from matgptq.solver import solve

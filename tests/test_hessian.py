@@ -7,8 +7,9 @@ import torch
 from brute_force import random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from summed_hessian import accumulate_hessian
 
-from matgptq.hessian import DAMPING_STEPS, accumulate_hessian, factorize, prepare_hessian
+from matgptq.hessian import DAMPING_STEPS, factorize, prepare_hessian
 
 
 def normal(*shape, dtype=torch.float32, seed=0):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from brute_force import random_problem
+from summed_hessian import accumulate_hessian
 
-from matgptq.hessian import accumulate_hessian, factorize
+from matgptq.hessian import factorize
 from matgptq.triangular import PANEL, factorize_lower, invert_lower, panels
 from matgptq.workers import INLINE, Workers
 

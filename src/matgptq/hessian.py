@@ -1,4 +1,4 @@
-"""The layer Hessian: accumulation, dead columns, damping and the factor that GPTQ's compensation reads."""
+"""The layer Hessian: its tiles, dead columns, damping and the factor that GPTQ's compensation reads."""
 
 from __future__ import annotations
 
@@ -44,20 +44,6 @@ def mirror(total: Tensor) -> None:
     """Complete a Hessian whose tiles have been summed."""
     for tile in hessian_tiles(total):
         total[: tile.start, tile] = total[tile, : tile.start].T
-
-
-def accumulate_hessian(total: Tensor, inputs: Tensor, weight: float = 1.0, row_weights: Tensor | None = None) -> None:
-    """Add ``weight * X^T diag(row_weights) X`` to a symmetric ``total`` in place.
-
-    Args:
-        total: float32 or float64 ``[in, in]`` running sum, in whose dtype products are formed.
-        inputs, row_weights: as for ``hessian_rows``.
-        weight: of all these rows.
-    """
-    rows = hessian_rows(inputs, row_weights, total.dtype)
-    for tile in hessian_tiles(total):
-        add_to_tile(total, tile, rows, weight)
-    mirror(total)
 
 
 @dataclass(frozen=True)

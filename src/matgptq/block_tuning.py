@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from matgptq.blocks import Block, BlockInputs, run_block
-from matgptq.scale_tuning import ScaleVector, Schedule, TunedLinear, tune
+from matgptq.scale_tuning import ScaleVector, Schedule, TunedLinear, mean_gradient, tune
+from matgptq.workers import INLINE, Workers
 
 
 @dataclass
@@ -25,32 +26,44 @@ class BlockObjective:
 
     Attributes:
         block: with ``TunedLinear`` layers.
+        scales: of those layers.
         arguments: that the block is called with, besides the hidden states.
         inputs, targets: of the windows to train on, ``[1, seqlen, hidden]`` each.
         held_out_inputs, held_out_targets: of the others.
+        workers: that windows are shared out among.
     """
 
     block: Block
+    scales: ScaleVector
     arguments: dict[str, Any]
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
     held_out_inputs: Sequence[Tensor]
     held_out_targets: Sequence[Tensor]
+    workers: Workers = INLINE
 
     def _loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         difference = (run_block(self.block, hidden, self.arguments) - target).float()
         return (difference.square().sum(-1) / target.float().square().sum(-1)).mean()
 
-    def add_gradient(self, window: int, weight: float) -> None:
-        """Add the gradient of one window."""
-        (self._loss(self.inputs[window], self.targets[window]) * weight).backward()  # type: ignore[no-untyped-call]
+    def gradient(self, windows: Sequence[int]) -> Tensor:
+        """Of the mean over some windows to train on, ``[scales]``."""
 
-    @torch.no_grad()
+        @torch.enable_grad()
+        def gradient(window: int) -> Tensor:
+            return self.scales.gradient(self._loss(self.inputs[window], self.targets[window]))
+
+        return mean_gradient(self.workers, gradient, windows)
+
     def held_out_loss(self) -> float:
         """Mean over the held-out windows, exact products."""
+
+        @torch.no_grad()
+        def loss(pair: tuple[Tensor, Tensor]) -> float:
+            return float(self._loss(*pair))
+
         pairs = zip(self.held_out_inputs, self.held_out_targets, strict=True)
-        losses = [float(self._loss(hidden, target)) for hidden, target in pairs]
-        return sum(losses) / len(losses)
+        return sum(self.workers.map(loss, pairs)) / len(self.held_out_inputs)
 
 
 def tune_blocks(
@@ -66,6 +79,7 @@ def tune_blocks(
     save: Callable[[Mapping[str, Tensor]], None],
     tick: Callable[[], None],
     device: torch.device,
+    workers: Workers = INLINE,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Tune all blocks in order.
 
@@ -81,11 +95,20 @@ def tune_blocks(
         save: receives ``{layer: scales}`` of all finished blocks after each of them.
         tick: called after each block.
         device: where a block and its windows are while it is tuned.
+        workers: that windows are shared out among.
 
     Returns:
         ``{layer: scales}`` of the whole model, and what leaves the last block on the held-out windows if every scale
         is left as it was.
     """
+
+    def outputs(block: Block, arguments: dict[str, Any], hidden: Sequence[Tensor]) -> list[Tensor]:
+        @torch.no_grad()
+        def output(window: Tensor) -> Tensor:
+            return run_block(block, window, arguments)
+
+        return list(workers.map(output, hidden))
+
     done = dict(finished)
     untuned = [hidden.to(device) for hidden in inputs.hidden[-held_out:]]
     for stream in (inputs, full_inputs):
@@ -96,26 +119,26 @@ def tune_blocks(
             each.module.to(device)
         arguments, full_arguments = (_moved(stream.arguments[index], device) for stream in (inputs, full_inputs))
         layers = prepare(block)
-        with torch.no_grad():
-            targets = [run_block(full_block, hidden, full_arguments) for hidden in full_inputs.hidden]
-            untuned = [run_block(block, hidden, arguments) for hidden in untuned]
+        targets = outputs(full_block, full_arguments, full_inputs.hidden)
+        untuned = outputs(block, arguments, untuned)
         scales = ScaleVector(layers)
         if all(name in done for name in layers):
             scales.values.copy_(torch.cat([done[name].flatten() for name in layers]))
         else:
             objective = BlockObjective(
                 block,
+                scales,
                 arguments,
                 inputs.hidden[:-held_out],
                 targets[:-held_out],
                 inputs.hidden[-held_out:],
                 targets[-held_out:],
+                workers,
             )
-            tune(scales, len(targets) - held_out, objective.add_gradient, objective.held_out_loss, schedule)
+            tune(scales, len(targets) - held_out, objective.gradient, objective.held_out_loss, schedule)
             done.update(scales.by_layer())
             save(done)
-        with torch.no_grad():
-            inputs.hidden[:] = [run_block(block, hidden, arguments) for hidden in inputs.hidden]
+        inputs.hidden[:] = outputs(block, arguments, inputs.hidden)
         full_inputs.hidden[:] = targets
         for each, home in zip((block, full_block), homes, strict=True):
             each.module.to(home)

@@ -46,6 +46,7 @@ from matgptq.self_text import model_fingerprint
 from matgptq.slicing import check_widths, slice_levels
 from matgptq.source import load_tokenizer, open_source, read_json, read_tensor
 from matgptq.teacher import Teacher, observe, output_head
+from matgptq.workers import Workers, one_thread_each
 
 Scope = Literal["model", "block"]
 
@@ -163,12 +164,13 @@ def refine(
         "reference": model_fingerprint(full),
     }
     workspace = _Workspace(checkpoint, options, progress)
-    run = _Run(checkpoint, workspace, text, run_device, run_dtype, trust_remote_code, progress)
     try:
-        run.observe(full, with_training=scope == "model")
-        whole = full if scope == "block" else None
-        del full  # scope "model" needs no more than its output head
-        results = [run.refine_width(width, schedules[width], whole) for width in widths]
+        with one_thread_each(run_device) as workers:
+            run = _Run(checkpoint, workspace, text, run_device, run_dtype, trust_remote_code, progress, workers)
+            run.observe(full, with_training=scope == "model")
+            whole = full if scope == "block" else None
+            del full  # scope "model" needs no more than its output head
+            results = [run.refine_width(width, schedules[width], whole) for width in widths]
     except (KeyboardInterrupt, SystemExit):
         progress.note(f"what is done is kept in {workspace.directory}; the same command goes on from there")
         raise
@@ -188,6 +190,7 @@ class _Run:
         dtype: torch.dtype,
         trust_remote_code: bool,
         progress: Progress,
+        workers: Workers,
     ) -> None:
         self.checkpoint = checkpoint
         self.workspace = workspace
@@ -196,6 +199,7 @@ class _Run:
         self.dtype = dtype
         self.trust_remote_code = trust_remote_code
         self.progress = progress
+        self.workers = workers
         self.training: Teacher | None = None
         self.held_out: Teacher
 
@@ -205,7 +209,7 @@ class _Run:
         hidden = self.workspace.teacher_states()
         if hidden is None:
             self.progress.start("ask the full model", len(windows))
-            hidden = observe(full, windows, self.progress.advance).hidden
+            hidden = observe(full, windows, self.progress.advance, self.workers).hidden
             self.workspace.keep_teacher_states(hidden)
         head = output_head(full)
         self.held_out = Teacher(windows[-HELD_OUT:], hidden[-HELD_OUT:], head)
@@ -244,13 +248,14 @@ class _Run:
     ) -> TuningState:
         assert self.training is not None
         tuned = self._tunable(student)
-        objective = ModelObjective(student, output_head(student), self.training, self.held_out)
+        scales = ScaleVector(tuned)
+        objective = ModelObjective(student, output_head(student), scales, self.training, self.held_out, self.workers)
         self.progress.start(f"tune {bits} bits", schedule.steps)
         self.progress.advance(0 if state is None else state.step)
         return tune(
-            ScaleVector(tuned),
+            scales,
             len(self.training.windows),
-            objective.add_gradient,
+            objective.gradient,
             objective.held_out_loss,
             schedule,
             state=state,
@@ -297,6 +302,7 @@ class _Run:
             save=save,
             tick=self.progress.advance,
             device=self.device,
+            workers=self.workers,
         )
         head = output_head(full)
         for step, hidden in ((0, untuned), (len(blocks), inputs.hidden[-HELD_OUT:])):

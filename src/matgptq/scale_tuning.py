@@ -8,13 +8,16 @@ codes, and each width's scales are its own.
 
 Products run in bfloat16 where the hardware multiplies it, the gradient of a scale is
 ``dL/ds_ig = sum_(j in g) (dL/dW)_ij * level_ij``, and no dense float weight outlives a product, so that memory is one
-byte for each weight and the activations of one window.
+byte for each weight and the activations of the windows at work.
+
+The windows of a step are shared out among threads, one of PyTorch's each, and their gradients are added up in the
+windows' order, so that the scales found don't depend on how many threads there are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from matgptq.errors import ConfigurationError
 from matgptq.grid import storable_scales
 from matgptq.teacher import OutputHead, Teacher, chunks, last_hidden
+from matgptq.workers import INLINE, Workers
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-12  # gradients of a mean over many tokens for one group of weights are tiny
@@ -118,22 +122,31 @@ class ScaleVector:
     Attributes:
         start: float32 ``[scales]``, what was found.
         values: what the layers multiply by; storable.
-        gradients: where autograd adds ``dL/ds``.
     """
 
     def __init__(self, layers: Mapping[str, TunedLinear]) -> None:
         self._shapes = {name: layer.scales.shape for name, layer in layers.items()}
         self.start = torch.cat([layer.scales.detach().flatten() for layer in layers.values()]).float()
         self.values = self.start.clone()
-        self.gradients = torch.zeros_like(self.values)
-        parts = zip(layers.values(), self._split(self.values), self._split(self.gradients), strict=True)
-        for layer, values, gradients in parts:
-            layer.scales = values.detach().requires_grad_()
-            layer.scales.grad = gradients
+        self._leaves = [values.detach().requires_grad_() for values in self._split(self.values)]
+        for layer, leaf in zip(layers.values(), self._leaves, strict=True):
+            layer.scales = leaf
 
     def _split(self, vector: Tensor) -> list[Tensor]:
         pieces = torch.split(vector, [shape.numel() for shape in self._shapes.values()])
         return [piece.view(shape) for piece, shape in zip(pieces, self._shapes.values(), strict=True)]
+
+    def gradient(self, output: Tensor, upstream: Tensor | None = None) -> Tensor:
+        """Gradient of a function of the scales, ``[scales]``; zero for layers that the output does not depend on.
+
+        Nothing is kept in the scales themselves, so that several threads can ask at the same time.
+
+        Args:
+            output: what was computed from them; one number unless ``upstream`` is given.
+            upstream: gradient with respect to ``output``, in its shape.
+        """
+        parts = torch.autograd.grad(output, self._leaves, upstream, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.flatten() for part in parts])
 
     def multiply(self, logarithms: Tensor) -> None:
         """Set every scale to ``storable(start * exp(logarithm))``."""
@@ -261,7 +274,7 @@ class TuningState:
 def tune(
     scales: ScaleVector,
     windows: int,
-    add_gradient: Callable[[int, float], None],
+    gradient: Callable[[Sequence[int]], Tensor],
     held_out_loss: Callable[[], float],
     schedule: Schedule,
     *,
@@ -274,7 +287,7 @@ def tune(
     Args:
         scales: start and destination.
         windows: how many there are to train on.
-        add_gradient: ``(window, weight)``: adds ``weight`` times the gradient of that window's loss.
+        gradient: of the mean loss of some windows with respect to the scales, ``[scales]``.
         held_out_loss: of the scales in place.
         schedule: steps, rates, evaluations.
         state: to go on from; None to begin.
@@ -290,11 +303,8 @@ def tune(
         save(state)
     scales.multiply(state.logarithms)
     while not state.finished:
-        scales.gradients.zero_()
-        for window in schedule.windows(state.step, windows):
-            add_gradient(window, 1 / schedule.windows_per_step)
-        gradient = scales.gradients * scales.values  # with respect to the logarithms
-        _adam(state, gradient, schedule.rate(state.step))
+        slope = gradient(schedule.windows(state.step, windows)) * scales.values  # with respect to the logarithms
+        _adam(state, slope, schedule.rate(state.step))
         state.step += 1
         scales.multiply(state.logarithms)
         tick()
@@ -328,33 +338,60 @@ def _fast_heads() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def mean_gradient(workers: Workers, gradient: Callable[[int], Tensor], windows: Sequence[int]) -> Tensor:
+    """Mean of ``gradient(window)`` over some windows, added up in their order."""
+    total: Tensor | None = None
+    for each in workers.map(gradient, windows):
+        total = each if total is None else total.add_(each)
+    assert total is not None
+    return total.div_(len(windows))
+
+
 class ModelObjective:
     """Mean KL(full || slice) in nats a token, of a whole model.
 
     Args:
         student: the model whose ``TunedLinear`` layers are trained.
         head: its output head.
+        scales: of those layers.
         training, held_out: what the full model says.
+        workers: that windows are shared out among.
     """
 
-    def __init__(self, student: Any, head: OutputHead, training: Teacher, held_out: Teacher) -> None:
-        self.student, self.head, self.training, self.held_out = student, head, training, held_out
+    def __init__(
+        self,
+        student: Any,
+        head: OutputHead,
+        scales: ScaleVector,
+        training: Teacher,
+        held_out: Teacher,
+        workers: Workers = INLINE,
+    ) -> None:
+        self.student, self.head, self.scales = student, head, scales
+        self.training, self.held_out, self.workers = training, held_out, workers
 
-    def add_gradient(self, window: int, weight: float) -> None:
-        """Add the gradient of one window; logits exist for a piece of it at a time."""
+    def gradient(self, windows: Sequence[int]) -> Tensor:
+        """Of the mean over some windows of the training text, ``[scales]``."""
         with _fast_heads():
-            hidden = last_hidden(self.student, self.training.windows[window : window + 1].to(self.student.device))[0]
-            leaf = hidden.detach().requires_grad_()
-            for piece in chunks(len(leaf), self.training.vocabulary):
-                logits = self.head(leaf[piece])
-                with torch.no_grad():
-                    # d KL / d logits = softmax(logits) - teacher's probabilities
-                    change = torch.softmax(logits, -1).sub_(self.training.log_probabilities(window, piece).exp_())
-                torch.autograd.backward(logits, change.mul_(weight / len(leaf)))
-            torch.autograd.backward(hidden, leaf.grad)
+            return mean_gradient(self.workers, self._gradient, windows)
 
-    @torch.no_grad()
+    @torch.enable_grad()
+    def _gradient(self, window: int) -> Tensor:
+        """Of one window; its logits exist for a piece of it at a time."""
+        tokens = self.training.windows[window : window + 1].to(self.student.device)
+        hidden = last_hidden(self.student, tokens)[0]
+        leaf = hidden.detach().requires_grad_()
+        for piece in chunks(len(leaf), self.training.vocabulary):
+            logits = self.head(leaf[piece])
+            with torch.no_grad():
+                # d KL / d logits = softmax(logits) - teacher's probabilities
+                change = torch.softmax(logits, -1).sub_(self.training.log_probabilities(window, piece).exp_())
+            torch.autograd.backward(logits, change.div_(len(leaf)))
+        return self.scales.gradient(hidden, leaf.grad)
+
     def held_out_loss(self) -> float:
         """Mean KL over the held-out windows, exact products."""
         windows = self.held_out.windows.to(self.student.device)
-        return self.held_out.mean_kl(lambda index: last_hidden(self.student, windows[index : index + 1])[0], self.head)
+        return self.held_out.mean_kl(
+            lambda index: last_hidden(self.student, windows[index : index + 1])[0], self.head, self.workers
+        )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from matgptq.blocks import Block, skipped
 from matgptq.errors import UnsupportedModelError
+from matgptq.workers import INLINE, Workers
 
 _CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MB in float32 for each temporary
 
@@ -109,35 +110,42 @@ class Teacher:
         mine = self.log_probabilities(window, slice(first, first + len(logits)))
         return (mine.exp() * (mine - torch.log_softmax(logits.float(), -1))).sum(-1)
 
-    @torch.no_grad()
-    def mean_kl(self, hidden: Callable[[int], Tensor], head: OutputHead) -> float:
+    def mean_kl(self, hidden: Callable[[int], Tensor], head: OutputHead, workers: Workers = INLINE) -> float:
         """Mean ``KL(teacher || other)`` in nats a token over all positions of all windows.
 
         Args:
             hidden: gives the ``[seqlen, hidden]`` states that enter the other model's head, by window.
             head: of the other model.
+            workers: that windows are shared out among.
         """
-        total = 0.0
-        for window in range(len(self.windows)):
+
+        @torch.no_grad()
+        def total(window: int) -> float:
             states = hidden(window)
-            for piece in chunks(len(states), self.vocabulary):
-                total += float(self.kl(window, head(states[piece]), piece.start).double().sum())
-        return total / self.windows.numel()
+            pieces = chunks(len(states), self.vocabulary)
+            return sum(float(self.kl(window, head(states[piece]), piece.start).double().sum()) for piece in pieces)
+
+        return sum(workers.map(total, range(len(self.windows)))) / self.windows.numel()
 
 
-@torch.no_grad()
-def observe(model: Any, windows: Tensor, tick: Callable[[], None] = lambda: None) -> Teacher:
+def observe(model: Any, windows: Tensor, tick: Callable[[], None] = lambda: None, workers: Workers = INLINE) -> Teacher:
     """Run a model over windows and keep what it says.
 
     Args:
         model: a causal language model in eval mode. Its blocks can be dropped afterwards; only the head is kept.
         windows: int64 ``[n, seqlen]``.
         tick: called after each window.
+        workers: that windows are shared out among.
     """
     head = output_head(model)
+
+    @torch.no_grad()
+    def hidden(window: Tensor) -> Tensor:
+        return last_hidden(model, window.unsqueeze(0).to(model.device))[0].cpu()
+
     states = []
-    for window in windows:
-        states.append(last_hidden(model, window.unsqueeze(0).to(model.device))[0].cpu())
+    for each in workers.map(hidden, windows):
+        states.append(each)
         tick()
     return Teacher(windows.cpu(), torch.stack(states), head)
 

@@ -12,40 +12,13 @@ The ``alone`` rows are the bound: one width, no nesting, with the same ingredien
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine, peak_memory_bytes
-from torch import Tensor
+from quality_table import Row, make_table
 
-from matgptq.calibration import evaluation_windows
+from matgptq.calibration import SELF
 from matgptq.recipe import make_recipe
-from matgptq.source import open_source
-
-GROUP_SIZE = 64
-NSAMPLES, SEQLEN = 16, 2048
-EVALUATED = (2, 3, 4, 6, 8)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what to quantize with, and the widths at which to look at it."""
-
-    name: str
-    options: dict[str, Any]
-    widths: tuple[int, ...] = EVALUATED
-    dataset: str | None = None  # the run's calibration text unless named here
-    seed: int = 0
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def _alone(bits: int, quality: str) -> Row:
@@ -69,123 +42,8 @@ ROWS = [
     *(_alone(bits, "best") for bits in (3, 4, 2)),
     *(_alone(bits, "balanced") for bits in (3, 4, 2)),
     Row("balanced, PyTorch solver", {"quality": "balanced"}, environment={"MATGPTQ_SOLVER": "torch"}),
-    Row("balanced, self calibration", {"quality": "balanced"}, dataset="self"),
+    Row("balanced, self calibration", {"quality": "balanced"}, dataset=lambda _: SELF),
 ]
-
-
-@dataclass
-class Measured:
-    """A row as measured."""
-
-    name: str
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    fallbacks: dict[str, int]
-    texts: dict[str, dict[str, Any]]
-    recipe: dict[str, Any] = field(default_factory=dict)
-
-
-def measure(row: Row, model: str, calibration: str, text: str, other: str | None) -> Measured:
-    """Quantize and evaluate one row in this process."""
-    from transformers.utils import logging
-
-    import matgptq
-
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "checkpoint"
-        report = matgptq.quantize(
-            model,
-            out,
-            group_size=GROUP_SIZE,
-            dataset=row.dataset or calibration,
-            nsamples=NSAMPLES,
-            seqlen=SEQLEN,
-            seed=row.seed,
-            **row.options,
-        )
-        peak = peak_memory_bytes()
-        texts = {}
-        for name, windows in evaluation_texts(model, text, other).items():
-            evaluation = matgptq.evaluate(out, row.widths, text=windows, reference=model)
-            texts[name] = {
-                "reference_perplexity": evaluation.reference_perplexity,
-                "results": [result.to_dict() for result in evaluation.results],
-            }
-    return Measured(row.name, report.seconds, peak, report.fallbacks, texts, dict(report.recipe))
-
-
-def evaluation_texts(model: str, text: str, other: str | None) -> dict[str, Tensor]:
-    """Token windows by name: those that choices were made on, and those that were not."""
-    tokenizer = open_source(model).load_tokenizer()
-    windows = evaluation_windows(text, tokenizer, windows=12, seqlen=SEQLEN).tokens
-    texts = {"windows 0-3": windows[:4], "windows 4-11": windows[4:]}
-    if other is not None:
-        texts["other text"] = evaluation_windows(other, tokenizer, windows=4, seqlen=SEQLEN).tokens
-    return texts
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="full-precision model: directory, .gguf file or hub id")
-    parser.add_argument("--calibration", required=True, help="calibration text")
-    parser.add_argument("--text", required=True, help="evaluation text")
-    parser.add_argument("--other", help="another text, of another kind")
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--rows", help="names separated by semicolons; default all")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path)
-    arguments = parser.parse_args()
-    if arguments.child:
-        row = next(row for row in ROWS if row.name == arguments.child)
-        measured = measure(row, arguments.model, arguments.calibration, arguments.text, arguments.other)
-        print(json.dumps(dataclasses.asdict(measured)))
-        return
-    wanted = arguments.rows.split(";") if arguments.rows else [row.name for row in ROWS]
-    rows: list[dict[str, Any]] = []
-    if arguments.output and arguments.output.exists():
-        rows = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]
-    print(f"{'row':40}" + "".join(f"{f'KL {bits}':>10}" for bits in EVALUATED) + f"{'minutes':>10}{'peak GB':>10}")
-    for name in wanted:
-        found = next((row for row in rows if row["name"] == name), None)
-        if found is None:
-            found = run_row(next(row for row in ROWS if row.name == name))
-            rows.append(found)
-        for text, measured in found["texts"].items():
-            kl = {result["bits"]: f"{result['kl']:.4f}" for result in measured["results"]}
-            cells = "".join(f"{kl.get(bits, '-'):>10}" for bits in EVALUATED)
-            minutes = sum(found["seconds"].values()) / 60
-            print(
-                f"{name + ', ' + text:40}{cells}{minutes:>10.1f}{found['peak_memory_bytes'] / 1e9:>10.2f}", flush=True
-            )
-        if arguments.output:
-            record = {
-                "model": Path(arguments.model).name,
-                "calibration": f"{Path(arguments.calibration).name}, {NSAMPLES} x {SEQLEN} tokens",
-                "text": f"{Path(arguments.text).name}, windows of {SEQLEN} tokens",
-                "other text": arguments.other and f"{Path(arguments.other).name}, first 4 windows",
-                "group_size": GROUP_SIZE,
-                "machine": describe_machine(),
-                "rows": rows,
-            }
-            arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if arguments.plot:
-        plot(rows, arguments.plot)
-
-
-def run_row(row: Row) -> dict[str, Any]:
-    """Measure a row in a process of its own."""
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--child", row.name],
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-        env={**os.environ, **row.environment},
-    )
-    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    measured["wall_seconds"] = round(time.monotonic() - started, 1)
-    return measured
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -215,4 +73,4 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    make_table(ROWS, __file__, __doc__, plot)

@@ -61,9 +61,14 @@ def searched(
     checkpoint: Path, text: Tensor, targets: list[Fraction], save: str, **options: Any
 ) -> tuple[Search, list[dict[str, Any]], dict[str, Any]]:
     """A run, records of what it found, and what it cost."""
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     run = matgptq.search(checkpoint, targets, save=save, **options)
-    seconds = time.perf_counter() - started
+    cost = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - started_cpu, 1),
+        "stages": run.seconds,
+        "tokens_scored": run.tokens_scored,
+    }
     records = [
         {
             "bits": round(found.bits, 4),
@@ -74,7 +79,7 @@ def searched(
         }
         for found in run.found
     ]
-    return run, records, {"seconds": round(seconds, 1), "stages": run.seconds, "tokens_scored": run.tokens_scored}
+    return run, records, cost
 
 
 def main() -> None:

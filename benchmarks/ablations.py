@@ -1,0 +1,264 @@
+"""What single ingredients, and things that were tried and left out, do to the KL of ``balanced``.
+
+    python benchmarks/ablations.py MODEL --calibration c4.txt --text wikitext2-test.txt --other wikipedia.txt \\
+        -o benchmarks/results/ablations.json
+
+Each row is the quality ``balanced`` with one change. Changes that no option makes are made to the pipeline from here:
+nothing that did not pay is in the package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import PropertyMock, patch
+
+import torch
+from quality_table import Row, Texts, make_table
+from torch import Tensor, nn
+
+from matgptq import quantization
+from matgptq.block_hessians import collect_hessians
+from matgptq.blocks import Block, BlockInputs, run_block
+from matgptq.calibration import SELF, load_windows
+from matgptq.grid import refit_scales
+from matgptq.nested_weight import NestedWeight
+from matgptq.quantization import _Run
+from matgptq.recipe import Recipe
+from matgptq.slicing import slice_levels
+from matgptq.solver import Solution, solve
+from matgptq.source import open_source
+
+BALANCED = {"quality": "balanced"}
+COARSE, FINE = 64, 32  # group sizes
+WIDTHS = (2, 3, 4, 6, 8)
+DAMPING = 0.01
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def other_text(texts: Texts) -> Path:
+    """The text that other rows are only measured on: here windows of it that are not measured."""
+    assert texts.other is not None
+    lines = texts.other.read_text(encoding="utf-8")
+    rest = texts.directory / "other.txt"
+    rest.write_text(lines[len(lines) // 4 :], encoding="utf-8")  # the measured windows are its first 8,192 tokens
+    return rest
+
+
+def chat_text(texts: Texts) -> Path:
+    """Documents as conversations: the user gives the first sentence, the assistant goes on."""
+    file = texts.directory / "chat.jsonl"
+    with file.open("w", encoding="utf-8") as lines:
+        for document in texts.calibration.read_text(encoding="utf-8").split("\n\n"):
+            first, _, rest = document.strip().partition(". ")
+            if rest:
+                turns = [{"role": "user", "content": f"{first}."}, {"role": "assistant", "content": rest}]
+                lines.write(json.dumps({"messages": turns}) + "\n")
+    return file
+
+
+def mixed_text(texts: Texts) -> Tensor:
+    """Equally many windows of the calibration text, the other text, conversations and what the model writes."""
+    source = open_source(texts.model)
+    tokenizer, model = source.load_tokenizer(), source.load_model(torch.float32, torch.device("cpu"))
+    parts = (texts.calibration, other_text(texts), chat_text(texts), SELF)
+    windows = [load_windows(part, tokenizer, nsamples=4, seqlen=2048, seed=0, model=model).tokens for part in parts]
+    return torch.cat(windows)
+
+
+# --- pipelines -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fed_by_the_full_model() -> Iterator[None]:
+    """Blocks see what they see in the full model."""
+    original = _Run._quantize_block
+
+    def quantize_block(run: Any, block: Block, index: int, inputs: list[BlockInputs]) -> Any:
+        full = {layer: layer.weight.data for _, layer in block.layers()}
+        reports = original(run, block, index, inputs)
+        for layer, weight in full.items():
+            layer.weight.data = weight
+        return reports
+
+    with patch.object(_Run, "_quantize_block", quantize_block):
+        yield
+
+
+@contextmanager
+def in_order(bits: int, matching: float = 0.0) -> Iterator[None]:
+    """Layers see what the quantized layers before them, in the same block too, put out at some width.
+
+    Args:
+        bits: that width.
+        matching: share of the way from the layer's own weight to the one whose output on these inputs is nearest to the
+            full model's: ``W + share W (C - H) (H + d I)^-1`` with ``C`` the sum of ``x_full x^T``. The idea of GPTAQ
+            (arXiv 2504.02692) and Qronos (arXiv 2505.11695), as a change of the target.
+    """
+    full: list[Tensor] = []
+
+    def quantize_block(run: Any, block: Block, index: int, inputs: list[BlockInputs]) -> Any:
+        (stream,) = inputs
+        if index == 0:
+            full[:] = list(stream.hidden)
+        seen_full = _inputs_of(block, full, stream, index) if matching else {}
+        finished: list[tuple[nn.Linear, Tensor]] = []
+        solved: dict[int, Any] = {}
+        for number, group in enumerate(block.inputs):
+            hessian = collect_hessians(block, inputs, index, lambda: None, workers=run.workers).matrices[number]
+            named = [(f"{block.name}.{path}", layer) for path, layer in group]
+            own = [layer.weight.data for _, layer in group]
+            if matching:
+                seen = _inputs_of(block, list(stream.hidden), stream, index)[group[0][0]]
+                weights = stream.token_weights.get(named[0][0])
+                cross = _cross(seen_full[group[0][0]], seen, weights)
+                damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian))
+                change = torch.linalg.solve(damped, (cross - hessian).T).T
+                for _, layer in group:
+                    layer.weight.data = layer.weight.data + matching * (layer.weight.data @ change)
+            solved[number] = run._solve_layers(named, hessian, None)
+            for (_, layer), weight, before in zip(group, solved[number][0], own, strict=True):
+                layer.weight.data = weight.dequantize(bits, layer.weight.dtype)
+                finished.append((layer, before))
+        quantized = [layer.weight.data for layer, _ in finished]
+        for layer, before in finished:
+            layer.weight.data = before
+        if matching:
+            with torch.no_grad():
+                full[:] = [run_block(block, hidden, stream.arguments[index]) for hidden in full]
+        # What is left, writing the block and installing what the next one is fed with, is the pipeline's own.
+        given = iter(solved.values())
+        with patch.object(run, "_solve_layers", lambda *_: next(given)):
+            reports = original(run, block, index, inputs)
+        for (layer, _), weight in zip(finished, quantized, strict=True):
+            layer.weight.data = weight
+        return reports
+
+    original = _Run._quantize_block
+    with patch.object(_Run, "_quantize_block", quantize_block):
+        yield
+
+
+def _inputs_of(block: Block, hidden: list[Tensor], stream: BlockInputs, index: int) -> dict[str, list[Tensor]]:
+    """``{first layer of a group: what it sees of each batch}``."""
+    seen: dict[str, list[Tensor]] = {}
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, given, name=path: seen.setdefault(name, []).append(given[0].flatten(0, -2))
+        )
+        for path, layer in (group[0] for group in block.inputs)
+    ]
+    with torch.no_grad():
+        for each in hidden:
+            run_block(block, each, stream.arguments[index])
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _cross(full: list[Tensor], seen: list[Tensor], weights: Tensor | None) -> Tensor:
+    """``2/N sum c_t x_full x^T``, as Hessians are scaled."""
+    total = torch.zeros(full[0].shape[1], full[0].shape[1])
+    first, rows = 0, sum(len(each) for each in seen)
+    counts = None if weights is None else weights.flatten()
+    for mine, theirs in zip(full, seen, strict=True):
+        scaled = mine if counts is None else mine * counts[first : first + len(mine), None]
+        total += scaled.T @ theirs
+        first += len(mine)
+    return total.mul_(2 / rows)
+
+
+@contextmanager
+def fed_by(bits: int) -> Iterator[None]:
+    """The next block sees the slice of some bits instead of the parent."""
+    with patch.object(Recipe, "propagated_bits", PropertyMock(return_value=bits)):
+        yield
+
+
+@contextmanager
+def fine_groups_at_two_bits() -> Iterator[None]:
+    """Twice as many scales at 2 bits only: solved in coarse groups, then 2 bits refitted in fine ones."""
+
+    def regrouped(
+        weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: int, workers: Any = None
+    ) -> Solution:
+        solution = solve(weight, hessian, recipe, COARSE, workers)
+        assert hessian is not None
+        nested = solution.weight
+        scales = {bits: each.repeat_interleave(COARSE // group_size, 1) for bits, each in nested.scales.items()}
+        levels = slice_levels(nested.codes, 2, torch.float32)
+        scales[2] = refit_scales(weight.float(), levels, scales[2], hessian, group_size).scales
+        solution.weight = NestedWeight(nested.codes, scales)
+        return solution
+
+    with patch.object(quantization, "solve", regrouped):
+        yield
+
+
+def _changed(name: str, change: Callable[[], Any], **options: Any) -> Row:
+    return Row(name, {**BALANCED, **options}, WIDTHS, change=change)
+
+
+ROWS = [
+    Row("balanced", BALANCED, WIDTHS),
+    Row("draw of seed 1", BALANCED, WIDTHS, seed=1),
+    Row("no gradient weights", {**BALANCED, "saliency": 0.0}, WIDTHS),
+    Row("no gradient weights, sink weight 64", {**BALANCED, "saliency": 0.0, "sink_weight": 64.0}, WIDTHS),
+    Row("no coordinate passes", {**BALANCED, "coordinate_passes": 0}, WIDTHS),
+    Row("only targets refitted", {**BALANCED, "refit_bits": ()}, WIDTHS),
+    Row("no refit", {**BALANCED, "refit": False, "refit_bits": (), "coordinate_passes": 0}, WIDTHS),
+    Row("rotated", {**BALANCED, "rotate": True}, WIDTHS),
+    Row("low bits first", {**BALANCED, "bit_weights": {2: 1e9, 3: 1e6, 4: 1e3, 8: 1.0}}, WIDTHS),
+    Row("groups of 32", {**BALANCED, "group_size": FINE}, WIDTHS),
+    _changed("groups of 32 at 2 bits only", fine_groups_at_two_bits, group_size=FINE),
+    _changed("fed by the full model", fed_by_the_full_model),
+    _changed("fed by 4 bits", partial(fed_by, 4)),
+    _changed("sequential order in a block", partial(in_order, 8)),
+    _changed("sequential order, fed by 4 bits", partial(in_order, 4)),
+    _changed("matching the full output, .25", partial(in_order, 8, 0.25)),
+    _changed("matching the full output, .25, fed by 4 bits", partial(in_order, 4, 0.25)),
+    _changed("matching the full output, 1, fed by 4 bits", partial(in_order, 4, 1.0)),
+    Row("calibrated on Wikipedia", BALANCED, WIDTHS, dataset=other_text),
+    Row("calibrated on conversations", BALANCED, WIDTHS, dataset=chat_text),
+    Row("calibrated on the model's own text", BALANCED, WIDTHS, dataset=lambda _: SELF),
+    Row("calibrated on a mix", BALANCED, WIDTHS, dataset=mixed_text),
+    Row("64 windows", BALANCED, WIDTHS, nsamples=64),
+    Row("128 windows", BALANCED, WIDTHS, nsamples=128),
+]
+
+
+def plot(records: list[dict[str, Any]], file: Path) -> None:
+    """KL of each row over that of ``balanced``, at each width, on windows that were not used for choosing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def kl(record: dict[str, Any]) -> dict[int, float]:
+        return {result["bits"]: result["kl"] for result in record["texts"]["windows 4-11"]["results"]}
+
+    base = kl(next(record for record in records if record["name"] == "balanced"))
+    others = [record for record in records if record["name"] != "balanced"]
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(others) + 1.5))
+    for bits in WIDTHS:
+        ratios = [kl(record)[bits] / base[bits] for record in others]
+        axes.plot(ratios, range(len(others)), "o", label=f"{bits} bits")
+    axes.axvline(1, color="gray")
+    axes.set_yticks(range(len(others)), [record["name"] for record in others])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("KL / KL of balanced")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    make_table(ROWS, __file__, __doc__, plot)

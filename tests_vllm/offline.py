@@ -1,7 +1,8 @@
 """Log-probabilities of token ids by vLLM without a server: python offline.py TOKENS.json MODEL...
 
 Prints a line of JSON for each model. The width is the plugin's business (MATGPTQ_BITS, MATGPTQ_ALLOCATION). Models run
-eagerly unless COMPILED is set.
+in float32 unless DTYPE says otherwise, and eagerly unless COMPILED is set; with DEQUANTIZED_EXPERTS see
+``dequantized_experts``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+import dequantized_experts
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -19,8 +21,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 def log_probs(model: str, tokens: list[int]) -> list[float]:
     """Of each token after the first, given those before it."""
     llm = LLM(
-        model, dtype="float32", enforce_eager="COMPILED" not in os.environ, max_model_len=64, max_num_seqs=1,
-        disable_log_stats=True,
+        model, dtype=os.environ.get("DTYPE", "float32"), enforce_eager="COMPILED" not in os.environ, max_model_len=64,
+        max_num_seqs=1, gpu_memory_utilization=0.3, disable_log_stats=True,
     )  # fmt: skip
     answer = llm.generate(
         {"prompt_token_ids": tokens}, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False
@@ -33,6 +35,8 @@ def log_probs(model: str, tokens: list[int]) -> list[float]:
 
 
 def main() -> None:
+    if "DEQUANTIZED_EXPERTS" in os.environ:
+        dequantized_experts.install()
     tokens = json.loads(Path(sys.argv[1]).read_text())
     for model in sys.argv[2:]:
         try:

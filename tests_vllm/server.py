@@ -39,7 +39,8 @@ def environment(**extra: str) -> dict[str, str]:
 def command(model: Path, *arguments: str) -> list[str]:
     """``vllm serve MODEL``, small."""
     vllm = str(Path(sys.executable).with_name("vllm"))
-    sizes = ["--max-model-len", "128", "--max-num-seqs", "16"]
+    # The last, of the memory of one NUMA node, is refused unless it is free; the models are small.
+    sizes = ["--max-model-len", "128", "--max-num-seqs", "16", "--gpu-memory-utilization", "0.4"]
     return [vllm, "serve", str(model), "--served-model-name", "served", "--enforce-eager", *sizes, *arguments]
 
 

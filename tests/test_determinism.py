@@ -66,7 +66,7 @@ def test_scales_tuned_block_by_block_have_the_same_bytes(threads, tmp_path: Path
         threads(number)
         out = tmp_path / str(number)
         before = quantized(source, out, quality="fast")
-        matgptq.refine(out, (2,), scope="block", steps=2, dataset=token_ids(8, 64), learning_rate=1e-2)
+        matgptq.refine(out, (2,), scope="block", steps=24, dataset=token_ids(24, 64), learning_rate=3e-3)
         written.add((out / "model.safetensors").read_bytes())
     assert len(written) == 1
     assert before not in written

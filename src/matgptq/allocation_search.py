@@ -25,7 +25,7 @@ from matgptq.allocation import Allocation
 from matgptq.allocation_store import check_name, save_allocation
 from matgptq.calibration import SELF, Windows, load_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
-from matgptq.devices import resolve_device, resolve_dtype
+from matgptq.devices import multiplies_bfloat16, resolve_device, resolve_dtype
 from matgptq.errors import ConfigurationError
 from matgptq.families import find_family, language_config
 from matgptq.loading import load
@@ -266,8 +266,7 @@ def _reference_source(checkpoint: Checkpoint, reference: str | Path | None, trus
 
 def _scoring_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     """bfloat16 where a CPU multiplies it several times as fast: it ranks allocations as float32 does."""
-    native_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    if dtype == "auto" and device.type == "cpu" and native_bfloat16():
+    if dtype == "auto" and device.type == "cpu" and multiplies_bfloat16(device):
         return torch.bfloat16
     return resolve_dtype(dtype, device, checkpoint.config.get("dtype"))
 

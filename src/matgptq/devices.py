@@ -48,9 +48,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, stored: str | 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are faster than float32 ones there."""
     if device.type == "cpu":
-        # Without matrix tiles a CPU emulates them.
-        return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        # Names with an underscore, but there are no others; without the instructions bfloat16 is slower than float32.
+        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        return any(check is not None and check() for check in checks)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class _MediumPrecision:
@@ -80,7 +81,7 @@ _MEDIUM_PRECISION = _MediumPrecision()
 
 @contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
-    """Let a float32 model on a CPU with matrix tiles multiply in bfloat16; sums, and what is added up, stay float32.
+    """Let a float32 model on a CPU that multiplies bfloat16 do so; sums, and what is added up, stay float32.
 
     For what averages over thousands of tokens (Hessians, gradients that weigh tokens, activations that go from block to
     block while a model is quantized), not for measuring a model. Elsewhere nothing changes: a model on a GPU is run in

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matgptq.devices import multiplies_bfloat16
 from matgptq.errors import ConfigurationError
 from matgptq.grid import storable_scales
 from matgptq.teacher import OutputHead, Teacher, chunks, last_hidden
@@ -80,13 +81,7 @@ class ScaledProduct(torch.autograd.Function):
 
 def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a model of ``dtype`` on ``device`` should multiply where rounding does not matter much."""
-    if dtype != torch.float32:
-        return dtype
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else dtype
-    # Names with an underscore, but there are no others; without the instructions bfloat16 is slower than float32.
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return torch.bfloat16 if any(check is not None and check() for check in checks) else dtype
+    return torch.bfloat16 if dtype == torch.float32 and multiplies_bfloat16(device) else dtype
 
 
 class TunedLinear(nn.Module):

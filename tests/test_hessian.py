@@ -9,11 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from summed_hessian import accumulate_hessian
 
-from matgptq.hessian import DAMPING_STEPS, factorize, prepare_hessian
+from matgptq.hessian import DAMPING_STEPS, factorize, prepare_hessian, quadratic_forms
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 3), (1, 1), (5, 255), (4, 256), (3, 257), (7, 700)])
+def test_quadratic_forms(rows, columns):
+    x, other = normal(rows, columns), normal(columns + 9, columns, seed=1)
+    hessian = other.T @ other
+    expected = ((x.double() @ hessian.double()) * x.double()).sum(-1)
+    torch.testing.assert_close(quadratic_forms(x, hessian).double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -46,6 +46,18 @@ def mirror(total: Tensor) -> None:
         total[: tile.start, tile] = total[tile, : tile.start].T
 
 
+def quadratic_forms(rows: Tensor, hessian: Tensor) -> Tensor:
+    """``x H x^T`` of each row x of ``[rows, in]``, float32 ``[rows]``, by half of the products: H is symmetric."""
+    total = torch.zeros(len(rows), device=rows.device)
+    for tile in hessian_tiles(hessian):
+        own = rows[:, tile]
+        pulled = own @ hessian[tile, tile]
+        if tile.start:
+            pulled.addmm_(rows[:, : tile.start], hessian[: tile.start, tile], alpha=2)
+        total += pulled.mul_(own).sum(-1)
+    return total
+
+
 @dataclass(frozen=True)
 class PreparedHessian:
     """A Hessian ready for the solver.

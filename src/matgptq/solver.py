@@ -10,7 +10,7 @@ from torch import Tensor
 
 from matgptq.errors import ConfigurationError
 from matgptq.grid import Refit, initial_scales, refit_scales, search_scales
-from matgptq.hessian import factorize, prepare_hessian
+from matgptq.hessian import factorize, prepare_hessian, quadratic_forms
 from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.recipe import Recipe
 from matgptq.rounding import SharedTable, round_shared, shared_table
@@ -148,9 +148,8 @@ def output_errors(
     of_widths = dict(known or {})
     for bits in WIDTHS:
         if bits not in of_widths:
-            difference = weight - nested.dequantize(bits)
-            of_widths[bits] = (difference @ hessian).mul_(difference).sum(-1)
-    return OutputErrors((weight @ hessian).mul_(weight).sum(-1), of_widths)
+            of_widths[bits] = quadratic_forms(weight - nested.dequantize(bits), hessian)
+    return OutputErrors(quadratic_forms(weight, hessian), of_widths)
 
 
 def _round_to_nearest(weight: Tensor, recipe: Recipe, group_size: int) -> NestedWeight:

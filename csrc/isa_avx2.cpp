@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "product_kernels.h"
+#include "refit_kernel.h"
 #include "sweep_kernel.h"
 
 namespace matgptq {
@@ -137,6 +138,7 @@ Kernels make_table() {
     table.name = "avx2";
     fill_products<Avx2>(table);
     fill_sweep<Avx2>(table);
+    fill_refit<Avx2>(table);
     return table;
 }
 

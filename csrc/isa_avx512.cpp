@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "product_kernels.h"
+#include "refit_kernel.h"
 #include "sweep_kernel.h"
 
 namespace matgptq {
@@ -197,6 +198,7 @@ Kernels make_table() {
     table.name = "avx512";
     fill_products<Avx512>(table);
     fill_sweep<Avx512>(table);
+    fill_refit<Avx512>(table);
     return table;
 }
 

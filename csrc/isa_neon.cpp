@@ -7,6 +7,7 @@
 #include <arm_neon.h>
 
 #include "product_kernels.h"
+#include "refit_kernel.h"
 #include "sweep_kernel.h"
 
 namespace matgptq {
@@ -118,6 +119,7 @@ Kernels make_table() {
     table.name = "neon";
     fill_products<Neon>(table);
     fill_sweep<Neon>(table);
+    fill_refit<Neon>(table);
     return table;
 }
 

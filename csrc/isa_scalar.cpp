@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "product_kernels.h"
+#include "refit_kernel.h"
 #include "sweep_kernel.h"
 
 namespace matgptq {
@@ -102,6 +103,7 @@ Kernels make_table() {
     table.name = "scalar";
     fill_products<Scalar>(table);
     fill_sweep<Scalar>(table);
+    fill_refit<Scalar>(table);
     return table;
 }
 

@@ -98,6 +98,8 @@ using ReadKernel = uint64_t (*)(const uint8_t* memory, int64_t bytes);
 
 struct SweepPlan;
 using SweepKernel = void (*)(const SweepPlan&, int64_t tile_begin, int64_t tile_end);
+struct RefitTile;
+using RefitKernel = void (*)(const RefitTile&);
 
 struct Kernels {
     const char* name;
@@ -110,6 +112,8 @@ struct Kernels {
     ReadKernel read;
     SweepKernel sweep;
     int sweep_lanes;  // rows per vector of the sweep
+    RefitKernel refit;
+    int refit_lanes, refit_vectors;  // rows per vector, vectors of a tile at most
 };
 
 const Kernels* scalar_kernels();

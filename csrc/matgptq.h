@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a signature or struct below changes. */
-#define MATGPTQ_ABI_VERSION 4
+#define MATGPTQ_ABI_VERSION 5
 
 enum matgptq_status {
     MATGPTQ_OK = 0,
@@ -179,6 +179,25 @@ typedef struct {
 } matgptq_search_job;
 
 MATGPTQ_API int matgptq_search_scales(const matgptq_search_job *job);
+
+/* ---- the solver's refit ------------------------------------------------------------------------------------------
+ * For every row with weights w, present slice c and difference d = w - c, and groups g, h of its columns, in float32:
+ *     system[g][h] = sum over i in g, j in h of c_i H_ij c_j
+ *     slope[g]     = sum over all i, j in g of d_i H_ij c_j
+ *     error        = sum over all i, j of d_i H_ij d_j
+ * Sums have one order, whatever the instruction set and the number of threads; all but the scalar code fuse them. */
+typedef struct {
+    int64_t rows, in_features, group_size;
+    const float *difference; /* [rows, in_features] */
+    const float *current;    /* [rows, in_features] */
+    const float *hessian;    /* [in_features, in_features], symmetric */
+    float *system;           /* [rows, groups, groups], written */
+    float *slope;            /* [rows, groups], written */
+    float *errors;           /* [rows], written */
+    int num_threads;
+} matgptq_refit_job;
+
+MATGPTQ_API int matgptq_refit(const matgptq_refit_job *job);
 
 /* ---- between the products of a decoded row -------------------------------------------------------------------------
  * What a transformer block does to a few vectors besides multiplying: nothing that takes a processor long, but as

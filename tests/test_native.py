@@ -491,3 +491,63 @@ def test_torch_lends_its_threads() -> None:
         assert native.shares_threads() == (share and lent)
         results += [native.matmul(x, weight, 4, num_threads=threads) for threads in (1, 2, 3)]
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+# --- refit -----------------------------------------------------------------------------------------------------------
+
+
+def refit_problem(rows: int, groups: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(2 * groups * size, groups * size, generator=generator)
+    current = torch.randn(rows, groups * size, generator=generator)
+    return 0.01 * torch.randn(current.shape, generator=generator), current, inputs.T @ inputs
+
+
+@needs_library
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 130),
+    groups=st.integers(1, 6),
+    size=st.integers(1, 40),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_refit_sums(rows: int, groups: int, size: int, threads: int, seed: int) -> None:
+    difference, current, hessian = refit_problem(rows, groups, size, seed)
+    found = native.refit_sums(difference, current, hessian, size, num_threads=threads)
+    d, c, h = difference.double(), current.double(), hessian.double()
+    parts = c.view(rows, groups, size)
+    system = torch.einsum("rgi,gihj,rhj->rgh", parts, h.view(groups, size, groups, size), parts)
+    coupled = d @ h
+    magnitude = float(h.abs().sum())
+    torch.testing.assert_close(found.system.double(), system, rtol=1e-5, atol=1e-6 * magnitude)
+    slope = (coupled * c).view(rows, groups, size).sum(-1)
+    torch.testing.assert_close(found.slope.double(), slope, rtol=1e-5, atol=1e-8 * magnitude)
+    torch.testing.assert_close(found.errors.double(), (coupled * d).sum(-1), rtol=1e-5, atol=1e-10 * magnitude)
+    assert torch.equal(found.system, found.system.mT)
+    for one, same in zip(found, native.refit_sums(difference, current, hessian, size, num_threads=1), strict=True):
+        assert torch.equal(one, same)
+
+
+@needs_library
+def test_refit_sums_are_those_of_any_instruction_set(isa: str) -> None:
+    problem = refit_problem(101, 3, 19)
+    found = native.refit_sums(*problem, 19)
+    native.set_isa("scalar" if isa == "scalar" else "avx2" if isa == "avx512" else isa)
+    for one, same in zip(found, native.refit_sums(*problem, 19), strict=True):
+        assert torch.equal(one, same)
+    native.set_isa("scalar")
+    for one, near in zip(found, native.refit_sums(*problem, 19), strict=True):
+        torch.testing.assert_close(one, near, rtol=1e-4, atol=1e-6 * float(one.abs().max()))
+
+
+@needs_library
+def test_refit_sums_refuse() -> None:
+    difference, current, hessian = refit_problem(4, 2, 8)
+    with pytest.raises(ConfigurationError, match="group size 5 does not divide 16"):
+        native.refit_sums(difference, current, hessian, 5)
+    with pytest.raises(ConfigurationError, match="hessian"):
+        native.refit_sums(difference, current, hessian[:3], 8)
+    with pytest.raises(ConfigurationError, match="difference"):
+        native.refit_sums(difference[:2], current, hessian, 8)
+    assert native.refit_sums(difference[:0], current[:0], hessian, 8).system.shape == (0, 2, 2)

@@ -575,6 +575,66 @@ struct Vector {
     }
 };
 
+// Against double precision, in units of what a sum of so many products may be off.
+void test_refit(const std::vector<std::string>& sets) {
+    const int64_t shapes[][3] = {{1, 1, 1}, {3, 8, 8}, {17, 15, 5}, {98, 64, 32}, {200, 42, 7}};
+    for (const auto& shape : shapes) {
+        const int64_t rows = shape[0], in = shape[1], size = shape[2], groups = in / size;
+        std::vector<float> current(static_cast<size_t>(rows * in)), difference(current.size()),
+            hessian(static_cast<size_t>(in * in));
+        for (auto& v : current) v = uniform(-1, 1);
+        for (auto& v : difference) v = uniform(-0.01f, 0.01f);
+        for (int64_t i = 0; i < in; ++i)
+            for (int64_t j = 0; j <= i; ++j)
+                hessian[static_cast<size_t>(i * in + j)] = hessian[static_cast<size_t>(j * in + i)] = uniform(-1, 1);
+        for (const std::string& set : sets) {
+            matgptq_set_isa(set.c_str());
+            where = set + " refit " + std::to_string(rows) + " x " + std::to_string(in) + " / " + std::to_string(size);
+            std::vector<float> system(static_cast<size_t>(rows * groups * groups), 9),
+                slope(static_cast<size_t>(rows * groups), 9), errors(static_cast<size_t>(rows), 9);
+            const matgptq_refit_job job{rows,          in,           size,         difference.data(), current.data(),
+                                        hessian.data(), system.data(), slope.data(), errors.data(),     2};
+            check(matgptq_refit(&job) == MATGPTQ_OK, "refit status");
+            bool close = true;
+            for (int64_t row = 0; row < rows; ++row) {
+                const float* c = current.data() + row * in;
+                const float* d = difference.data() + row * in;
+                std::vector<double> a(static_cast<size_t>(groups * groups)), b(static_cast<size_t>(groups));
+                double e = 0;
+                for (int64_t i = 0; i < in; ++i)
+                    for (int64_t j = 0; j < in; ++j) {
+                        const double h = hessian[static_cast<size_t>(i * in + j)];
+                        a[static_cast<size_t>(i / size * groups + j / size)] += c[i] * h * c[j];
+                        b[static_cast<size_t>(j / size)] += d[i] * h * c[j];
+                        e += d[i] * h * d[j];
+                    }
+                const double unit = 1e-6 * static_cast<double>(in);
+                for (int64_t g = 0; g < groups; ++g) {
+                    close &= std::fabs(slope[static_cast<size_t>(row * groups + g)] - b[static_cast<size_t>(g)]) <
+                             0.01 * unit * static_cast<double>(size);
+                    for (int64_t h = 0; h < groups; ++h)
+                        close &= std::fabs(system[static_cast<size_t>((row * groups + g) * groups + h)] -
+                                           a[static_cast<size_t>(g * groups + h)]) <
+                                 unit * static_cast<double>(size);
+                }
+                close &= std::fabs(errors[static_cast<size_t>(row)] - e) < 1e-4 * unit * static_cast<double>(in);
+            }
+            check(close, "refit sums");
+        }
+    }
+    where = "refit, refusals";
+    float one = 1;
+    matgptq_refit_job job{1, 6, 4, &one, &one, &one, &one, &one, &one, 1};
+    check(matgptq_refit(&job) == MATGPTQ_E_GROUP, "group size");
+    job.group_size = 0;
+    check(matgptq_refit(&job) == MATGPTQ_E_ARGUMENT, "no group size");
+    job = {1, 1, 1, &one, nullptr, &one, &one, &one, &one, 1};
+    check(matgptq_refit(&job) == MATGPTQ_E_ARGUMENT, "no slice");
+    job.rows = 0;
+    check(matgptq_refit(&job) == MATGPTQ_OK && matgptq_refit(nullptr) == MATGPTQ_E_ARGUMENT, "nothing to do");
+    std::printf("refit: five shapes\n");
+}
+
 void test_row_steps() {
     for (const bool half : {false, true})
         for (const int64_t size : {1, 2, 3, 15, 16, 17, 31, 64, 70, 577}) {
@@ -685,6 +745,7 @@ int main() {
     test_activations(sets);
     test_shared_input(sets);
     test_sweep(sets);
+    test_refit(sets);
     test_read(sets);
     test_row_steps();
     test_refusals();

@@ -152,9 +152,10 @@ def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor
         a group is nearly empty and the system says nothing about it. A row whose rounded solution would be worse than
         what it replaces keeps its scales.
     """
+    step = max(1, len(weight)) if native.solves(weight) else _REFIT_ROWS
     pieces = [
-        _refit_rows(weight[i : i + _REFIT_ROWS], levels[i : i + _REFIT_ROWS], scales[i : i + _REFIT_ROWS], hessian)
-        for i in range(0, len(weight), _REFIT_ROWS)
+        _refit_rows(weight[i : i + step], levels[i : i + step], scales[i : i + step], hessian)
+        for i in range(0, len(weight), step)
     ]
     return Refit(torch.cat([piece.scales for piece in pieces]), torch.cat([piece.errors for piece in pieces]))
 
@@ -163,16 +164,8 @@ def _refit_rows(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor)
     rows, groups = scales.shape
     size = weight.shape[1] // groups
     current = (levels.view(rows, groups, size) * scales.unsqueeze(-1)).view(rows, -1)
-    system = torch.empty(rows, groups, groups, device=weight.device)
-    for g in range(groups):
-        first = g * size  # A is symmetric: only its upper half is computed
-        coupled = (current[:, first : first + size] @ hessian[first : first + size, first:]).mul_(current[:, first:])
-        system[:, g, g:] = coupled.view(rows, groups - g, size).sum(-1)
-        system[:, g + 1 :, g] = system[:, g, g + 1 :]
-    difference = weight - current
-    coupled = difference @ hessian
-    slope = (coupled * current).view(rows, groups, size).sum(-1)  # [rows, groups]
-    errors = coupled.mul_(difference).sum(-1)
+    sums = native.refit_sums if native.solves(weight) else _refit_sums
+    system, slope, errors = sums(weight - current, current, hessian, size)
     ridge = _RIDGE * system.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     regular = system + torch.diag_embed(ridge.unsqueeze(-1).expand(rows, groups))
     change, info = torch.linalg.solve_ex(regular, slope)
@@ -187,3 +180,17 @@ def _refit_rows(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor)
         torch.where(better.unsqueeze(-1), refitted, scales),
         torch.where(better, (errors + growth).clamp_min(0), errors),
     )
+
+
+def _refit_sums(difference: Tensor, current: Tensor, hessian: Tensor, size: int) -> native.RefitSums:
+    """``native.refit_sums`` as tensor code, for other devices too."""
+    rows, groups = len(current), current.shape[1] // size
+    system = torch.empty(rows, groups, groups, device=current.device)
+    for g in range(groups):
+        first = g * size  # symmetric: only the upper half is computed
+        coupled = (current[:, first : first + size] @ hessian[first : first + size, first:]).mul_(current[:, first:])
+        system[:, g, g:] = coupled.view(rows, groups - g, size).sum(-1)
+        system[:, g + 1 :, g] = system[:, g, g + 1 :]
+    coupled = difference @ hessian
+    slope = (coupled * current).view(rows, groups, size).sum(-1)
+    return native.RefitSums(system, slope, coupled.mul_(difference).sum(-1))

@@ -33,7 +33,7 @@ from matgptq.native.products import (
     spread_threads,
 )
 from matgptq.native.row_steps import RowSteps
-from matgptq.native.solver_loops import search_scales, sweep
+from matgptq.native.solver_loops import RefitSums, refit_sums, search_scales, sweep
 
 __all__ = [
     "DTYPES",
@@ -41,6 +41,7 @@ __all__ = [
     "Arena",
     "Joined",
     "NativeUnavailableError",
+    "RefitSums",
     "RowSteps",
     "SweepMode",
     "Weight",
@@ -53,6 +54,7 @@ __all__ = [
     "pack_slice",
     "read",
     "reason",
+    "refit_sums",
     "search_scales",
     "set_isa",
     "share_threads",

@@ -20,7 +20,7 @@ from matgptq.errors import ConfigurationError, MatGPTQError
 Activations = Literal["exact", "int8"]
 SweepMode = Literal["residual", "change", "mean"]
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"exact": 0, "int8": 1}
 SWEEP_MODES = {"residual": 0, "change": 1, "mean": 2}
@@ -81,6 +81,21 @@ class SearchJob(ctypes.Structure):
     )
 
 
+class RefitJob(ctypes.Structure):
+    _fields_ = (
+        ("rows", _int64),
+        ("in_features", _int64),
+        ("group_size", _int64),
+        ("difference", _pointer),
+        ("current", _pointer),
+        ("hessian", _pointer),
+        ("system", _pointer),
+        ("slope", _pointer),
+        ("errors", _pointer),
+        ("num_threads", _int),
+    )
+
+
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "abi_version": (_int, ()),
     "message": (ctypes.c_char_p, (_int,)),
@@ -102,6 +117,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "read": (ctypes.c_uint64, (_pointer, _int64, _int)),
     "sweep": (_int, (_pointer,)),
     "search_scales": (_int, (_pointer,)),
+    "refit": (_int, (_pointer,)),
     "rms_norm": (_int, (_pointer, _pointer, _pointer, ctypes.c_float, _pointer, _int64, _int64, _int)),
     "rotate": (_int, (_pointer, _pointer, _pointer, _int64, _int64, _int)),
     "silu_product": (_int, (_pointer, _pointer, _pointer, _int64, _int)),

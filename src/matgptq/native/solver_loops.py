@@ -1,9 +1,10 @@
-"""The two loops that a solve spends its time in."""
+"""The loops that a solve spends its time in."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from matgptq.errors import ConfigurationError
 from matgptq.native.library import (
     SWEEP_MODES,
+    RefitJob,
     SearchJob,
     SweepJob,
     SweepMode,
@@ -160,3 +162,53 @@ def search_scales(
     )
     check_status(library.matgptq_search_scales(ctypes.byref(job)))
     return best
+
+
+class RefitSums(NamedTuple):
+    """What a refit of group scales needs to know: ``[rows, groups, groups]``, ``[rows, groups]`` and ``[rows]``."""
+
+    system: Tensor
+    slope: Tensor
+    errors: Tensor
+
+
+def refit_sums(
+    difference: Tensor, current: Tensor, hessian: Tensor, group_size: int, *, num_threads: int | None = None
+) -> RefitSums:
+    """How the groups of a slice pull at each other and at what is missing, in the norm of the Hessian, by row.
+
+    With d and c a row of ``difference`` and ``current`` and c_g its part in group g:
+    ``system[g, h] = c_g H c_h``, ``slope[g] = d H c_g``, ``error = d H d``.
+
+    Args:
+        difference: ``torch.float32`` ``[rows, in]``, the weights minus the slice.
+        current: ``torch.float32`` ``[rows, in]``, the slice.
+        hessian: ``torch.float32`` ``[in, in]``, symmetric.
+        group_size: divides ``in``.
+        num_threads: default ``torch.get_num_threads()``.
+    """
+    library = require_library()
+    if current.ndim != 2:
+        raise ConfigurationError("current must be [rows, in]")
+    rows, in_features = current.shape
+    if group_size < 1 or in_features % group_size:
+        raise ConfigurationError(f"group size {group_size} does not divide {in_features} input features")
+    groups = in_features // group_size
+    current = expect_tensor(current, "current", torch.float32, (rows, in_features))
+    difference = expect_tensor(difference, "difference", torch.float32, (rows, in_features))
+    hessian = expect_tensor(hessian, "hessian", torch.float32, (in_features, in_features))
+    sums = RefitSums(torch.empty(rows, groups, groups), torch.empty(rows, groups), torch.empty(rows))
+    job = RefitJob(
+        rows=rows,
+        in_features=in_features,
+        group_size=group_size,
+        difference=difference.data_ptr(),
+        current=current.data_ptr(),
+        hessian=hessian.data_ptr(),
+        system=sums.system.data_ptr(),
+        slope=sums.slope.data_ptr(),
+        errors=sums.errors.data_ptr(),
+        num_threads=thread_count(num_threads),
+    )
+    check_status(library.matgptq_refit(ctypes.byref(job)))
+    return sums

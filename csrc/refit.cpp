@@ -30,7 +30,6 @@ void out_of_lanes(const matgptq_refit_job& job, const RefitTile& tile, int64_t f
             for (int64_t h = g; h < groups; ++h)
                 system[g * groups + h] = system[h * groups + g] = tile.system[(g * groups + h) * lanes + r];
         }
-        job.errors[first + r] = tile.errors[r];
     }
 }
 
@@ -40,7 +39,8 @@ extern "C" int matgptq_refit(const matgptq_refit_job* job) {
     if (!job || job->rows < 0 || job->in_features < 0 || job->group_size < 1) return MATGPTQ_E_ARGUMENT;
     if (job->in_features % job->group_size) return MATGPTQ_E_GROUP;
     if (job->rows == 0 || job->in_features == 0) return MATGPTQ_OK;
-    if (!job->difference || !job->current || !job->hessian || !job->system || !job->slope || !job->errors)
+    const bool all = job->current;
+    if (!job->difference || !job->hessian || !job->errors || (all && (!job->system || !job->slope)))
         return MATGPTQ_E_ARGUMENT;
     const Kernels& table = kernels();
     const int64_t in = job->in_features, groups = in / job->group_size;
@@ -62,11 +62,12 @@ extern "C" int matgptq_refit(const matgptq_refit_job* job) {
                 tile.slope = tile.system + groups * groups * lanes;
                 tile.errors = tile.slope + groups * lanes;
                 tile.strip = tile.errors + lanes;
-                into_lanes(job->current + first * in, count, in, lanes, tile.current);
+                if (all) into_lanes(job->current + first * in, count, in, lanes, tile.current);
                 into_lanes(job->difference + first * in, count, in, lanes, tile.difference);
                 std::fill(tile.system, tile.strip, 0.0f);
-                table.refit(tile);
-                out_of_lanes(*job, tile, first, count, lanes);
+                (all ? table.refit : table.forms)(tile);
+                if (all) out_of_lanes(*job, tile, first, count, lanes);
+                std::copy(tile.errors, tile.errors + count, job->errors + first);
             }
         });
         return MATGPTQ_OK;

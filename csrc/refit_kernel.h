@@ -90,36 +90,68 @@ void refit_columns(const RefitTile& tile, int64_t column, int64_t columns) {
     refit_strip<S, Columns, Vectors>(tile, column);
 }
 
+// The first `depth` elements of some columns of the Hessian, side by side.
+inline void pack_strip(const RefitTile& tile, int64_t column, int64_t columns, int64_t depth) {
+    const int64_t in = tile.job->in_features;
+    const float* from = tile.job->hessian + column * in;  // symmetric: rows are columns
+    if (columns == kRefitStrip) {
+        for (int64_t k = 0; k < depth; ++k) {
+            tile.strip[4 * k] = from[k];
+            tile.strip[4 * k + 1] = from[in + k];
+            tile.strip[4 * k + 2] = from[2 * in + k];
+            tile.strip[4 * k + 3] = from[3 * in + k];
+        }
+    } else {
+        for (int64_t c = 0; c < columns; ++c)
+            for (int64_t k = 0; k < depth; ++k) tile.strip[kRefitStrip * k + c] = from[c * in + k];
+    }
+}
+
 // All columns of one tile of rows; the sums there begin at zero.
 template <class S, int Vectors = kRefitVectors<S>>
 void refit_tile(const RefitTile& tile) {
     if constexpr (Vectors > 1)
         if (tile.vectors < Vectors) return refit_tile<S, Vectors - 1>(tile);
     const matgptq_refit_job& job = *tile.job;
-    const int64_t in = job.in_features;
-    for (int64_t begin = 0; begin < in; begin += job.group_size)
+    for (int64_t begin = 0; begin < job.in_features; begin += job.group_size)
         for (int64_t column = begin; column < begin + job.group_size; column += kRefitStrip) {
             const int64_t left = begin + job.group_size - column;
             const int64_t columns = left < kRefitStrip ? left : kRefitStrip;
-            const float* from = job.hessian + column * in;  // symmetric: rows are columns
-            if (columns == kRefitStrip) {
-                for (int64_t k = 0; k < in; ++k) {
-                    tile.strip[4 * k] = from[k];
-                    tile.strip[4 * k + 1] = from[in + k];
-                    tile.strip[4 * k + 2] = from[2 * in + k];
-                    tile.strip[4 * k + 3] = from[3 * in + k];
-                }
-            } else {
-                for (int64_t c = 0; c < columns; ++c)
-                    for (int64_t k = 0; k < in; ++k) tile.strip[kRefitStrip * k + c] = from[c * in + k];
-            }
+            pack_strip(tile, column, columns, job.in_features);
             refit_columns<S, Vectors>(tile, column, columns);
         }
+}
+
+template <class S, int Vectors, int Columns = kRefitStrip>
+void form_columns(const RefitTile& tile, int64_t column, int64_t columns) {
+    if constexpr (Columns > 1)
+        if (columns < Columns) return form_columns<S, Vectors, Columns - 1>(tile, column, columns);
+    RefitSums<S, Columns, Vectors> sums, own;
+    sums.couple(tile.strip, tile.difference, 0, column);
+    own.couple(tile.strip, tile.difference, column, column + Columns);
+    for (int c = 0; c < Columns; ++c)  // what is before the diagonal stands for what is after it, too
+        for (int v = 0; v < Vectors; ++v)
+            sums.sum[c][v] = S::add(own.sum[c][v], S::add(sums.sum[c][v], sums.sum[c][v]));
+    sums.collect(tile.difference + column * Vectors * S::kLanes, tile.errors);
+}
+
+// The errors alone, by half of the products.
+template <class S, int Vectors = kRefitVectors<S>>
+void form_tile(const RefitTile& tile) {
+    if constexpr (Vectors > 1)
+        if (tile.vectors < Vectors) return form_tile<S, Vectors - 1>(tile);
+    const int64_t in = tile.job->in_features;
+    for (int64_t column = 0; column < in; column += kRefitStrip) {
+        const int64_t columns = in - column < kRefitStrip ? in - column : kRefitStrip;
+        pack_strip(tile, column, columns, column + columns);
+        form_columns<S, Vectors>(tile, column, columns);
+    }
 }
 
 template <class S>
 void fill_refit(Kernels& table) {
     table.refit = refit_tile<S>;
+    table.forms = form_tile<S>;
     table.refit_lanes = S::kLanes;
     table.refit_vectors = kRefitVectors<S>;
 }

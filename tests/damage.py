@@ -32,6 +32,10 @@ def fuzz(examples: int) -> settings:
     )
 
 
+class HangError(AssertionError):
+    """What should have ended has not."""
+
+
 @contextlib.contextmanager
 def no_hang() -> Iterator[None]:
     """Fail if the body does not end."""
@@ -40,7 +44,7 @@ def no_hang() -> Iterator[None]:
         return
 
     def fail(*_: object) -> None:
-        raise AssertionError(f"still not done after {SECONDS} seconds")
+        raise HangError(f"still not done after {SECONDS} seconds")
 
     before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(SECONDS)

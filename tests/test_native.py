@@ -527,6 +527,9 @@ def test_refit_sums(rows: int, groups: int, size: int, threads: int, seed: int) 
     assert torch.equal(found.system, found.system.mT)
     for one, same in zip(found, native.refit_sums(difference, current, hessian, size, num_threads=1), strict=True):
         assert torch.equal(one, same)
+    forms = native.quadratic_forms(difference, hessian, num_threads=threads)
+    torch.testing.assert_close(forms.double(), (coupled * d).sum(-1), rtol=1e-5, atol=1e-10 * magnitude)
+    assert torch.equal(forms, native.quadratic_forms(difference, hessian, num_threads=1))
 
 
 @needs_library
@@ -551,3 +554,6 @@ def test_refit_sums_refuse() -> None:
     with pytest.raises(ConfigurationError, match="difference"):
         native.refit_sums(difference[:2], current, hessian, 8)
     assert native.refit_sums(difference[:0], current[:0], hessian, 8).system.shape == (0, 2, 2)
+    with pytest.raises(ConfigurationError, match="hessian"):
+        native.quadratic_forms(difference, hessian[:3])
+    assert native.quadratic_forms(difference[:0], hessian).shape == (0,)

@@ -620,6 +620,14 @@ void test_refit(const std::vector<std::string>& sets) {
                 close &= std::fabs(errors[static_cast<size_t>(row)] - e) < 1e-4 * unit * static_cast<double>(in);
             }
             check(close, "refit sums");
+            std::vector<float> alone(errors.size(), 9);
+            matgptq_refit_job only = job;
+            only.current = nullptr;
+            only.errors = alone.data();
+            check(matgptq_refit(&only) == MATGPTQ_OK, "errors alone");
+            for (size_t r = 0; r < alone.size(); ++r)
+                close &= std::fabs(alone[r] - errors[r]) < 1e-10f * static_cast<float>(in * in);
+            check(close, "errors alone are the same");
         }
     }
     where = "refit, refusals";
@@ -628,8 +636,8 @@ void test_refit(const std::vector<std::string>& sets) {
     check(matgptq_refit(&job) == MATGPTQ_E_GROUP, "group size");
     job.group_size = 0;
     check(matgptq_refit(&job) == MATGPTQ_E_ARGUMENT, "no group size");
-    job = {1, 1, 1, &one, nullptr, &one, &one, &one, &one, 1};
-    check(matgptq_refit(&job) == MATGPTQ_E_ARGUMENT, "no slice");
+    job = {1, 1, 1, &one, &one, &one, nullptr, &one, &one, 1};
+    check(matgptq_refit(&job) == MATGPTQ_E_ARGUMENT, "no system");
     job.rows = 0;
     check(matgptq_refit(&job) == MATGPTQ_OK && matgptq_refit(nullptr) == MATGPTQ_E_ARGUMENT, "nothing to do");
     std::printf("refit: five shapes\n");

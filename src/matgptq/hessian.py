@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from matgptq import native
 from matgptq.triangular import factorize_lower, invert_lower, panels
 from matgptq.workers import INLINE, Workers
 
@@ -48,6 +49,8 @@ def mirror(total: Tensor) -> None:
 
 def quadratic_forms(rows: Tensor, hessian: Tensor) -> Tensor:
     """``x H x^T`` of each row x of ``[rows, in]``, float32 ``[rows]``, by half of the products: H is symmetric."""
+    if native.solves(rows):
+        return native.quadratic_forms(rows, hessian)
     total = torch.zeros(len(rows), device=rows.device)
     for tile in hessian_tiles(hessian):
         own = rows[:, tile]

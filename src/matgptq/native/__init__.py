@@ -33,7 +33,7 @@ from matgptq.native.products import (
     spread_threads,
 )
 from matgptq.native.row_steps import RowSteps
-from matgptq.native.solver_loops import RefitSums, refit_sums, search_scales, sweep
+from matgptq.native.solver_loops import RefitSums, quadratic_forms, refit_sums, search_scales, sweep
 
 __all__ = [
     "DTYPES",
@@ -52,6 +52,7 @@ __all__ = [
     "matmul_many",
     "pack_parent",
     "pack_slice",
+    "quadratic_forms",
     "read",
     "reason",
     "refit_sums",

@@ -212,3 +212,34 @@ def refit_sums(
     )
     check_status(library.matgptq_refit(ctypes.byref(job)))
     return sums
+
+
+def quadratic_forms(rows: Tensor, hessian: Tensor, *, num_threads: int | None = None) -> Tensor:
+    """``x H x^T`` of each row x.
+
+    Args:
+        rows: ``torch.float32`` ``[rows, in]``.
+        hessian: ``torch.float32`` ``[in, in]``, symmetric.
+        num_threads: default ``torch.get_num_threads()``.
+
+    Returns:
+        ``torch.float32`` ``[rows]``.
+    """
+    library = require_library()
+    if rows.ndim != 2:
+        raise ConfigurationError("rows must be [rows, in]")
+    count, in_features = rows.shape
+    rows = expect_tensor(rows, "rows", torch.float32, (count, in_features))
+    hessian = expect_tensor(hessian, "hessian", torch.float32, (in_features, in_features))
+    forms = torch.zeros(count)
+    job = RefitJob(
+        rows=count,
+        in_features=in_features,
+        group_size=max(1, in_features),
+        difference=rows.data_ptr(),
+        hessian=hessian.data_ptr(),
+        errors=forms.data_ptr(),
+        num_threads=thread_count(num_threads),
+    )
+    check_status(library.matgptq_refit(ctypes.byref(job)))
+    return forms

@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 
 FACTOR = float(os.environ.get("MATGPTQ_FUZZ", "1"))
 SECONDS = 60  # nothing here takes one; a machine with other work may need some
+ROOM = (
+    8 << 30
+)  # bytes of address space that the body may take: what is larger was made up, and must not fill the machine
 
 Damage = Callable[[Path], None]
 
@@ -56,6 +59,24 @@ def no_hang() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_flood() -> Iterator[None]:
+    """Refuse memory beyond ``ROOM``, as a full machine would."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextlib.contextmanager
 def answered(path: Path, *errors: type[Exception]) -> Iterator[None]:
     """The body ends, and if with an error then with one of these, which names a file, a layer or a tensor.
 
@@ -64,7 +85,7 @@ def answered(path: Path, *errors: type[Exception]) -> Iterator[None]:
         errors: that are allowed.
     """
     try:
-        with no_hang():
+        with no_hang(), no_flood():
             yield
     except errors as error:
         said = str(error)

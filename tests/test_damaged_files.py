@@ -122,8 +122,11 @@ def check_model(model: Any, path: Path) -> None:
 
 def has_endless_blocks(path: Path) -> bool:
     """transformers builds as many blocks as the config asks for before it looks at anything else."""
+    config = path / "config.json"
+    if not config.is_file():  # a pipe, say
+        return False
     try:
-        blocks = json.loads((path / "config.json").read_text())["num_hidden_layers"]
+        blocks = json.loads(config.read_text())["num_hidden_layers"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return isinstance(blocks, int) and blocks > 1000

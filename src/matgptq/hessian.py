@@ -42,9 +42,11 @@ def add_to_tile(total: Tensor, tile: slice, rows: Tensor, weight: float = 1.0) -
 
 
 def mirror(total: Tensor) -> None:
-    """Complete a Hessian whose tiles have been summed."""
+    """Complete a Hessian whose tiles have been summed; not every library's ``X^T X`` is symmetric to the last bit."""
     for tile in hessian_tiles(total):
         total[: tile.start, tile] = total[tile, : tile.start].T
+        own = total[tile, tile].tril()
+        total[tile, tile] = own + own.tril(-1).T
 
 
 def quadratic_forms(rows: Tensor, hessian: Tensor) -> Tensor:

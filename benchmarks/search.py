@@ -16,6 +16,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,14 @@ import matgptq
 from matgptq.allocation_search import Search
 from matgptq.calibration import evaluation_windows
 from matgptq.checkpoint import open_checkpoint
+from matgptq.families import find_family
 from matgptq.plotting import plot_search
+from matgptq.slicing import WIDTHS
 from matgptq.source import load_tokenizer
+from matgptq.width_search.budget import SearchSpace, bits_budget
+from matgptq.width_search.layer_groups import group_layers
+from matgptq.width_search.optimum import optimum
+from matgptq.width_search.sensitivity import read_table
 
 BUDGETS = ("2.5", "3.0", "3.5", "4.5")
 TARGETS = {"2.5": 0.75, "3.0": 0.8, "3.5": 0.75, "4.5": 0.75}
@@ -55,6 +62,30 @@ def line(uniform: dict[int, float], bits: float) -> float:
     low = math.floor(bits)
     high = min(low + 1, max(uniform))
     return math.exp((high - bits) * math.log(uniform[low]) + (bits - low) * math.log(uniform[high]))
+
+
+def additive(checkpoint: Path, fuse: str) -> dict[str, float]:
+    """What the sensitivity table says could be gained: the least sum of losses within each budget over the line.
+
+    If groups of layers lost independently of one another, no choice of widths could be better than that.
+    """
+    opened = open_checkpoint(checkpoint)
+    family = find_family(str(opened.config.get("model_type")))
+    groups = group_layers(opened.layers, family, fuse=fuse == "serving")
+    space = SearchSpace(groups, WIDTHS, opened.other_bytes)
+    tables = [read_table(file) for file in (checkpoint / "search").glob("sensitivity-*.json")]
+    losses = next(table for table in tables if len(table.alone) == len(groups)).losses(space)
+
+    def total(widths: Sequence[int]) -> float:
+        return sum(own[bits] for own, bits in zip(losses, widths, strict=True))
+
+    uniform = {bits: total(space.uniform(bits)) for bits in UNIFORM}
+    extra = scale_bits(checkpoint)
+    ratios = {}
+    for budget in BUDGETS:
+        best = optimum(losses, space.costs, bits_budget(space, Fraction(budget) + extra).bits)
+        ratios[budget] = round(total(best) / line(uniform, float(budget)), 3)
+    return ratios
 
 
 def searched(
@@ -119,6 +150,7 @@ def main() -> None:
         for fuse in ("serving", "none"):
             _, [single], cost = searched(checkpoint, text, [Fraction(COMPARED) + extra], fuse, fuse=fuse, **options)
             keep(f"fuse {fuse}, one budget", {"budget": COMPARED, **compared(single, COMPARED), **cost})
+            keep(f"fuse {fuse}, if losses only added up", additive(checkpoint, fuse))
             others = [budget for budget in BUDGETS if budget != COMPARED]
             targets = [Fraction(budget) + extra for budget in others]
             run, found, more = searched(checkpoint, text, targets, fuse, fuse=fuse, **options)

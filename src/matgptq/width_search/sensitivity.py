@@ -86,7 +86,7 @@ def measure_table(space: SearchSpace, score: Score, file: Path, tick: Callable[[
     Raises:
         CheckpointError: the file cannot be written.
     """
-    table = _read(file)
+    table = read_table(file)
     largest = space.uniform(space.widths[-1])
     alone = alone_widths(space.widths)
     if table.base is None:
@@ -132,7 +132,7 @@ def _write(file: Path, table: SensitivityTable) -> None:
     write_text(file, json.dumps({"base": table.base, "alone": table.alone, "together": table.together}) + "\n")
 
 
-def _read(file: Path) -> SensitivityTable:
+def read_table(file: Path) -> SensitivityTable:
     """What an earlier measurement left; nothing if there was none, or the file is damaged."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))

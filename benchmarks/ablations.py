@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,8 +195,7 @@ def fine_groups_at_two_bits() -> Iterator[None]:
         scales = {bits: each.repeat_interleave(COARSE // group_size, 1) for bits, each in nested.scales.items()}
         levels = slice_levels(nested.codes, 2, torch.float32)
         scales[2] = refit_scales(weight.float(), levels, scales[2], hessian, group_size).scales
-        solution.weight = NestedWeight(nested.codes, scales)
-        return solution
+        return replace(solution, weight=NestedWeight(nested.codes, scales))
 
     with patch.object(quantization, "solve", regrouped):
         yield

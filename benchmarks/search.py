@@ -16,7 +16,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -88,31 +88,6 @@ def additive(checkpoint: Path, fuse: str) -> dict[str, float]:
     return ratios
 
 
-def searched(
-    checkpoint: Path, text: Tensor, targets: list[Fraction], save: str, **options: Any
-) -> tuple[Search, list[dict[str, Any]], dict[str, Any]]:
-    """A run, records of what it found, and what it cost."""
-    started, started_cpu = time.perf_counter(), time.process_time()
-    run = matgptq.search(checkpoint, targets, save=save, **options)
-    cost = {
-        "seconds": round(time.perf_counter() - started, 1),
-        "cpu_seconds": round(time.process_time() - started_cpu, 1),
-        "stages": run.seconds,
-        "tokens_scored": run.tokens_scored,
-    }
-    records = [
-        {
-            "bits": round(found.bits, 4),
-            "bits_per_weight": round(found.bits_per_weight, 4),
-            "slack_bits": found.slack_bits,
-            "kl": round(kl(checkpoint, text, found.name)[found.name], 5),
-            "widths": "".join(map(str, found.widths)),
-        }
-        for found in run.found
-    ]
-    return run, records, cost
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
@@ -122,62 +97,113 @@ def main() -> None:
     parser.add_argument(
         "--evolution", type=float, nargs="*", default=[1, 5], help="tokens of the published search: x ours"
     )
+    parser.add_argument("--fuse", nargs="*", default=["serving", "none"], choices=["serving", "none"])
+    parser.add_argument("--generations", type=int, help="of budgets other than the first; default: while it pays")
+    parser.add_argument("--work", type=Path, help="where the searches are kept, to go on from; default: nowhere")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    options = {"dataset": arguments.dataset, "reference": arguments.reference}
-    tokenizer = load_tokenizer(arguments.checkpoint)
-    text = evaluation_windows(arguments.text, tokenizer, windows=WINDOWS, seqlen=SEQLEN).tokens
-    record: dict[str, Any] = {"machine": describe_machine(), "model": arguments.checkpoint.resolve().name}
-
-    def keep(name: str, value: Any) -> None:
-        """Print and write what is known so far: the whole takes an hour."""
-        record[name] = value
-        print(name, json.dumps(value), flush=True)
-        if arguments.output:
-            arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint = Path(directory) / "checkpoint"  # tables of earlier searches must not save time
-        shutil.copytree(arguments.checkpoint, checkpoint, ignore=shutil.ignore_patterns("search", "allocations"))
-        extra = scale_bits(checkpoint)
-        uniform = {int(bits): value for bits, value in kl(checkpoint, text).items()}
-        keep("uniform", {bits: round(value, 5) for bits, value in uniform.items()})
-
-        def compared(found: dict[str, Any], budget: str) -> dict[str, Any]:
-            return {**found, "ratio": round(found["kl"] / line(uniform, float(budget)), 3), "target": TARGETS[budget]}
-
-        for fuse in ("serving", "none"):
-            _, [single], cost = searched(checkpoint, text, [Fraction(COMPARED) + extra], fuse, fuse=fuse, **options)
-            keep(f"fuse {fuse}, one budget", {"budget": COMPARED, **compared(single, COMPARED), **cost})
-            keep(f"fuse {fuse}, if losses only added up", additive(checkpoint, fuse))
-            others = [budget for budget in BUDGETS if budget != COMPARED]
-            targets = [Fraction(budget) + extra for budget in others]
-            run, found, more = searched(checkpoint, text, targets, fuse, fuse=fuse, **options)
-            results = {budget: compared(each, budget) for budget, each in zip(others, found, strict=True)}
-            keep(f"fuse {fuse}, more budgets from the same table", {**results, **more})
-            if fuse == "none":
-                continue
-            if arguments.plot:
-                plot_search(run, arguments.plot, f"{arguments.checkpoint.resolve().name}: a width for every layer")
-            rivals = []
-            for factor in arguments.evolution:
-                rivals.append(
-                    evolve(checkpoint, text, Fraction(COMPARED) + extra, factor * cost["tokens_scored"], options)
-                )
-                keep("evolution from uniform widths, serving", [compared(rival, COMPARED) for rival in rivals])
+        Benchmark(arguments, (arguments.work or Path(directory)) / "checkpoint").run()
 
 
-def evolve(checkpoint: Path, text: Tensor, target: Fraction, tokens: float, options: dict[str, Any]) -> dict[str, Any]:
-    """The published search, for as many generations as some tokens allow; goes on where it was."""
-    generations = 1
-    while True:
-        _, [found], spent = searched(
-            checkpoint, text, [target], "evolution", method="evolution", generations=generations, resume=True, **options
+class Benchmark:
+    """The parts of one run; those that the output holds already are not measured again."""
+
+    def __init__(self, arguments: argparse.Namespace, checkpoint: Path) -> None:
+        self.arguments, self.checkpoint = arguments, checkpoint
+        if not checkpoint.exists():  # tables of earlier searches must not save time
+            shutil.copytree(arguments.checkpoint, checkpoint, ignore=shutil.ignore_patterns("search", "allocations"))
+        self.options = {"dataset": arguments.dataset, "reference": arguments.reference}
+        tokenizer = load_tokenizer(arguments.checkpoint)
+        self.text = evaluation_windows(arguments.text, tokenizer, windows=WINDOWS, seqlen=SEQLEN).tokens
+        self.extra = scale_bits(checkpoint)
+        self.uniform: dict[int, float] = {}
+        self.record: dict[str, Any] = {"machine": describe_machine(), "model": arguments.checkpoint.resolve().name}
+        if arguments.output and arguments.output.exists():
+            self.record = json.loads(arguments.output.read_text(encoding="utf-8"))
+
+    def run(self) -> None:
+        """Measure what is missing."""
+        uniform = self.part(
+            "uniform", lambda: {str(bits): round(value, 5) for bits, value in kl(self.checkpoint, self.text).items()}
         )
-        if spent["tokens_scored"] >= tokens:
-            return {**found, "generations": generations, "tokens_scored": spent["tokens_scored"]}
-        generations = max(generations + 1, int(tokens * generations / spent["tokens_scored"]))
+        self.uniform = {int(bits): value for bits, value in uniform.items()}
+        for fuse in self.arguments.fuse:
+            single = self.part(f"fuse {fuse}, one budget", lambda fuse=fuse: self.one_budget(fuse))
+            self.part(f"fuse {fuse}, if losses only added up", lambda fuse=fuse: additive(self.checkpoint, fuse))
+            self.part(f"fuse {fuse}, more budgets from the same table", lambda fuse=fuse: self.more_budgets(fuse))
+            if fuse == "serving":
+                for factor in self.arguments.evolution:
+                    tokens = factor * single["tokens_scored"]
+                    name = f"evolution from uniform widths, serving, {factor:g} x the tokens"
+                    self.part(name, lambda tokens=tokens: self.evolve(tokens))
+
+    def part(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Print and write each part as soon as it is known: the whole takes an hour."""
+        if name not in self.record:
+            self.record[name] = measure()
+            if self.arguments.output:
+                self.arguments.output.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+        print(name, json.dumps(self.record[name]), flush=True)
+        found: dict[str, Any] = self.record[name]
+        return found
+
+    def one_budget(self, fuse: str) -> dict[str, Any]:
+        """The first search, with the table that it takes."""
+        _, [single], cost = self.searched([COMPARED], fuse, fuse=fuse)
+        return {"budget": COMPARED, **self.compared(single, COMPARED), **cost}
+
+    def more_budgets(self, fuse: str) -> dict[str, Any]:
+        """The others, in one run."""
+        others = [budget for budget in BUDGETS if budget != COMPARED]
+        run, found, cost = self.searched(others, fuse, fuse=fuse, generations=self.arguments.generations)
+        if self.arguments.plot and fuse == "serving":
+            plot_search(run, self.arguments.plot, f"{self.record['model']}: a width for every layer")
+        results = {budget: self.compared(each, budget) for budget, each in zip(others, found, strict=True)}
+        return {**results, "generations": self.arguments.generations, **cost}
+
+    def evolve(self, tokens: float) -> dict[str, Any]:
+        """The published search, for as many generations as some tokens allow; goes on where it was."""
+        generations = 1
+        while True:
+            _, [found], spent = self.searched(
+                [COMPARED], "evolution", method="evolution", generations=generations, resume=True
+            )
+            if spent["tokens_scored"] >= tokens:
+                scored = {"generations": generations, "tokens_scored": spent["tokens_scored"]}
+                return {**self.compared(found, COMPARED), **scored}
+            generations = max(generations + 1, int(tokens * generations / spent["tokens_scored"]))
+
+    def searched(
+        self, budgets: list[str], save: str, **options: Any
+    ) -> tuple[Search, list[dict[str, Any]], dict[str, Any]]:
+        """A run, records of what it found, and what it cost."""
+        started, started_cpu = time.perf_counter(), time.process_time()
+        targets = [Fraction(budget) + self.extra for budget in budgets]
+        run = matgptq.search(self.checkpoint, targets, save=save, **self.options, **options)
+        cost = {
+            "seconds": round(time.perf_counter() - started, 1),
+            "cpu_seconds": round(time.process_time() - started_cpu, 1),
+            "stages": run.seconds,
+            "tokens_scored": run.tokens_scored,
+        }
+        records = [
+            {
+                "bits": round(found.bits, 4),
+                "bits_per_weight": round(found.bits_per_weight, 4),
+                "slack_bits": found.slack_bits,
+                "kl": round(kl(self.checkpoint, self.text, found.name)[found.name], 5),
+                "widths": "".join(map(str, found.widths)),
+            }
+            for found in run.found
+        ]
+        return run, records, cost
+
+    def compared(self, found: dict[str, Any], budget: str) -> dict[str, Any]:
+        """A record beside the straight line and what was aimed at."""
+        ratio = round(found["kl"] / line(self.uniform, float(budget)), 3)
+        return {**found, "ratio": ratio, "target": TARGETS[budget]}
 
 
 if __name__ == "__main__":

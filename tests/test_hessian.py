@@ -9,11 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from summed_hessian import accumulate_hessian
 
-from matgptq.hessian import DAMPING_STEPS, factorize, prepare_hessian, quadratic_forms
+from matgptq.hessian import DAMPING_STEPS, all_finite, factorize, prepare_hessian, quadratic_forms
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_found_anywhere(bad):
+    assert all_finite(torch.zeros(0, 3))
+    for place in range(12):
+        matrix = normal(3, 4)
+        assert all_finite(matrix)
+        matrix.view(-1)[place] = bad
+        assert not all_finite(matrix)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 3), (1, 1), (5, 255), (4, 256), (3, 257), (7, 700)])

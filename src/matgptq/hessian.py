@@ -49,6 +49,11 @@ def mirror(total: Tensor) -> None:
         total[tile, tile] = own + own.tril(-1).T
 
 
+def all_finite(matrix: Tensor) -> bool:
+    """Whether nothing in it is NaN or infinite: smallest and largest tell, in one pass that writes nothing."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all()) if matrix.numel() else True
+
+
 def quadratic_forms(rows: Tensor, hessian: Tensor) -> Tensor:
     """``x H x^T`` of each row x of ``[rows, in]``, float32 ``[rows]``, by half of the products: H is symmetric."""
     if native.solves(rows):
@@ -118,14 +123,14 @@ def factorize(matrix: Tensor, damping: float, workers: Workers = INLINE) -> Fact
         The factor in float32, or None when even the largest damping did not help (then round to nearest).
     """
     mean_diagonal = matrix.diagonal().double().mean()
-    if not bool(torch.isfinite(matrix).all()) or not bool(mean_diagonal > 0):
+    if not all_finite(matrix) or not bool(mean_diagonal > 0):
         return None
     tried = damping
     for step in range(DAMPING_STEPS + 1):
         backwards = matrix.flip(0, 1).to(torch.float64)
         backwards.diagonal().add_(tried * mean_diagonal)
         inverse = _inverse_factor(backwards, workers)
-        if inverse is not None and bool(torch.isfinite(inverse).all()):
+        if inverse is not None and all_finite(inverse):
             # H = flip(L) flip(L)^T, hence H^-1 = U^T U for U = flip(L)^-1 = flip(L^-1), which is upper.
             return Factor(inverse.flip(0, 1), tried, step)
         tried = max(tried * 10, 1e-4)

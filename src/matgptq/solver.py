@@ -10,7 +10,7 @@ from torch import Tensor
 
 from matgptq.errors import ConfigurationError
 from matgptq.grid import Refit, initial_scales, refit_scales, search_scales
-from matgptq.hessian import factorize, prepare_hessian, quadratic_forms
+from matgptq.hessian import all_finite, factorize, prepare_hessian, quadratic_forms
 from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.recipe import Recipe
 from matgptq.rounding import SharedTable, round_shared, shared_table
@@ -89,7 +89,7 @@ def solve(
         return Solution(_round_to_nearest(weight, recipe, group_size))
     if tuple(hessian.shape) != (in_features, in_features):
         raise ConfigurationError(f"Hessian {tuple(hessian.shape)} does not fit a weight {tuple(weight.shape)}")
-    if not bool(torch.isfinite(hessian).all()):
+    if not all_finite(hessian):
         return Solution(_round_to_nearest(weight, recipe, group_size), rounded_to_nearest=True)
     hessian = hessian.to(torch.float32)
     prepared = prepare_hessian(hessian)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import matgptq
 from matgptq.allocation_search import Search
+from matgptq.allocation_store import stored_allocations
 from matgptq.calibration import evaluation_windows
 from matgptq.checkpoint import open_checkpoint
 from matgptq.families import find_family
@@ -98,7 +99,7 @@ def main() -> None:
         "--evolution", type=float, nargs="*", default=[1, 5], help="tokens of the published search: x ours"
     )
     parser.add_argument("--fuse", nargs="*", default=["serving", "none"], choices=["serving", "none"])
-    parser.add_argument("--generations", type=int, help="of budgets other than the first; default: while it pays")
+    parser.add_argument("--generations", type=int, help="of refinement at most; default: while it pays")
     parser.add_argument("--work", type=Path, help="where the searches are kept, to go on from; default: nowhere")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("-o", "--output", type=Path)
@@ -151,17 +152,21 @@ class Benchmark:
 
     def one_budget(self, fuse: str) -> dict[str, Any]:
         """The first search, with the table that it takes."""
-        _, [single], cost = self.searched([COMPARED], fuse, fuse=fuse)
+        _, [single], cost = self.searched([COMPARED], fuse, **self.how(fuse))
         return {"budget": COMPARED, **self.compared(single, COMPARED), **cost}
 
     def more_budgets(self, fuse: str) -> dict[str, Any]:
         """The others, in one run."""
         others = [budget for budget in BUDGETS if budget != COMPARED]
-        run, found, cost = self.searched(others, fuse, fuse=fuse, generations=self.arguments.generations)
+        run, found, cost = self.searched(others, fuse, **self.how(fuse))
         if self.arguments.plot and fuse == "serving":
             plot_search(run, self.arguments.plot, f"{self.record['model']}: a width for every layer")
         results = {budget: self.compared(each, budget) for budget, each in zip(others, found, strict=True)}
-        return {**results, "generations": self.arguments.generations, **cost}
+        return {**results, **cost}
+
+    def how(self, fuse: str) -> dict[str, Any]:
+        """Options of our searches; with a place to keep them they go on where they were."""
+        return {"fuse": fuse, "generations": self.arguments.generations, "resume": self.arguments.work is not None}
 
     def evolve(self, tokens: float) -> dict[str, Any]:
         """The published search, for as many generations as some tokens allow; goes on where it was."""
@@ -188,12 +193,14 @@ class Benchmark:
             "stages": run.seconds,
             "tokens_scored": run.tokens_scored,
         }
+        stored = stored_allocations(open_checkpoint(self.checkpoint))
         records = [
             {
                 "bits": round(found.bits, 4),
                 "bits_per_weight": round(found.bits_per_weight, 4),
                 "slack_bits": found.slack_bits,
                 "kl": round(kl(self.checkpoint, self.text, found.name)[found.name], 5),
+                "generations": stored[found.name]["found"]["generation"],
                 "widths": "".join(map(str, found.widths)),
             }
             for found in run.found

@@ -1,17 +1,16 @@
-"""What single ingredients, and things that were tried and left out, do to the KL of ``balanced``.
+"""What single ingredients, and things that the package does not do, do to the KL of ``balanced``.
 
     python benchmarks/ablations.py MODEL --calibration c4.txt --text wikitext2-test.txt --other wikipedia.txt \\
         -o benchmarks/results/ablations.json
 
-Each row is the quality ``balanced`` with one change. Changes that no option makes are made to the pipeline from here:
-nothing that did not pay is in the package.
+Each row is the quality ``balanced`` with one change. Changes that no option makes are made to the pipeline from here.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from unittest.mock import PropertyMock, patch
 
 import torch
-from quality_table import Row, Texts, make_table
+from quality_table import EVALUATED, NSAMPLES, SEQLEN, Row, Texts, calibration_text, figure, make_table
 from torch import Tensor, nn
 
 from matgptq import quantization
@@ -34,9 +33,7 @@ from matgptq.slicing import slice_levels
 from matgptq.solver import Solution, solve
 from matgptq.source import open_source
 
-BALANCED = {"quality": "balanced"}
 COARSE, FINE = 64, 32  # group sizes
-WIDTHS = (2, 3, 4, 6, 8)
 DAMPING = 0.01
 
 
@@ -46,9 +43,9 @@ DAMPING = 0.01
 def other_text(texts: Texts) -> Path:
     """The text that other rows are only measured on: here windows of it that are not measured."""
     assert texts.other is not None
-    lines = texts.other.read_text(encoding="utf-8")
+    whole = texts.other.read_text(encoding="utf-8")
     rest = texts.directory / "other.txt"
-    rest.write_text(lines[len(lines) // 4 :], encoding="utf-8")  # the measured windows are its first 8,192 tokens
+    rest.write_text(whole[len(whole) // 4 :], encoding="utf-8")  # the measured windows are its first 8,192 tokens
     return rest
 
 
@@ -69,7 +66,10 @@ def mixed_text(texts: Texts) -> Tensor:
     source = open_source(texts.model)
     tokenizer, model = source.load_tokenizer(), source.load_model(torch.float32, torch.device("cpu"))
     parts = (texts.calibration, other_text(texts), chat_text(texts), SELF)
-    windows = [load_windows(part, tokenizer, nsamples=4, seqlen=2048, seed=0, model=model).tokens for part in parts]
+    windows = [
+        load_windows(part, tokenizer, nsamples=NSAMPLES // len(parts), seqlen=SEQLEN, seed=0, model=model).tokens
+        for part in parts
+    ]
     return torch.cat(windows)
 
 
@@ -201,63 +201,64 @@ def fine_groups_at_two_bits() -> Iterator[None]:
         yield
 
 
-def _changed(name: str, change: Callable[[], Any], **options: Any) -> Row:
-    return Row(name, {**BALANCED, **options}, WIDTHS, change=change)
+def _row(
+    name: str,
+    change: Callable[[], AbstractContextManager[object]] = nullcontext,
+    dataset: Callable[[Texts], str | Path | Tensor] = calibration_text,
+    nsamples: int = NSAMPLES,
+    seed: int = 0,
+    **options: Any,
+) -> Row:
+    options = {"quality": "balanced", **options}
+    return Row(name, options, dataset=dataset, nsamples=nsamples, seed=seed, change=change)
 
 
 ROWS = [
-    Row("balanced", BALANCED, WIDTHS),
-    Row("draw of seed 1", BALANCED, WIDTHS, seed=1),
-    Row("no gradient weights", {**BALANCED, "saliency": 0.0}, WIDTHS),
-    Row("no gradient weights, sink weight 64", {**BALANCED, "saliency": 0.0, "sink_weight": 64.0}, WIDTHS),
-    Row("no coordinate passes", {**BALANCED, "coordinate_passes": 0}, WIDTHS),
-    Row("only targets refitted", {**BALANCED, "refit_bits": ()}, WIDTHS),
-    Row("no refit", {**BALANCED, "refit": False, "refit_bits": (), "coordinate_passes": 0}, WIDTHS),
-    Row("rotated", {**BALANCED, "rotate": True}, WIDTHS),
-    Row("low bits first", {**BALANCED, "bit_weights": {2: 1e9, 3: 1e6, 4: 1e3, 8: 1.0}}, WIDTHS),
-    Row("groups of 32", {**BALANCED, "group_size": FINE}, WIDTHS),
-    _changed("groups of 32 at 2 bits only", fine_groups_at_two_bits, group_size=FINE),
-    _changed("fed by the full model", fed_by_the_full_model),
-    _changed("fed by 4 bits", partial(fed_by, 4)),
-    _changed("sequential order in a block", partial(in_order, 8)),
-    _changed("sequential order, fed by 4 bits", partial(in_order, 4)),
-    _changed("matching the full output, .25", partial(in_order, 8, 0.25)),
-    _changed("matching the full output, .25, fed by 4 bits", partial(in_order, 4, 0.25)),
-    _changed("matching the full output, 1, fed by 4 bits", partial(in_order, 4, 1.0)),
-    Row("calibrated on Wikipedia", BALANCED, WIDTHS, dataset=other_text),
-    Row("calibrated on conversations", BALANCED, WIDTHS, dataset=chat_text),
-    Row("calibrated on the model's own text", BALANCED, WIDTHS, dataset=lambda _: SELF),
-    Row("calibrated on a mix", BALANCED, WIDTHS, dataset=mixed_text),
-    Row("64 windows", BALANCED, WIDTHS, nsamples=64),
-    Row("128 windows", BALANCED, WIDTHS, nsamples=128),
+    _row("balanced"),
+    _row("draw of seed 1", seed=1),
+    _row("no gradient weights", saliency=0.0),
+    _row("no gradient weights, sink weight 64", saliency=0.0, sink_weight=64.0),
+    _row("no coordinate passes", coordinate_passes=0),
+    _row("only targets refitted", refit_bits=()),
+    _row("no refit", refit=False, refit_bits=(), coordinate_passes=0),
+    _row("rotated", rotate=True),
+    _row("low bits first", bit_weights={2: 1e9, 3: 1e6, 4: 1e3, 8: 1.0}),
+    _row("groups of 32", group_size=FINE),
+    _row("groups of 32 at 2 bits only", fine_groups_at_two_bits, group_size=FINE),
+    _row("fed by the full model", fed_by_the_full_model),
+    _row("fed by 4 bits", partial(fed_by, 4)),
+    _row("sequential order in a block", partial(in_order, 8)),
+    _row("sequential order, fed by 4 bits", partial(in_order, 4)),
+    _row("matching the full output, .25", partial(in_order, 8, 0.25)),
+    _row("matching the full output, .25, fed by 4 bits", partial(in_order, 4, 0.25)),
+    _row("matching the full output, 1, fed by 4 bits", partial(in_order, 4, 1.0)),
+    _row("calibrated on Wikipedia", dataset=other_text),
+    _row("calibrated on conversations", dataset=chat_text),
+    _row("calibrated on the model's own text", dataset=lambda _: SELF),
+    _row("calibrated on a mix", dataset=mixed_text),
+    _row("64 windows", nsamples=64),
+    _row("128 windows", nsamples=128),
 ]
 
 
 def plot(records: list[dict[str, Any]], file: Path) -> None:
     """KL of each row over that of ``balanced``, at each width, on windows that were not used for choosing."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     def kl(record: dict[str, Any]) -> dict[int, float]:
         return {result["bits"]: result["kl"] for result in record["texts"]["windows 4-11"]["results"]}
 
     base = kl(next(record for record in records if record["name"] == "balanced"))
     others = [record for record in records if record["name"] != "balanced"]
-    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(others) + 1.5))
-    for bits in WIDTHS:
-        ratios = [kl(record)[bits] / base[bits] for record in others]
-        axes.plot(ratios, range(len(others)), "o", label=f"{bits} bits")
-    axes.axvline(1, color="gray")
-    axes.set_yticks(range(len(others)), [record["name"] for record in others])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("KL / KL of balanced")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    with figure(file, (8, 0.4 * len(others) + 1.5)) as axes:
+        for bits in EVALUATED:
+            axes.plot(
+                [kl(record)[bits] / base[bits] for record in others], range(len(others)), "o", label=f"{bits} bits"
+            )
+        axes.axvline(1, color="gray")
+        axes.set_yticks(range(len(others)), [record["name"] for record in others])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel("KL / KL of balanced")
 
 
 if __name__ == "__main__":

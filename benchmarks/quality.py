@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quality_table import Row, make_table
+from quality_table import Row, figure, make_table
 
 from matgptq.calibration import SELF
 from matgptq.recipe import make_recipe
@@ -48,28 +48,19 @@ ROWS = [
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """KL against bits per weight, by method, on text that was not used for choosing."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name in ("rtn", "gptq", "paper", "fast", "balanced", "best"):
-        points = sorted(
-            (result["bits_per_weight"], result["kl"])
-            for row in rows
-            if row["name"] == name or (name == "gptq" and row["name"] in ("gptq 2", "gptq 3", "gptq 4"))
-            for result in row["texts"]["windows 4-11"]["results"]
-        )
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set_yscale("log")
-    axes.set_xlabel("bits per weight, scales included")
-    axes.set_ylabel("KL to the full model, nats per token")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    with figure(file, (7, 4.5)) as axes:
+        for name in ("rtn", "gptq", "paper", "fast", "balanced", "best"):
+            points = sorted(
+                (result["bits_per_weight"], result["kl"])
+                for row in rows
+                if row["name"] == name or (name == "gptq" and row["name"] in ("gptq 2", "gptq 3", "gptq 4"))
+                for result in row["texts"]["windows 4-11"]["results"]
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.set_yscale("log")
+        axes.set_xlabel("bits per weight, scales included")
+        axes.set_ylabel("KL to the full model, nats per token")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,3 +212,19 @@ def _run(row: Row, program: str) -> dict[str, Any]:
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     measured["wall_seconds"] = round(time.monotonic() - started, 1)
     return measured
+
+
+@contextmanager
+def figure(file: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Axes to draw on; written to a file in the end, with grid and legend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn, axes = pyplot.subplots(figsize=size)
+    yield axes
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    drawn.tight_layout()
+    drawn.savefig(file, dpi=150)

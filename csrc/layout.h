@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+// Of the vector code that is compiled once per instruction set.
+#define MATGPTQ_INLINE inline __attribute__((always_inline))
+
 namespace matgptq {
 
 constexpr int kTileRows = 16;

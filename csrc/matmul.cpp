@@ -5,6 +5,7 @@
 #include <new>
 #include <vector>
 
+#include "buffer.h"
 #include "matgptq.h"
 #include "threads.h"
 #include "weight.h"
@@ -17,18 +18,6 @@ namespace {
 constexpr int kTilesPerCall = 4;
 // Pieces below this cost more to hand over than to compute.
 constexpr int64_t kBytesPerPiece = 128 << 10;
-
-struct AlignedDelete {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], AlignedDelete>;
-
-template <class T>
-Buffer<T> allocate(int64_t count) {
-    return Buffer<T>(
-        static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(count ? count : 1), std::align_val_t(64))));
-}
 
 float read_float(const void* x, int dtype, int64_t index) {
     if (dtype == MATGPTQ_FLOAT32) {

@@ -7,8 +7,6 @@
 
 #include "layout.h"
 
-#define MATGPTQ_INLINE inline __attribute__((always_inline))
-
 namespace matgptq {
 namespace {
 

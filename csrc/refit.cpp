@@ -1,8 +1,8 @@
 // Drives the refit's sums: tiles of rows over threads, rows into lanes and results back.
 #include <algorithm>
-#include <memory>
 #include <new>
 
+#include "buffer.h"
 #include "matgptq.h"
 #include "refit_kernel.h"
 #include "threads.h"
@@ -10,10 +10,6 @@
 using namespace matgptq;
 
 namespace {
-
-struct AlignedDelete {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
 
 // `count` rows, each in a lane; lanes that are left over hold zeros.
 void into_lanes(const float* rows, int64_t count, int64_t columns, int64_t lanes, float* to) {
@@ -45,11 +41,9 @@ extern "C" int matgptq_refit(const matgptq_refit_job* job) {
     const Kernels& table = kernels();
     const int64_t in = job->in_features, groups = in / job->group_size;
     const int64_t most = table.refit_vectors * table.refit_lanes, sums = groups * groups + groups + 1;
-    const size_t floats = static_cast<size_t>((2 * in + sums) * most + in * kRefitStrip);
     try {
         parallel_for(ceil_div(job->rows, most), 1, job->num_threads, [&](int64_t begin, int64_t end) {
-            const std::unique_ptr<float[], AlignedDelete> memory(
-                static_cast<float*>(::operator new(sizeof(float) * floats, std::align_val_t(64))));
+            const Buffer<float> memory = allocate<float>((2 * in + sums) * most + in * kRefitStrip);
             for (int64_t first = begin * most; first < std::min(end * most, job->rows); first += most) {
                 const int64_t count = std::min(most, job->rows - first);
                 RefitTile tile;

@@ -8,10 +8,6 @@
 #include "layout.h"
 #include "matgptq.h"
 
-#ifndef MATGPTQ_INLINE
-#define MATGPTQ_INLINE inline __attribute__((always_inline))
-#endif
-
 namespace matgptq {
 
 constexpr int kRefitStrip = 4;  // columns of the Hessian at a time

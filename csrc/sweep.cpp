@@ -3,6 +3,7 @@
 #include <memory>
 #include <new>
 
+#include "buffer.h"
 #include "matgptq.h"
 #include "sweep_kernel.h"
 #include "threads.h"
@@ -35,10 +36,6 @@ void plan_cells(SweepPlan& plan) {
     }
 }
 
-struct AlignedDelete {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-
 }  // namespace
 
 extern "C" int matgptq_sweep(const matgptq_sweep_job* job) {
@@ -63,8 +60,7 @@ extern "C" int matgptq_sweep(const matgptq_sweep_job* job) {
         plan_cells(*plan);
 
         const int64_t panels = ceil_div(in, kSweepBlock);
-        std::unique_ptr<float[], AlignedDelete> packed(static_cast<float*>(::operator new(
-            sizeof(float) * static_cast<size_t>(sweep_panel_offset(panels)), std::align_val_t(64))));
+        const Buffer<float> packed = allocate<float>(sweep_panel_offset(panels));
         parallel_for(panels, 1, job->num_threads, [&](int64_t begin, int64_t end) {
             for (int64_t p = begin; p < end; ++p) {
                 float* to = packed.get() + sweep_panel_offset(p);

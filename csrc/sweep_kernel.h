@@ -13,10 +13,6 @@
 #include "layout.h"
 #include "matgptq.h"
 
-#ifndef MATGPTQ_INLINE
-#define MATGPTQ_INLINE inline __attribute__((always_inline))
-#endif
-
 namespace matgptq {
 
 constexpr int kSweepBlock = 48;

@@ -25,6 +25,7 @@ from matgptq.expert_hessians import ExpertCalibration
 from matgptq.experts import Experts, unfuse_experts
 from matgptq.families import find_family
 from matgptq.nested_linear import nested_layers
+from matgptq.nested_weight import NestedWeight
 from matgptq.recipe import make_recipe
 from matgptq.solver import solve
 from matgptq.source import read_headers, read_tensor
@@ -114,13 +115,20 @@ def by_hand(fused: Any, number: int, seen: Any, *, every_token: bool) -> dict[st
     return {name: total * (2 / count) for name, total in totals.items()}
 
 
-def same_but_for_ties(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Processors add up a Hessian in different orders, and that of three tokens has little to hold codes by."""
-    apart = (found.int() - expected.int()).abs()
-    return int(apart.max()) <= 1 and float(apart.float().mean()) < 0.005
+def check_layer(found: Mapping[str, torch.Tensor], expected: NestedWeight, number: int, ties: float) -> None:
+    """Codes are equal but for a share of neighbours; scales of rows whose codes are, to 2 % if that is allowed."""
+    apart = (found["codes"].int() - expected.codes.int()).abs()
+    assert int(apart.max()) <= 1, number
+    assert float(apart.float().mean()) <= ties, number
+    same = ~apart.any(1)
+    for bits in (3, 8):
+        scales, wanted = found[f"scales_{bits}"][same], expected.scales[bits].to(torch.float16)[same]
+        torch.testing.assert_close(scales, wanted, rtol=2e-2 if ties else 0, atol=0)
 
 
-def check_codes(out: Path, name: str, model: Any, windows: torch.Tensor, every_token: Mapping[int, bool]) -> None:
+def check_codes(
+    out: Path, name: str, model: Any, windows: torch.Tensor, every_token: Mapping[int, bool], ties: float = 0.0
+) -> None:
     path, gate, up, down = NAMES[name]
     fused = model.model.layers[0].mlp.experts
     seen = seen_by_router(model, windows)
@@ -128,14 +136,12 @@ def check_codes(out: Path, name: str, model: Any, windows: torch.Tensor, every_t
     recipe = make_recipe("matgptq", PLAIN["bits"], quality="fast", sink_weight=1, group_size=32)
     for number, every in every_token.items():
         hessians = by_hand(fused, number, seen, every_token=every)
+        parts = {"codes", "scales_3", "scales_8"}
         expected = solve(fused.gate_up_proj[number].detach(), hessians["inner"], recipe, 32).weight
-        found = torch.cat([tensors[f"{path}.{number}.{leaf}.codes"] for leaf in (gate, up)])
-        assert same_but_for_ties(found, expected.codes), number
+        found = {part: torch.cat([tensors[f"{path}.{number}.{leaf}.{part}"] for leaf in (gate, up)]) for part in parts}
+        check_layer(found, expected, number, ties)
         expected = solve(fused.down_proj[number].detach(), hessians["down"], recipe, 32).weight
-        assert same_but_for_ties(tensors[f"{path}.{number}.{down}.codes"], expected.codes), number
-        for bits in (3, 8):
-            scales = tensors[f"{path}.{number}.{down}.scales_{bits}"]
-            torch.testing.assert_close(scales, expected.scales[bits].to(torch.float16), rtol=2e-2, atol=0)
+        check_layer({part: tensors[f"{path}.{number}.{down}.{part}"] for part in parts}, expected, number, ties)
 
 
 # --- the form ---------------------------------------------------------------------------------------------------------
@@ -237,7 +243,8 @@ def test_three_tokens_are_enough_if_asked_for(tmp_path, float32_products):
     source, windows = save_rigged("mixtral", tmp_path / "source"), rigged_windows()
     report = matgptq.quantize(source, tmp_path / "out", dataset=windows, min_expert_tokens=3, **PLAIN)
     model = AutoModelForCausalLM.from_pretrained(source)
-    check_codes(tmp_path / "out", "mixtral", model, windows, {THRICE: False, NEVER: True})
+    # Processors add up a Hessian in different orders, and that of three tokens has little to hold codes by.
+    check_codes(tmp_path / "out", "mixtral", model, windows, {THRICE: False, NEVER: True}, ties=0.005)
     assert report.fallbacks["expert on all tokens"] == 3
 
 

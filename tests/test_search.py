@@ -7,7 +7,6 @@ import math
 import shutil
 import sys
 from importlib.machinery import ModuleSpec
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -185,13 +184,13 @@ def test_the_ends_of_the_range_terminate(checkpoint: Path, method: str) -> None:
 
 
 def test_sweep_beside_uniform_widths(checkpoint: Path) -> None:
-    result = search(checkpoint, [2.5, 4, "6.5"], save="front")
+    result = search(checkpoint, [2.5, 4, "6.5"], save="front", dtype="float32")  # bfloat16's noise is 7 bits' loss
     assert [found.name for found in result.found] == ["front-2.5bpw", "front-4bpw", "front-6.5bpw"]
     sizes = [found.bytes for found in result.found]
     assert sizes == sorted(sizes)
     assert [each.widths[0] for each in result.uniform] == list(WIDTHS)
     losses = [each.loss for each in result.uniform]
-    assert all(later < 1.1 * earlier for earlier, later in pairwise(losses))  # scores are bfloat16's
+    assert losses == sorted(losses, reverse=True)
     assert set(stored_allocations(open_checkpoint(checkpoint))) == {found.name for found in result.found}
     # Better than what uniform widths of about the same size give.
     assert result.found[0].loss < losses[0]

@@ -22,7 +22,7 @@ from matgptq.distributed import ALONE, Processes
 from matgptq.errors import UnsupportedModelError
 from matgptq.expert_hessians import Coverage, ExpertCalibration, ExpertTotals
 from matgptq.experts import Experts
-from matgptq.hessian import add_to_tile, hessian_tiles, mirror
+from matgptq.hessian import add_to_tile, all_finite, hessian_tiles, mirror
 from matgptq.sightings import Notes, Sighting, Watch
 from matgptq.workers import INLINE, Workers
 
@@ -188,7 +188,7 @@ def _weights_of(stream: BlockInputs, watch: Watch, name: str) -> Tensor | None:
 
 
 def _check_finite(name: str, total: Tensor) -> None:
-    if not bool(torch.isfinite(total).all()):
+    if not all_finite(total):
         raise UnsupportedModelError(
             f"the inputs of {name} are not finite during calibration; "
             "use a dtype with more range (--dtype bfloat16 or float32)"

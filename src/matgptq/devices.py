@@ -55,7 +55,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 class _MediumPrecision:
-    """PyTorch's precision of float32 products, which is one for all threads, while any of them wants it lower."""
+    """PyTorch's precision of float32 products, which is one for all threads, while any of them wants it lower.
+
+    They multiply in bfloat16 where that is faster; sums stay float32.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -76,7 +79,7 @@ class _MediumPrecision:
                 torch.set_float32_matmul_precision(self._before)
 
 
-_MEDIUM_PRECISION = _MediumPrecision()
+MEDIUM_PRECISION = _MediumPrecision()
 
 
 @contextmanager
@@ -90,7 +93,7 @@ def fast_products(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or not multiplies_bfloat16(device):
         yield
         return
-    with _MEDIUM_PRECISION, torch.autocast("cpu", torch.bfloat16):
+    with MEDIUM_PRECISION, torch.autocast("cpu", torch.bfloat16):
         yield
 
 
@@ -100,5 +103,5 @@ def fast_sums(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or not multiplies_bfloat16(device):
         yield
         return
-    with _MEDIUM_PRECISION:
+    with MEDIUM_PRECISION:
         yield

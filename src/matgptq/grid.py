@@ -152,10 +152,9 @@ def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor
         a group is nearly empty and the system says nothing about it. A row whose rounded solution would be worse than
         what it replaces keeps its scales.
     """
-    step = max(1, len(weight)) if native.solves(weight) else _REFIT_ROWS
     pieces = [
-        _refit_rows(weight[i : i + step], levels[i : i + step], scales[i : i + step], hessian)
-        for i in range(0, len(weight), step)
+        _refit_rows(weight[i : i + _REFIT_ROWS], levels[i : i + _REFIT_ROWS], scales[i : i + _REFIT_ROWS], hessian)
+        for i in range(0, len(weight), _REFIT_ROWS)
     ]
     return Refit(torch.cat([piece.scales for piece in pieces]), torch.cat([piece.errors for piece in pieces]))
 

@@ -17,15 +17,14 @@ windows' order, so that the scales found don't depend on how many threads there 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from matgptq.devices import multiplies_bfloat16
+from matgptq.devices import MEDIUM_PRECISION, multiplies_bfloat16
 from matgptq.errors import ConfigurationError
 from matgptq.grid import storable_scales
 from matgptq.teacher import OutputHead, Teacher, chunks, last_hidden
@@ -322,17 +321,6 @@ def _adam(state: TuningState, gradient: Tensor, rate: float) -> None:
     state.logarithms.sub_(mean.div_(deviation.add_(_EPSILON)), alpha=rate)
 
 
-@contextmanager
-def _fast_heads() -> Iterator[None]:
-    """Let float32 products (the output heads) multiply in bfloat16 where that is faster; sums stay float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def mean_gradient(workers: Workers, gradient: Callable[[int], Tensor], windows: Sequence[int]) -> Tensor:
     """Mean of ``gradient(window)`` over some windows, added up in their order."""
     total: Tensor | None = None
@@ -367,7 +355,7 @@ class ModelObjective:
 
     def gradient(self, windows: Sequence[int]) -> Tensor:
         """Of the mean over some windows of the training text, ``[scales]``."""
-        with _fast_heads():
+        with MEDIUM_PRECISION:  # the output heads
             return mean_gradient(self.workers, self._gradient, windows)
 
     @torch.enable_grad()

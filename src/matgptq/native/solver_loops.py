@@ -187,7 +187,6 @@ def refit_sums(
         group_size: divides ``in``.
         num_threads: default ``torch.get_num_threads()``.
     """
-    library = require_library()
     if current.ndim != 2:
         raise ConfigurationError("current must be [rows, in]")
     rows, in_features = current.shape
@@ -195,23 +194,10 @@ def refit_sums(
         raise ConfigurationError(f"group size {group_size} does not divide {in_features} input features")
     groups = in_features // group_size
     current = expect_tensor(current, "current", torch.float32, (rows, in_features))
+    system, slope = torch.empty(rows, groups, groups), torch.empty(rows, groups)
+    known = {"current": current.data_ptr(), "system": system.data_ptr(), "slope": slope.data_ptr()}
     difference = expect_tensor(difference, "difference", torch.float32, (rows, in_features))
-    hessian = expect_tensor(hessian, "hessian", torch.float32, (in_features, in_features))
-    sums = RefitSums(torch.empty(rows, groups, groups), torch.empty(rows, groups), torch.empty(rows))
-    job = RefitJob(
-        rows=rows,
-        in_features=in_features,
-        group_size=group_size,
-        difference=difference.data_ptr(),
-        current=current.data_ptr(),
-        hessian=hessian.data_ptr(),
-        system=sums.system.data_ptr(),
-        slope=sums.slope.data_ptr(),
-        errors=sums.errors.data_ptr(),
-        num_threads=thread_count(num_threads),
-    )
-    check_status(library.matgptq_refit(ctypes.byref(job)))
-    return sums
+    return RefitSums(system, slope, _run_refit(difference, hessian, group_size, num_threads, **known))
 
 
 def quadratic_forms(rows: Tensor, hessian: Tensor, *, num_threads: int | None = None) -> Tensor:
@@ -225,21 +211,28 @@ def quadratic_forms(rows: Tensor, hessian: Tensor, *, num_threads: int | None = 
     Returns:
         ``torch.float32`` ``[rows]``.
     """
-    library = require_library()
     if rows.ndim != 2:
         raise ConfigurationError("rows must be [rows, in]")
-    count, in_features = rows.shape
-    rows = expect_tensor(rows, "rows", torch.float32, (count, in_features))
+    rows = expect_tensor(rows, "rows", torch.float32, tuple(rows.shape))
+    return _run_refit(rows, hessian, max(1, rows.shape[1]), num_threads)
+
+
+def _run_refit(
+    difference: Tensor, hessian: Tensor, group_size: int, num_threads: int | None, **pointers: int
+) -> Tensor:
+    """The job with the pointers that are given besides; its errors."""
+    rows, in_features = difference.shape
     hessian = expect_tensor(hessian, "hessian", torch.float32, (in_features, in_features))
-    forms = torch.zeros(count)
+    errors = torch.zeros(rows)
     job = RefitJob(
-        rows=count,
+        rows=rows,
         in_features=in_features,
-        group_size=max(1, in_features),
-        difference=rows.data_ptr(),
+        group_size=group_size,
+        difference=difference.data_ptr(),
         hessian=hessian.data_ptr(),
-        errors=forms.data_ptr(),
+        errors=errors.data_ptr(),
         num_threads=thread_count(num_threads),
+        **pointers,
     )
-    check_status(library.matgptq_refit(ctypes.byref(job)))
-    return forms
+    check_status(require_library().matgptq_refit(ctypes.byref(job)))
+    return errors

@@ -110,6 +110,20 @@ def test_tuning_finds_the_scales() -> None:
     assert torch.equal(task.scales.by_layer()["layer"], task.layer.scales)
 
 
+def test_each_layer_moves_at_its_own_pace() -> None:
+    layers = {}
+    for name, pace in (("slow", 0.25), ("fast", 1.0)):
+        _, scales, levels = random_layer(8, 4, 8)
+        layers[name] = TunedLinear(levels, scales, None, torch.float32, pace)
+    scales = ScaleVector(layers)
+    state = tune(
+        scales, 1, lambda _: torch.ones_like(scales.start), lambda: -float(scales.values.sum()), Schedule(1, 0.2)
+    )
+    slow, fast = state.logarithms.abs().chunk(2)
+    assert torch.allclose(4 * slow, fast)
+    assert bool((fast > 0).all())
+
+
 @pytest.mark.parametrize("rate", [1e-3, 0.3, 5.0])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_never_worse(rate: float, seed: int) -> None:

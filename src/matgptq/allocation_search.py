@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from matgptq.allocation import Allocation
+from matgptq.allocation_scales import forget_scales
 from matgptq.allocation_store import check_name, save_allocation
 from matgptq.calibration import SELF, Windows, load_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
@@ -201,7 +202,7 @@ def search(
             found.append(_measured(space, state.best, value, name, budget))
             how = {**described, "text": windows.protocol, "generation": state.generation}
             fitness_record = {"measure": fitness, "value": value, "windows": settings.held_out}
-            save_allocation(checkpoint, _allocation(checkpoint, space, found[-1], fitness_record, how))
+            forget_scales(save_allocation(checkpoint, _allocation(checkpoint, space, found[-1], fitness_record, how)))
             log.write("found", **dataclasses.asdict(found[-1]))
     return Search(
         found=found,

@@ -30,9 +30,14 @@ def save_allocation(checkpoint: Checkpoint, allocation: Allocation) -> Path:
         CheckpointError: the directory cannot be written.
     """
     file = checkpoint.path / DIRECTORY / f"{check_name(allocation.name)}.json"
-    write_text(file, json.dumps(allocation.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_record(file, allocation.to_dict())
     write_text(file.with_suffix(".txt"), format_lines(allocation.layers))
     return file
+
+
+def write_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Replace the JSON file of an allocation; raises ``CheckpointError`` if it cannot be written."""
+    write_text(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def stored_allocations(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
@@ -61,12 +66,21 @@ def find_allocation(
     if isinstance(allocation, Mapping):
         widths = dict(allocation)
     else:
-        file = checkpoint.path / DIRECTORY / f"{allocation}.json"
-        if Path(allocation).name != str(allocation) or not file.exists():
-            file = Path(allocation)
-        if not file.exists():
-            names = sorted(each.stem for each in (checkpoint.path / DIRECTORY).glob("*.json"))
-            stored = f"has {', '.join(names)}" if names else "has none"
-            raise AllocationError(f"{allocation}: no such file, and no such allocation: {checkpoint.path} {stored}")
-        widths = read_allocation(file, checkpoint.identity)
+        widths = read_allocation(allocation_file(checkpoint, allocation), checkpoint.identity)
     return complete_allocation(widths, checkpoint.layers, default_bits or checkpoint.settings.bits)
+
+
+def allocation_file(checkpoint: Checkpoint, allocation: str | Path) -> Path:
+    """The file of a stored allocation, by its name, or else the file of that name.
+
+    Raises:
+        AllocationError: there is neither.
+    """
+    file = checkpoint.path / DIRECTORY / f"{allocation}.json"
+    if Path(allocation).name != str(allocation) or not file.exists():
+        file = Path(allocation)
+    if not file.exists():
+        names = sorted(each.stem for each in (checkpoint.path / DIRECTORY).glob("*.json"))
+        stored = f"has {', '.join(names)}" if names else "has none"
+        raise AllocationError(f"{allocation}: no such file, and no such allocation: {checkpoint.path} {stored}")
+    return file

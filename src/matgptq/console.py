@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from matgptq import figures, kernels, native
+from matgptq.allocation_scales import KEY as SCALES
 from matgptq.allocation_search import Search
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import ConfigurationError
@@ -254,7 +255,13 @@ def refinement_table(results: Sequence[Refinement]) -> Table:
         table.add_column(column, justify="right")
     for result in results:
         after = f"{result.kl_after:.4f}" if result.kl_after < result.kl_before else "not better, left as it was"
-        table.add_row(str(result.bits), f"{result.kl_before:.4f}", after, str(result.steps), f"{result.seconds:.0f}")
+        table.add_row(
+            figures.width(result.bits, result.allocation),
+            f"{result.kl_before:.4f}",
+            after,
+            str(result.steps),
+            f"{result.seconds:.0f}",
+        )
     return table
 
 
@@ -282,8 +289,8 @@ def search_table(search: Search) -> Table:
 def allocations_table(records: Mapping[str, Mapping[str, Any]], identity: str) -> Table:
     """Allocations that lie with a checkpoint."""
     table = Table(title="allocations")
-    for column in ("name", "bits", "bits per weight", "size", "fitness", "method"):
-        table.add_column(column, justify="left" if column in ("name", "method") else "right")
+    for column in ("name", "bits", "bits per weight", "size", "fitness", "method", "scales"):
+        table.add_column(column, justify="left" if column in ("name", "method", "scales") else "right")
     for name, record in records.items():
         fitness, foreign = record["fitness"], record["checkpoint"] != identity
         table.add_row(
@@ -293,6 +300,7 @@ def allocations_table(records: Mapping[str, Mapping[str, Any]], identity: str) -
             megabytes(record["bytes"]),
             f"{fitness['measure']} {fitness['value']:.4f}",
             record["found"]["method"],
+            "tuned" if record.get(SCALES) else "of each width",
         )
     return table
 

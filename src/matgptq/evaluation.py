@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from matgptq.allocation_scales import find_scales
 from matgptq.allocation_store import find_allocation
 from matgptq.calibration import SELF, TextProtocol, Windows, check_cut, evaluation_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
@@ -160,17 +162,22 @@ def evaluate(
     config = load_config(path, trust_remote_code=trust_remote_code)
     chosen = _settle_text(text, windows, seqlen, stride, protocol, config, run_device, progress)
     progress.start("load the models", 1)
-    model = load(
-        path,
-        device=run_device,
-        dtype=dtype,
-        activations=activations,
-        head_bits=head_bits,
-        trust_remote_code=trust_remote_code,
+    models = CandidateModels(
+        candidates,
+        allocation,
+        partial(
+            load,
+            path,
+            device=run_device,
+            dtype=dtype,
+            activations=activations,
+            head_bits=head_bits,
+            trust_remote_code=trust_remote_code,
+        ),
     )
     full, reference_name = _load_reference(checkpoint, reference, run_device, dtype, trust_remote_code, progress)
     progress.start("evaluation text", 1)
-    tokens = chosen.read(path, full if full is not None else model)
+    tokens = chosen.read(path, full if full is not None else models.first)
 
     sums = [Divergence() for _ in candidates]
     full_sum = Divergence()
@@ -185,8 +192,7 @@ def evaluate(
                 full_sum.add(reference_logits, targets, None)
                 progress.advance()
             for candidate, divergence in zip(candidates, sums, strict=True):
-                model.set_bits(candidate.widths)
-                divergence.add(_logits(model, window, scored), targets, reference_logits)
+                divergence.add(_logits(models.serve(candidate), window, scored), targets, reference_logits)
                 progress.advance()
     results = [
         _result(checkpoint, candidate, divergence, full is not None)
@@ -197,7 +203,7 @@ def evaluate(
         tokens.protocol,
         reference_name,
         full_sum.perplexity if reference_name is not None else None,
-        served_settings(model, activations, head_bits),
+        served_settings(models.first, activations, head_bits),
     )
 
 
@@ -213,10 +219,43 @@ class Candidate:
     Attributes:
         widths: one for all layers, or ``{layer: width}``.
         allocation: what the latter is called; None for a width, and for what a slice holds.
+        own_scales: whether the allocation has scales of its own, which fix a model to it.
     """
 
     widths: int | dict[str, int]
     allocation: str | None = None
+    own_scales: bool = False
+
+
+class CandidateModels:
+    """The models that serve some candidates: one whose widths are set, and one more for scales of an allocation's own.
+
+    Args:
+        candidates: to be served.
+        allocation: the one among them, as named by the user.
+        load_model: ``matgptq.load`` but for the allocation.
+
+    Attributes:
+        first: one of the models.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        allocation: Mapping[str, int] | str | Path | None,
+        load_model: Callable[..., Any],
+    ) -> None:
+        kinds = {candidate.own_scales for candidate in candidates}
+        self._settable = load_model() if False in kinds else None
+        self._fixed = load_model(allocation=allocation) if True in kinds else None
+        self.first = self._settable if self._settable is not None else self._fixed
+
+    def serve(self, candidate: Candidate) -> Any:
+        """A model at the candidate's widths, until the next call."""
+        if candidate.own_scales:
+            return self._fixed
+        self._settable.set_bits(candidate.widths)
+        return self._settable
 
 
 def choose_candidates(
@@ -238,7 +277,8 @@ def choose_candidates(
     candidates = [Candidate(each) for each in widths]
     if allocation is not None:
         name = "mapping" if isinstance(allocation, Mapping) else Path(allocation).name
-        candidates.append(Candidate(find_allocation(checkpoint, allocation), name))
+        own_scales = find_scales(checkpoint, allocation) is not None
+        candidates.append(Candidate(find_allocation(checkpoint, allocation), name, own_scales))
     return candidates
 
 

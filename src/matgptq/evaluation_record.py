@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matgptq.allocation import format_lines
+from matgptq.allocation_scales import KEY as SCALES
 from matgptq.allocation_store import stored_allocations
 from matgptq.atomic_files import write_text
 from matgptq.checkpoint import RECORD_NAME, Checkpoint
@@ -95,10 +96,12 @@ def record_evaluation(checkpoint: Checkpoint, evaluation: Evaluation | TaskEvalu
 
 
 def _present_allocations(checkpoint: Checkpoint) -> dict[str | None, str | None]:
-    """A fingerprint of each stored allocation by name; None, for a width, has none."""
-    stored = stored_allocations(checkpoint)
-    prints = {name: format_lines(record.get("layers", record)) for name, record in stored.items()}
-    return {None: None, **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in prints.items()}}
+    """A fingerprint of widths and own scales of each stored allocation by name; None, for a width, has none."""
+    prints: dict[str | None, str | None] = {None: None}
+    for name, record in stored_allocations(checkpoint).items():
+        text = format_lines(record.get("layers", record)) + record.get(SCALES, {}).get("sha256", "")
+        prints[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return prints
 
 
 def _merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from matgptq.allocation_scales import find_scales
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import (
     CARD_MARK,
@@ -99,7 +100,7 @@ def export(
             loads which.
         bits: width of all layers.
         allocation: ``{layer: bits}``, the name of a stored one, or a file; layers that it does not name get ``bits``,
-            or else the checkpoint's default width.
+            or else the checkpoint's default width. Scales that were tuned for it go along.
         dtype: of dense weights; ``auto`` is the model's own. float32 is exact, the others round once.
         force: replace a checkpoint or an export that stands at ``output``.
         shard_bytes: largest safetensors file.
@@ -121,7 +122,8 @@ def export(
     check_destination(destination, force=force)
     if destination.exists() and os.path.samefile(destination, checkpoint.path):
         raise ConfigurationError(f"{destination}: an export cannot take the place of its checkpoint; choose another -o")
-    target = Target(checkpoint, _widths(checkpoint, bits, allocation), _dtype(checkpoint, dtype))
+    widths, own_scales = _widths(checkpoint, bits, allocation), find_scales(checkpoint, allocation)
+    target = Target(checkpoint, widths, _dtype(checkpoint, dtype), own_scales)
     exporter = FORMATS[format](target)
     for note in exporter.notes:
         progress.note(note)
@@ -132,10 +134,10 @@ def export(
             own_card = name == CARD_NAME and CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
             if name not in _ABOUT_THE_PARENT and not own_card:
                 writer.copy_file(name, file)
-        writer.write_json(
-            EXPORT_NAME,
-            {"format": format, "checkpoint": checkpoint.path.resolve().name, "layer_bits": dict(target.widths)},
-        )
+        record = {"format": format, "checkpoint": checkpoint.path.resolve().name, "layer_bits": dict(target.widths)}
+        if own_scales is not None:
+            record["scales_of"] = Path(str(allocation)).name.removesuffix(".json")
+        writer.write_json(EXPORT_NAME, record)
         writer.commit()
     size = sum(file.stat().st_size for file in destination.iterdir() if file.suffix in (".safetensors", ".gguf"))
     return ExportReport(destination, format, target.widths, size, tuple(exporter.notes))

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from matgptq.allocation_scales import damage_of
+from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
 from matgptq.checkpoint import EXPORT_NAME, is_checkpoint, open_checkpoint
 from matgptq.checksums import data_starts, read_checksum, read_checksums
 from matgptq.errors import CheckpointError, SourceError
@@ -110,6 +112,10 @@ def check_integrity(directory: str | Path, *, progress: Progress | None = None) 
             checked += 1
     for name in sorted(set(known or ()) - set(tensors)):
         damage.append(Damage(str(directory), name, "is missing: no file holds it"))
+    for file in sorted((directory / ALLOCATIONS).glob("*.json")):
+        problem = damage_of(file)
+        if problem is not None:
+            damage.append(Damage(str(file), file.stem, f"has scales of its own that are damaged: {problem}"))
     size = sum(info.bytes for info in tensors.values())
     return Integrity(directory, kind, len(files), len(tensors), size, None if known is None else checked, tuple(damage))
 

@@ -11,6 +11,7 @@ import torch
 
 from matgptq import kernels
 from matgptq.allocation import complete_allocation, read_allocation
+from matgptq.allocation_scales import find_scales
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.decoding import decode_in_rows
@@ -50,7 +51,8 @@ def load(
             other width.
         bits: width of all layers, 2..8; default: the one that ``config.json`` names.
         allocation: ``{layer: bits}``, the name of an allocation that lies with the checkpoint (``matgptq.search``), or
-            a file; layers that it does not name get ``bits``.
+            a file; layers that it does not name get ``bits``. One whose scales were tuned (``matgptq.refine``) is
+            served with those, and widths are fixed.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: of activations and of everything that is not quantized; ``auto`` is float32 on the CPU and the
             checkpoint's own on a GPU.
@@ -79,10 +81,12 @@ def load(
         if width is not None:
             check_bits(width)
     local = Path(path).expanduser()
+    scales = None
     if local.exists():
         checkpoint = open_checkpoint(local, slices=True)  # names what is wrong before transformers gets to see it
         if allocation is not None:
-            allocation = find_allocation(checkpoint, allocation, bits)
+            widths = find_allocation(checkpoint, allocation, bits)
+            scales, allocation = find_scales(checkpoint, allocation), widths
         path = local
     elif isinstance(allocation, str | Path):
         allocation = read_allocation(allocation)
@@ -113,7 +117,10 @@ def load(
         layers = nested_layers(model)
         default = next(iter(layers.values())).bits
         model.set_bits(complete_allocation(allocation, layers, default))
+        for name, own in (scales or {}).items():
+            layers[name].adopt_scales(own)
     if _packs(target, model.dtype, resident, activations, head_bits):
+        resident = resident and scales is None
         pack_layers(model, resident=resident, activations=activations, shared=_shared_inputs(model))
         if kernels.packed_form(target) == "native":
             _decode_in_rows(model)

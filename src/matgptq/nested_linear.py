@@ -63,6 +63,7 @@ class NestedLinear(nn.Module):
         self.activations: kernels.Activations = "exact"
         self._packed: kernels.PackedWeight | None = None
         self._shared: SharedInput | None = None
+        self._fixed = False
         self.set_bits(bits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NestedLinear:
@@ -88,15 +89,27 @@ class NestedLinear(nn.Module):
         """Multiply by the slice of ``bits`` bits from now on.
 
         Raises:
-            AllocationError: the layer is packed as a slice of another width.
+            AllocationError: the layer is packed as a slice of another width, or serves an allocation with scales of
+                its own.
         """
         check_bits(bits)
+        if self._fixed and bits != self._bits:
+            raise AllocationError(
+                "the model serves an allocation with scales of its own; load it again for other widths"
+            )
         if self._packed is not None and bits not in self._packed.widths:
             raise AllocationError(
                 f"only the slice of {self._packed.widths[0]} bits is in memory; "
                 "load with resident=True to change widths"
             )
         self._bits = bits
+
+    def adopt_scales(self, scales: Tensor) -> None:
+        """Serve the width in use with other scales, ``[out_features, groups]``, and no other width from now on."""
+        own = scales.to(self.codes.device, torch.float16)
+        self.register_buffer(scales_name(self._bits), own)
+        self.scale_bits = tuple(sorted({*self.scale_bits, self._bits}))
+        self._fixed = True
 
     @property
     def packed(self) -> kernels.PackedWeight | None:
@@ -149,7 +162,7 @@ class NestedLinear(nn.Module):
     @property
     def is_complete(self) -> bool:
         """Whether all that the files hold is still in memory."""
-        return self._packed is None or self._packed.resident
+        return not self._fixed and (self._packed is None or self._packed.resident)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[out_features, in_features]`` weights at the width in use."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from matgptq.allocation import format_lines
+from matgptq.allocation_scales import scales_file
 from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
 from matgptq.allocation_store import stored_allocations
 from matgptq.atomic_files import write_text
@@ -131,6 +133,10 @@ def prepare_upload(directory: str | Path, repo_id: str, origin: str | Path) -> N
         measured = loaded if loaded.identity == checkpoint.identity else checkpoint
     for name, content in published_texts(checkpoint, measured, repo_id).items():
         write_text(checkpoint.path / name, content)
+    for name in stored_allocations(measured) if measured is not checkpoint else ():
+        scales = scales_file(measured.path / ALLOCATIONS / f"{name}.json")
+        if scales is not None:
+            shutil.copy2(scales, checkpoint.path / ALLOCATIONS / scales.name)
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""Tune the scales of some widths of a checkpoint after the solve: text, teacher, tuning, commit, and going on later.
+"""Tune the scales of widths or of an allocation after the solve: text, teacher, tuning, commit, and going on later.
 
 Progress lives in a directory beside the checkpoint, ``.OUT.refine``: what the run is, the teacher, and the state of
-each width. It goes away when all widths are done. The checkpoint itself changes once for each width, as a whole.
+each width. It goes away when all are done. The checkpoint itself changes once for each width, as a whole; an allocation
+gets scales of its own, and the checkpoint stays as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,17 +22,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from matgptq.allocation_scales import find_scales, save_scales, widths_scales
+from matgptq.allocation_store import find_allocation, stored_allocations
 from matgptq.block_tuning import tune_blocks
 from matgptq.blocks import Block, capture_inputs, complete
 from matgptq.calibration import SELF, Windows, load_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint, replace_scales
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
+from matgptq.evaluation import average_bits
 from matgptq.families import find_family
-from matgptq.format import scales_name
 from matgptq.loading import load
 from matgptq.nested_linear import nested_layers
-from matgptq.nested_weight import scale_source
 from matgptq.progress import Progress, Silent
 from matgptq.scale_tuning import (
     ModelObjective,
@@ -44,7 +46,7 @@ from matgptq.scale_tuning import (
 )
 from matgptq.self_text import model_fingerprint
 from matgptq.slicing import check_widths, slice_levels
-from matgptq.source import load_tokenizer, open_source, read_json, read_tensor
+from matgptq.source import load_tokenizer, open_source, read_json
 from matgptq.teacher import Teacher, observe, output_head
 from matgptq.workers import Workers, one_thread_each
 
@@ -65,23 +67,25 @@ def default_learning_rate(bits: int) -> float:
 
 @dataclass(frozen=True)
 class Refinement:
-    """What tuning did to one width.
+    """What tuning did to one width or allocation.
 
     Attributes:
-        bits: the width.
+        bits: the width; for an allocation the average over the weights.
         kl_before, kl_after: mean KL(full || slice) in nats a token on text that tuning did not see, with the scales
             as stored. The checkpoint has new scales exactly if the second is smaller.
         steps: taken; fewer than asked for if the held-out text stopped it. For scope ``block``: blocks.
         history: ``(steps taken, held-out KL)``.
         seconds: of this call.
+        allocation: its name; None for a width.
     """
 
-    bits: int
+    bits: float
     kl_before: float
     kl_after: float
     steps: int
     history: list[tuple[int, float]]
     seconds: float
+    allocation: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -90,8 +94,9 @@ class Refinement:
 
 def refine(
     path: str | Path,
-    bits: Iterable[int] = DEFAULT_WIDTHS,
+    bits: Iterable[int] | None = None,
     *,
+    allocation: str | None = None,
     steps: int | None = None,
     scope: Scope = "model",
     dataset: str | Path | Tensor | None = None,
@@ -105,14 +110,16 @@ def refine(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[Refinement]:
-    """Tune the group scales of some widths of a checkpoint so that its predictions come closer to the full model's.
+    """Tune the group scales of widths, or of an allocation, so that the predictions come closer to the full model's.
 
     Codes and all other widths stay as they are. Interrupted, the same call goes on where it was; each width is
     written as soon as it is done, and none is written that is not better on held-out text.
 
     Args:
         path: the checkpoint; changed in place.
-        bits: widths, 2..8. A width without scales of its own gets them.
+        bits: widths, 2..8; default 2 and 3. A width without scales of its own gets them.
+        allocation: instead of widths, the name of an allocation that lies with the checkpoint. It gets scales of its
+            own, which are used wherever it is named; all widths keep theirs.
         steps: of Adam, for each width; default 128, or 16 for each block.
         scope: ``model`` minimises the KL to the full model end to end. ``block`` matches the output of each block to
             the full model's; it needs gradients of one block at a time only, and gains less.
@@ -136,14 +143,11 @@ def refine(
     """
     progress = progress or Silent()
     checkpoint = open_checkpoint(path)
-    widths = check_widths(bits)
+    goals = _goals(checkpoint, bits, allocation)
     if scope not in get_args(Scope):
         raise ConfigurationError(f"scope must be model or block, not {scope!r}")
     steps = DEFAULT_STEPS[scope] if steps is None else steps
-    schedules = {
-        width: Schedule(steps, default_learning_rate(width) if learning_rate is None else learning_rate, seed=seed)
-        for width in widths
-    }
+    schedules = [Schedule(steps, goal.rate if learning_rate is None else learning_rate, seed=seed) for goal in goals]
     name = reference if reference is not None else checkpoint.settings.source
     if name is None:
         raise ConfigurationError(f"{path}: does not say what model it was made from; name it (--reference MODEL)")
@@ -156,26 +160,71 @@ def refine(
     text = _load_text(checkpoint, full, dataset, nsamples, seqlen, seed, progress)
 
     options = {
-        "bits": list(widths),
-        "schedule": [asdict(schedule) for schedule in schedules.values()],
+        "goals": [goal.key for goal in goals],
+        "schedule": [asdict(schedule) for schedule in schedules],
         "scope": scope,
         "dtype": str(run_dtype),
         "text": _digest(text.tokens),
         "reference": model_fingerprint(full),
     }
-    workspace = _Workspace(checkpoint, options, progress)
+    workspace = _Workspace(checkpoint, goals, options, progress)
     try:
         with one_thread_each(run_device) as workers:
             run = _Run(checkpoint, workspace, text, run_device, run_dtype, trust_remote_code, progress, workers)
             run.observe(full, with_training=scope == "model")
             whole = full if scope == "block" else None
             del full  # scope "model" needs no more than its output head
-            results = [run.refine_width(width, schedules[width], whole) for width in widths]
+            results = [run.refine(goal, schedule, whole) for goal, schedule in zip(goals, schedules, strict=True)]
     except (KeyboardInterrupt, SystemExit):
         progress.note(f"what is done is kept in {workspace.directory}; the same command goes on from there")
         raise
     workspace.remove()
     return results
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What is tuned: the scales of a width, or those of an allocation.
+
+    Attributes:
+        widths: the width, or that of each layer.
+        allocation: the name of the latter.
+    """
+
+    widths: int | Mapping[str, int]
+    allocation: str | None = None
+
+    @property
+    def key(self) -> str:
+        """For file names; widths have digits and allocations a prefix."""
+        return str(self.widths) if self.allocation is None else f"allocation-{self.allocation}"
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.widths} bits" if self.allocation is None else self.allocation
+
+    @property
+    def rate(self) -> float:
+        """Default learning rate: that of its smallest width."""
+        return default_learning_rate(self.widths if isinstance(self.widths, int) else min(self.widths.values()))
+
+    def pace(self, bits: int) -> float:
+        """The rate of layers of a width as a share of ``rate``."""
+        return default_learning_rate(bits) / self.rate
+
+
+def _goals(checkpoint: Checkpoint, bits: Iterable[int] | None, allocation: str | None) -> list[_Goal]:
+    if allocation is None:
+        return [_Goal(width) for width in check_widths(DEFAULT_WIDTHS if bits is None else bits)]
+    if bits is not None:
+        raise ConfigurationError("tune either widths or an allocation")
+    widths = find_allocation(checkpoint, allocation)
+    if allocation not in stored_allocations(checkpoint):
+        raise ConfigurationError(
+            f"{allocation}: only an allocation that matgptq search saved with the checkpoint can have scales of its own"
+        )
+    return [_Goal(widths, allocation)]
 
 
 class _Run:
@@ -216,41 +265,44 @@ class _Run:
         if with_training:
             self.training = Teacher(windows[:-HELD_OUT], hidden[:-HELD_OUT], head)
 
-    def refine_width(self, bits: int, schedule: Schedule, full: Any) -> Refinement:
-        """Tune one width and write it; ``full`` is given for scope ``block``."""
+    def refine(self, goal: _Goal, schedule: Schedule, full: Any) -> Refinement:
+        """Tune one width or allocation and write it; ``full`` is given for scope ``block``."""
         started = time.monotonic()
-        state = self.workspace.state(bits)
+        state = self.workspace.state(goal)
         if state is None or not state.finished:
+            uniform = isinstance(goal.widths, int)
             student = load(
                 self.checkpoint.path,
-                bits,
+                goal.widths if uniform else None,
+                None if uniform else goal.widths,  # not its name: scales of its own would fix the model
                 device=self.device if full is None else "cpu",
                 dtype=self.dtype,
                 trust_remote_code=self.trust_remote_code,
             ).requires_grad_(False)
             tuner = self._tune_model if full is None else self._tune_blocks
-            state = tuner(student, full, bits, schedule, state)
-        if state.loss_after < state.loss_before and _digest(stored_scales(self.checkpoint.path, bits)) != _digest(
+            state = tuner(student, full, goal, schedule, state)
+        if state.loss_after < state.loss_before and _digest(stored_scales(self.checkpoint.path, goal)) != _digest(
             state.best
         ):
-            self._write(bits, state, schedule, "model" if full is None else "block")
+            self._write(goal, state, schedule, "model" if full is None else "block")
         return Refinement(
-            bits=bits,
+            bits=average_bits(self.checkpoint, goal.widths),
             kl_before=state.loss_before,
             kl_after=state.loss_after,
             steps=state.step,
             history=state.history,
             seconds=round(time.monotonic() - started, 3),
+            allocation=goal.allocation,
         )
 
     def _tune_model(
-        self, student: Any, _: Any, bits: int, schedule: Schedule, state: TuningState | None
+        self, student: Any, _: Any, goal: _Goal, schedule: Schedule, state: TuningState | None
     ) -> TuningState:
         assert self.training is not None
-        tuned = self._tunable(student)
+        tuned = self._tunable(student, goal, stored_scales(self.checkpoint.path, goal))
         scales = ScaleVector(tuned)
         objective = ModelObjective(student, output_head(student), scales, self.training, self.held_out, self.workers)
-        self.progress.start(f"tune {bits} bits", schedule.steps)
+        self.progress.start(f"tune {goal.name}", schedule.steps)
         self.progress.advance(0 if state is None else state.step)
         return tune(
             scales,
@@ -259,12 +311,12 @@ class _Run:
             objective.held_out_loss,
             schedule,
             state=state,
-            save=lambda present: self.workspace.keep_state(bits, present),
+            save=lambda present: self.workspace.keep_state(goal, present),
             tick=self.progress.advance,
         )
 
     def _tune_blocks(
-        self, student: Any, full: Any, bits: int, schedule: Schedule, state: TuningState | None
+        self, student: Any, full: Any, goal: _Goal, schedule: Schedule, state: TuningState | None
     ) -> TuningState:
         blocks, full_blocks = _blocks(student), _blocks(full)
         inputs, full_inputs = (
@@ -275,17 +327,17 @@ class _Run:
                 f"{self.checkpoint.path}: its blocks do not see what the full model's see (a rotated checkpoint?), so "
                 "their outputs cannot be matched; use --scope model"
             )
-        start = stored_scales(self.checkpoint.path, bits)
+        start = stored_scales(self.checkpoint.path, goal)
         present = state or TuningState.begin(start)
 
         def save(done: Mapping[str, Tensor]) -> None:
             present.step += 1
             kept = {**by_layer(self.checkpoint, start), **done}
             present.best = torch.cat([kept[name].flatten() for name in self.checkpoint.layers])
-            self.workspace.keep_state(bits, present)
+            self.workspace.keep_state(goal, present)
 
         finished = tuple(f"{block.name}." for block in blocks[: present.step])
-        self.progress.start(f"tune {bits} bits", len(blocks))
+        self.progress.start(f"tune {goal.name}", len(blocks))
         _, untuned = tune_blocks(
             blocks,
             full_blocks,
@@ -293,7 +345,7 @@ class _Run:
             full_inputs,
             held_out=HELD_OUT,
             schedule=schedule,
-            prepare=lambda block: self._tunable(student, f"{block.name}."),
+            prepare=lambda block: self._tunable(student, goal, start, f"{block.name}."),
             finished={
                 name: scales
                 for name, scales in by_layer(self.checkpoint, present.best).items()
@@ -310,25 +362,25 @@ class _Run:
                 states = [complete(student, blocks, each)[0] for each in hidden]
             present.history.append((step, self.held_out.mean_kl(states.__getitem__, head)))
         present.finished = True
-        self.workspace.keep_state(bits, present)
+        self.workspace.keep_state(goal, present)
         return present
 
-    def _tunable(self, student: Any, prefix: str = "") -> dict[str, TunedLinear]:
+    def _tunable(self, student: Any, goal: _Goal, start: Tensor, prefix: str = "") -> dict[str, TunedLinear]:
         """Replace the nested layers under a prefix; ``{layer: replacement}`` in the checkpoint's order."""
         tuned = {}
-        nested = nested_layers(student)
+        nested, scales = nested_layers(student), by_layer(self.checkpoint, start)
         for name in self.checkpoint.layers:
             if not name.startswith(prefix):
                 continue
             layer = nested[name]
-            weight = layer.nested_weight
-            levels = slice_levels(weight.codes, layer.bits, torch.int8)
-            scales = weight.scales_for(layer.bits).float()
-            tuned[name] = TunedLinear(levels, scales, layer.bias, fast_dtype(self.device, self.dtype))
+            levels = slice_levels(layer.nested_weight.codes, layer.bits, torch.int8)
+            own = scales[name].to(levels.device)
+            product_dtype = fast_dtype(self.device, self.dtype)
+            tuned[name] = TunedLinear(levels, own, layer.bias, product_dtype, goal.pace(layer.bits))
             student.set_submodule(name, tuned[name])
         return tuned
 
-    def _write(self, bits: int, state: TuningState, schedule: Schedule, scope: str) -> None:
+    def _write(self, goal: _Goal, state: TuningState, schedule: Schedule, scope: str) -> None:
         record = {
             "scope": scope,
             "steps": state.step,
@@ -339,7 +391,11 @@ class _Run:
             "kl_before": state.loss_before,
             "kl_after": state.loss_after,
         }
-        replace_scales(self.checkpoint.path, bits, by_layer(self.checkpoint, state.best), record)
+        scales = by_layer(self.checkpoint, state.best)
+        if goal.allocation is not None:
+            save_scales(self.checkpoint, goal.allocation, scales, record)
+        elif isinstance(goal.widths, int):
+            replace_scales(self.checkpoint.path, goal.widths, scales, record)
 
 
 def _blocks(model: Any) -> list[Block]:
@@ -355,12 +411,11 @@ def by_layer(checkpoint: Checkpoint, flat: Tensor) -> dict[str, Tensor]:
     return {name: piece.view(shape) for name, piece, shape in zip(checkpoint.layers, pieces, shapes, strict=True)}
 
 
-def stored_scales(path: Path, bits: int) -> Tensor:
-    """All scales that a width reads, float32, as one vector in the order of the checkpoint's layers."""
+def stored_scales(path: Path, goal: _Goal) -> Tensor:
+    """All scales that a width or an allocation reads, float32, as one vector in the checkpoint's order of layers."""
     checkpoint = open_checkpoint(path)
-    own = scales_name(scale_source(checkpoint.settings.scale_bits)[bits])
-    names = [f"{layer}.{own}" for layer in checkpoint.layers]
-    return torch.cat([read_tensor(name, checkpoint.tensors[name]).float().flatten() for name in names])
+    scales = find_scales(checkpoint, goal.allocation) or widths_scales(checkpoint, checkpoint.widths(goal.widths))
+    return torch.cat([scales[layer].float().flatten() for layer in checkpoint.layers])
 
 
 def _load_text(
@@ -434,16 +489,18 @@ class _Workspace:
 
         run.json               what the run is, and a digest of the scales that each width started from
         teacher.safetensors    what the full model says about the windows
-        state-<bits>.safetensors
+        state-<width or allocation>.safetensors
 
     Each file is replaced as a whole. A run that is another one, or a checkpoint that has other scales than this run
     found or made, begins anew.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: Mapping[str, Any], progress: Progress) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, goals: Sequence[_Goal], options: Mapping[str, Any], progress: Progress
+    ) -> None:
         path = checkpoint.path.resolve()
         self.directory = path.with_name(f".{path.name}.refine")
-        present = {str(bits): _digest(stored_scales(path, bits)) for bits in options["bits"]}
+        present = [(goal, _digest(stored_scales(path, goal))) for goal in goals]
         if self.directory.exists():
             changed = self._changed(options, present)
             if not changed:
@@ -451,13 +508,14 @@ class _Workspace:
                 return
             progress.note(f"{self.directory} is of another run ({', '.join(changed)} changed): beginning anew")
             self.remove()
+        start = {goal.key: digest for goal, digest in present}
         try:
             self.directory.mkdir()
-            self._replace("run.json", lambda file: file.write_text(json.dumps({**options, "start": present}, indent=2)))
+            self._replace("run.json", lambda file: file.write_text(json.dumps({**options, "start": start}, indent=2)))
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot be written: {error}") from error
 
-    def _changed(self, options: Mapping[str, Any], present: Mapping[str, str]) -> list[str]:
+    def _changed(self, options: Mapping[str, Any], present: Iterable[tuple[_Goal, str]]) -> list[str]:
         try:
             run = read_json(self.directory / "run.json")
         except SourceError:
@@ -466,11 +524,11 @@ class _Workspace:
         changed = [name for name, value in json.loads(json.dumps(options)).items() if run.get(name) != value]
         if changed:
             return changed
-        for bits, digest in present.items():
-            state = self.state(int(bits))
+        for goal, digest in present:
+            state = self.state(goal)
             made = _digest(state.best) if state is not None and state.finished else None
-            if digest not in (run["start"].get(bits), made):
-                changed.append(f"scales of {bits} bits")
+            if digest not in (run["start"].get(goal.key), made):
+                changed.append(f"scales of {goal.name}")
         return changed
 
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
@@ -495,11 +553,11 @@ class _Workspace:
         kept = self._kept("teacher.safetensors")
         return None if kept is None else kept["hidden"]
 
-    def keep_state(self, bits: int, state: TuningState) -> None:
-        self._keep(f"state-{bits}.safetensors", state.to_tensors())
+    def keep_state(self, goal: _Goal, state: TuningState) -> None:
+        self._keep(f"state-{goal.key}.safetensors", state.to_tensors())
 
-    def state(self, bits: int) -> TuningState | None:
-        kept = self._kept(f"state-{bits}.safetensors")
+    def state(self, goal: _Goal) -> TuningState | None:
+        kept = self._kept(f"state-{goal.key}.safetensors")
         return None if kept is None else TuningState.from_tensors(kept)
 
     def remove(self) -> None:

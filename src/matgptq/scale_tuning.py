@@ -91,17 +91,26 @@ class TunedLinear(nn.Module):
         scales: float32 ``[out, groups]``, a leaf for autograd once a ``ScaleVector`` holds it.
         bias: ``[out]`` or None.
         product_dtype: of products while gradients are recorded; without, they are exact in the dtype of the input.
+        pace: what the learning rate is multiplied by for these scales.
     """
 
     levels: Tensor
     scales: Tensor
 
-    def __init__(self, levels: Tensor, scales: Tensor, bias: Tensor | None, product_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        levels: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        product_dtype: torch.dtype,
+        pace: float = 1.0,
+    ) -> None:
         super().__init__()
         self.register_buffer("levels", levels)
         self.register_buffer("scales", scales)
         self.bias = bias if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.product_dtype = product_dtype
+        self.pace = pace
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs @ w^T + bias`` in the dtype of ``inputs``."""
@@ -116,12 +125,14 @@ class ScaleVector:
     Attributes:
         start: float32 ``[scales]``, what was found.
         values: what the layers multiply by; storable.
+        pace: of each scale, see ``TunedLinear``.
     """
 
     def __init__(self, layers: Mapping[str, TunedLinear]) -> None:
         self._shapes = {name: layer.scales.shape for name, layer in layers.items()}
         self.start = torch.cat([layer.scales.detach().flatten() for layer in layers.values()]).float()
         self.values = self.start.clone()
+        self.pace = torch.cat([torch.full_like(layer.scales, layer.pace).flatten() for layer in layers.values()])
         self._leaves = [values.detach().requires_grad_() for values in self._split(self.values)]
         for layer, leaf in zip(layers.values(), self._leaves, strict=True):
             layer.scales = leaf
@@ -298,7 +309,7 @@ def tune(
     scales.multiply(state.logarithms)
     while not state.finished:
         slope = gradient(schedule.windows(state.step, windows)) * scales.values  # with respect to the logarithms
-        _adam(state, slope, schedule.rate(state.step))
+        _adam(state, slope, schedule.rate(state.step), scales.pace)
         state.step += 1
         scales.multiply(state.logarithms)
         tick()
@@ -310,15 +321,15 @@ def tune(
     return state
 
 
-def _adam(state: TuningState, gradient: Tensor, rate: float) -> None:
-    """One step of Adam (Kingma and Ba, arXiv 1412.6980) on the logarithms."""
+def _adam(state: TuningState, gradient: Tensor, rate: float, pace: Tensor) -> None:
+    """One step of Adam (Kingma and Ba, arXiv 1412.6980) on the logarithms, each at its own pace."""
     first, second = _BETAS
     state.first_moment.lerp_(gradient, 1 - first)
     state.second_moment.lerp_(gradient.square(), 1 - second)
     count = state.step + 1
     mean = state.first_moment / (1 - first**count)
     deviation = (state.second_moment / (1 - second**count)).sqrt_()
-    state.logarithms.sub_(mean.div_(deviation.add_(_EPSILON)), alpha=rate)
+    state.logarithms.sub_(mean.div_(deviation.add_(_EPSILON)).mul_(pace), alpha=rate)
 
 
 def mean_gradient(workers: Workers, gradient: Callable[[int], Tensor], windows: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import CalibrationError, ConfigurationError
-from matgptq.evaluation import average_bits, choose_candidates, served_settings
+from matgptq.evaluation import CandidateModels, average_bits, choose_candidates, served_settings
 from matgptq.kernels import Activations
 from matgptq.loading import load
 from matgptq.progress import Progress, Silent
@@ -151,22 +152,26 @@ def evaluate_tasks(
     chosen = _load_tasks(list(tasks), include_path)
     progress.start("load the model", 1)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    model = load(
-        path,
-        device=run_device,
-        dtype=dtype,
-        activations=activations,
-        head_bits=head_bits,
-        trust_remote_code=trust_remote_code,
+    models = CandidateModels(
+        candidates,
+        allocation,
+        partial(
+            load,
+            path,
+            device=run_device,
+            dtype=dtype,
+            activations=activations,
+            head_bits=head_bits,
+            trust_remote_code=trust_remote_code,
+        ),
     )
-    settings = served_settings(model, activations, head_bits)
+    settings = served_settings(models.first, activations, head_bits)
     options = {"num_fewshot": num_fewshot, "limit": limit}
 
-    runner = _runner(model, tokenizer, batch_size)
     results, shown = [], ()
     for candidate in candidates:
         widths = candidate.widths
-        model.set_bits(widths)
+        runner = _runner(models.serve(candidate), tokenizer, batch_size)
         average = average_bits(checkpoint, widths)
         progress.start(f"tasks at {average:g} bits", 1)
         scores, shown = _run(runner, chosen, **options)
@@ -174,7 +179,7 @@ def evaluate_tasks(
         results.append(TaskResult(average, *size, scores, candidate.allocation))
     reference_scores = None
     if source is not None:
-        del model, runner
+        del models, runner
         gc.collect()
         if run_device.type == "cuda":
             torch.cuda.empty_cache()

@@ -126,8 +126,8 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, layer in nested_layers(model).items():
             if not layer.is_complete:
                 raise ConfigurationError(
-                    f"layer {name} has only its slice in memory, so the checkpoint cannot be saved from here; "
-                    "load it with resident=True, or copy its directory"
+                    f"layer {name} has only its slice in memory, or scales of one allocation, so the checkpoint cannot "
+                    "be saved from here; load a width with resident=True, or copy its directory"
                 )
         return None, {}
 

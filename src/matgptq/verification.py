@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from matgptq.allocation_scales import find_scales
 from matgptq.checkpoint import EXPORT_NAME, open_checkpoint
 from matgptq.devices import resolve_dtype
 from matgptq.errors import AllocationError, ExportError, SourceError
@@ -122,12 +123,13 @@ def _read_record(directory: Path, against: Path) -> tuple[Target, str]:
         if format not in _ENGINES or not isinstance(widths, dict):
             raise SourceError(f"{directory / EXPORT_NAME}: no known format in it")
         widths = checkpoint.widths(widths)
+        own_scales = find_scales(checkpoint, record.get("scales_of"))
     except SourceError as error:
         raise ExportError(str(error)) from error
     except AllocationError as error:
         raise ExportError(f"{directory}: not made from {against}: {error}") from error
     dtype = config.get("torch_dtype") or config.get("dtype")
-    return Target(checkpoint, widths, resolve_dtype(str(dtype), torch.device("meta"), None)), str(format)
+    return Target(checkpoint, widths, resolve_dtype(str(dtype), torch.device("meta"), None), own_scales), str(format)
 
 
 def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:

@@ -23,12 +23,16 @@ EPILOG = examples(
     "matgptq refine out",
     "matgptq refine out --bits 2,3,4 --steps 256 --dataset c4",
     "matgptq refine out --bits 3 --scope block",
+    "matgptq refine out --allocation 3.25bpw",
 )
 
 
 def refine(
     checkpoint: Checkpoint,
-    bits: Annotated[str, typer.Option(help="Widths to tune.")] = "2,3",
+    bits: Annotated[str | None, typer.Option(help="Widths to tune. (default: 2,3)")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Tune a stored allocation, which gets scales of its own.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps for each width. (default: 128; 16 a block)")] = None,
     scope: Annotated[
         Literal["model", "block"],
@@ -52,8 +56,8 @@ def refine(
     trust_remote_code: TrustOption = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Tune the scales of some widths of OUT toward the full model; interrupted, the same command goes on."""
-    widths = parse_widths(bits) or ()
+    """Tune the scales of widths, or of an allocation, toward the full model; interrupted, the same command goes on."""
+    widths = parse_widths(bits)
     import matgptq
     from matgptq.console import refinement_table
 
@@ -61,6 +65,7 @@ def refine(
         results = matgptq.refine(
             checkpoint,
             widths,
+            allocation=allocation,
             steps=steps,
             scope=scope,
             dataset=dataset,

@@ -107,7 +107,8 @@ def search(
     out_console.print(search_table(result))
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in result.seconds.items())
     out_console.print(f"{result.tokens_scored:,} tokens scored; time: {seconds}", markup=False, highlight=False)
-    out_console.print(f"saved in {checkpoint / 'allocations'}", markup=False, highlight=False)
+    tune = f"matgptq refine {checkpoint} --allocation {result.found[0].name} tunes its scales"
+    out_console.print(f"saved in {checkpoint / 'allocations'}; {tune}", markup=False, highlight=False)
     write_json(json_file, result.to_dict())
     if plot is not None:
         from matgptq.plotting import plot_search

@@ -34,11 +34,13 @@ class Target:
         checkpoint: the parent.
         widths: of every quantized layer.
         dtype: of dense weights, and the one that ``config.json`` of the export names.
+        own_scales: ``{layer: [out, groups]}`` of an allocation that has scales of its own.
     """
 
     checkpoint: Checkpoint
     widths: Mapping[str, int]
     dtype: torch.dtype
+    own_scales: Mapping[str, Tensor] | None = None
 
     @property
     def uniform_bits(self) -> int | None:
@@ -95,9 +97,12 @@ class Target:
         """The slice of one layer."""
         stored = self.checkpoint.tensors
         names = [CODES, *map(scales_name, self.checkpoint.settings.scale_bits)]
-        codes, *scales = (read_tensor(f"{layer}.{name}", stored[f"{layer}.{name}"]) for name in names)
-        weight = NestedWeight(codes, dict(zip(self.checkpoint.settings.scale_bits, scales, strict=True)))
-        sliced = cut(weight, self.widths[layer])
+        codes, *stored_scales = (read_tensor(f"{layer}.{name}", stored[f"{layer}.{name}"]) for name in names)
+        scales = dict(zip(self.checkpoint.settings.scale_bits, stored_scales, strict=True))
+        bits = self.widths[layer]
+        if self.own_scales is not None:
+            scales[bits] = self.own_scales[layer]
+        sliced = cut(NestedWeight(codes, scales), bits)
         if not bool(torch.isfinite(sliced.scales).all()) or bool((sliced.scales == 0).any()):
             raise ExportError(f"layer {layer}: a scale is zero, NaN or Inf; the checkpoint is damaged")
         return sliced

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
+from matgptq.allocation_scales import find_scales
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import Checkpoint
-from matgptq.errors import ConfigurationError
+from matgptq.errors import ConfigurationError, UnsupportedModelError
 from matgptq.kernels import Activations
 from matgptq.loading import check_held
 from matgptq.slicing import check_bits
@@ -71,11 +72,17 @@ def chosen_layers(choice: Choice, checkpoint: Checkpoint) -> dict[str, ServedLay
 
     Raises:
         AllocationError: no such allocation, or one for another checkpoint, or a width that a slice does not hold.
+        UnsupportedModelError: the allocation has scales of its own, which vLLM does not load.
     """
     settings = checkpoint.settings
     allocation: dict[str, int] = {}
     if choice.allocation is not None:
         allocation = find_allocation(checkpoint, choice.allocation, choice.bits)
+        if find_scales(checkpoint, choice.allocation) is not None:
+            raise UnsupportedModelError(
+                f"allocation {choice.allocation} has scales of its own, which vLLM does not load; serve what "
+                f"'matgptq export {checkpoint.path} --allocation {choice.allocation} --format matgptq-slice' writes"
+            )
     if settings.is_slice:
         check_held(checkpoint.path, settings, choice.bits, allocation)
         allocation = {layer: settings.bits_of(layer) for layer in checkpoint.layers}

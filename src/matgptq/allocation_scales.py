@@ -1,0 +1,158 @@
+"""Scales that were tuned for one allocation; they lie beside it, ``OUT/allocations/NAME-<digest>.safetensors``.
+
+A width reads the same scales in every layer that has it; an allocation may have better ones of its own. Its JSON file
+names theirs and the SHA-256 of it, so that widths and scales cannot be mixed up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from matgptq.allocation_store import allocation_file, write_record
+from matgptq.checkpoint import Checkpoint
+from matgptq.errors import AllocationError, CheckpointError
+from matgptq.format import scales_name
+from matgptq.nested_weight import scale_source
+from matgptq.source import read_tensor
+
+KEY = "scales"  # in an allocation's JSON: {"file": ..., "sha256": ...}
+
+
+def find_scales(checkpoint: Checkpoint, allocation: Mapping[str, int] | str | Path | None) -> dict[str, Tensor] | None:
+    """Scales of an allocation's own, named as in ``find_allocation``; None if it has none.
+
+    Returns:
+        ``{layer: float16 [out, groups]}`` of every layer.
+
+    Raises:
+        AllocationError: no such allocation, or its scales are missing, damaged or those of other layers.
+    """
+    if allocation is None or isinstance(allocation, Mapping):
+        return None
+    file = allocation_file(checkpoint, allocation)
+    entry = _entry(file)
+    if entry is None:
+        return None
+    scales = _read(file, entry)
+    shapes = {
+        layer: (info.out_features, info.in_features // info.group_size) for layer, info in checkpoint.layers.items()
+    }
+    if {layer: tuple(each.shape) for layer, each in scales.items()} != shapes:
+        raise AllocationError(f"{file}: its scales are not those of the layers of {checkpoint.path}")
+    return scales
+
+
+def damage_of(file: Path) -> str | None:
+    """What is wrong with the scales that an allocation's JSON file names; None if nothing is, or it names none."""
+    try:
+        entry = _entry(file)
+        if entry is not None:
+            _read(file, entry)
+    except AllocationError as error:
+        return str(error)
+    return None
+
+
+def widths_scales(checkpoint: Checkpoint, widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """``{layer: float16 [out, groups]}`` that each layer reads at its width if nothing was tuned for the whole."""
+    source = scale_source(checkpoint.settings.scale_bits)
+    names = {layer: f"{layer}.{scales_name(source[widths[layer]])}" for layer in checkpoint.layers}
+    return {layer: read_tensor(name, checkpoint.tensors[name]) for layer, name in names.items()}
+
+
+def save_scales(
+    checkpoint: Checkpoint, allocation: str, scales: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> None:
+    """Give a stored allocation scales of its own. At every moment it has its old ones or the new ones.
+
+    Args:
+        checkpoint: that it lies with.
+        allocation: its name.
+        scales: ``{layer: [out, groups]}``, storable, of every layer.
+        record: of how they came about, for ``refinement`` in its JSON file.
+
+    Raises:
+        CheckpointError: the directory cannot be written.
+    """
+    file = allocation_file(checkpoint, allocation)
+    tensors = {layer: scales[layer].detach().cpu().to(torch.float16).contiguous() for layer in checkpoint.layers}
+    beside = file.with_name(f".{file.stem}.new")
+    try:
+        save_file(tensors, beside)
+        digest = _sha256(beside)
+        own = file.with_name(f"{file.stem}-{digest[:16]}.safetensors")
+        os.replace(beside, own)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise CheckpointError(f"{file.parent}: cannot be written: {error}") from error
+    known = json.loads(file.read_text(encoding="utf-8"))
+    write_record(file, {**known, "refinement": dict(record), KEY: {"file": own.name, "sha256": digest}})
+    _remove_others(file, own.name)
+
+
+def scales_file(file: Path) -> Path | None:
+    """The file of the scales that an allocation's JSON file names; None if it names none."""
+    entry = _entry(file)
+    return None if entry is None else file.with_name(entry["file"])
+
+
+def forget_scales(file: Path) -> None:
+    """Remove the scales of an allocation whose JSON file was written anew."""
+    _remove_others(file, None)
+
+
+def _remove_others(file: Path, kept: str | None) -> None:
+    pattern = re.compile(re.escape(file.stem) + r"-[0-9a-f]{16}\.safetensors")
+    for each in file.parent.iterdir():
+        if pattern.fullmatch(each.name) and each.name != kept:
+            each.unlink(missing_ok=True)
+
+
+def _entry(file: Path) -> dict[str, str] | None:
+    """What an allocation's JSON says about scales of its own."""
+    text = file.read_text(encoding="utf-8")
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        entry = json.loads(text).get(KEY)
+    except ValueError as error:
+        raise AllocationError(f"{file}: not valid JSON: {error}") from error
+    if entry is None:
+        return None
+    valid = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))
+    if not valid or Path(entry["file"]).name != entry["file"]:
+        raise AllocationError(f'{file}: "{KEY}" must name a file beside it and its sha256')
+    return dict(entry)
+
+
+def _read(file: Path, entry: Mapping[str, str]) -> dict[str, Tensor]:
+    own = file.with_name(entry["file"])
+    advice = "its 'layer: bits' lines work without"
+    if not own.is_file():
+        raise AllocationError(f"{file}: its scales, {own.name}, are not beside it; {advice}")
+    try:
+        if _sha256(own) != entry["sha256"]:
+            raise AllocationError(f"{own}: is not what was written, its checksum differs; {advice}")
+        scales = load_file(own)
+    except (OSError, SafetensorError) as error:
+        raise AllocationError(f"{own}: cannot be read: {error}; {advice}") from error
+    for layer, each in scales.items():
+        if each.dtype != torch.float16 or not bool(torch.isfinite(each).all()) or bool((each == 0).any()):
+            raise AllocationError(f"{own}: the scales of layer {layer} are not finite numbers other than zero")
+    return scales
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

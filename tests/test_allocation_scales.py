@@ -1,0 +1,280 @@
+"""An allocation with scales of its own: tuned, served, exported, published, interrupted and damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCAB, token_ids
+from typer.testing import CliRunner
+
+import matgptq
+from matgptq import refinement
+from matgptq.allocation import Allocation
+from matgptq.allocation_scales import find_scales, save_scales, widths_scales
+from matgptq.allocation_store import DIRECTORY, save_allocation
+from matgptq.checkpoint import open_checkpoint
+from matgptq.cli import app
+from matgptq.errors import AllocationError, ConfigurationError, UnsupportedModelError
+from matgptq.grid import storable_scales
+from matgptq.integrity import check_integrity
+from matgptq.nested_linear import nested_layers
+from matgptq.nested_weight import NestedWeight
+from matgptq.publishing import prepare_upload
+from matgptq.verification import verify
+from matgptq.vllm_plugin.choice import Choice, chosen_layers
+
+NAME = "3.5bpw"
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return token_ids(48, 24, seed=3)
+
+
+@pytest.fixture
+def unseen() -> torch.Tensor:
+    return torch.randint(2, VOCAB - 8, (3, 24), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def mixed(checkpoint: Path) -> Path:
+    """The checkpoint with an allocation of widths 2, 3 and 5; the last has no copy in the solve."""
+    opened = open_checkpoint(checkpoint)
+    layers = {layer: (2, 3, 5)[number % 3] for number, layer in enumerate(opened.layers)}
+    found = {"method": "by hand"}
+    fitness = {"measure": "kl", "value": 1.0}
+    save_allocation(
+        opened,
+        Allocation(NAME, opened.identity, "by hand", 3.3, opened.bits_per_weight(layers), 1, 0, fitness, found, layers),
+    )
+    return checkpoint
+
+
+@pytest.fixture
+def tuned(mixed: Path, windows: torch.Tensor) -> Path:
+    matgptq.refine(mixed, allocation=NAME, steps=12, dataset=windows, learning_rate=1e-2)
+    return mixed
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}
+
+
+def kl(path: Path, text: torch.Tensor, **options: Any) -> float:
+    value = matgptq.evaluate(path, text=text, **options).results[-1].kl
+    assert value is not None
+    return value
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=token_ids(1, 16)).logits
+
+
+@pytest.mark.parametrize(("scope", "steps", "rate"), [("model", 24, 1e-2), ("block", 96, 3e-3)])
+def test_it_gets_better_and_no_width_changes(
+    scope: str, steps: int, rate: float, mixed: Path, windows: torch.Tensor, unseen: torch.Tensor
+) -> None:
+    before, kl_before = files(mixed), kl(mixed, unseen, allocation=NAME)
+    (result,) = matgptq.refine(mixed, allocation=NAME, steps=steps, scope=scope, dataset=windows, learning_rate=rate)
+    assert result.allocation == NAME
+    assert 2 < result.bits < 5
+    assert result.kl_after < result.kl_before
+    assert kl(mixed, unseen, allocation=NAME) < kl_before
+    assert files(mixed) == before  # weights, config and report
+    opened = open_checkpoint(mixed)
+    scales, start = find_scales(opened, NAME), widths_scales(opened, opened.widths(_layers(mixed)))
+    assert scales is not None
+    for layer, each in scales.items():
+        assert torch.equal(each.float(), storable_scales(each.float()))
+        assert torch.equal(each.sign(), start[layer].sign())
+    record = json.loads((mixed / DIRECTORY / f"{NAME}.json").read_text())
+    assert record["refinement"]["kl_after"] == result.kl_after
+    assert record["refinement"]["scope"] == scope
+    assert not [each for each in mixed.parent.iterdir() if each.name.startswith(".")]
+
+
+def _layers(checkpoint: Path) -> dict[str, int]:
+    layers: dict[str, int] = json.loads((checkpoint / DIRECTORY / f"{NAME}.json").read_text())["layers"]
+    return layers
+
+
+def test_layers_move_at_the_rate_of_their_width(
+    mixed: Path, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paces = {}
+
+    def tunable(run: Any, *arguments: Any) -> dict[str, Any]:
+        tuned = original(run, *arguments)
+        paces.update({name: layer.pace for name, layer in tuned.items()})
+        return tuned
+
+    original = refinement._Run._tunable
+    monkeypatch.setattr(refinement._Run, "_tunable", tunable)
+    matgptq.refine(mixed, allocation=NAME, steps=1, dataset=windows)
+    rates = {layer: pace * refinement.default_learning_rate(2) for layer, pace in paces.items()}
+    assert rates == {layer: refinement.default_learning_rate(bits) for layer, bits in _layers(mixed).items()}
+
+
+def test_it_is_served_and_fixed(tuned: Path) -> None:
+    opened = open_checkpoint(tuned)
+    scales, layers = find_scales(opened, NAME), _layers(tuned)
+    assert scales is not None
+    plain, own = matgptq.load(tuned, allocation=layers), matgptq.load(tuned, allocation=NAME)
+    for name, layer in nested_layers(own).items():
+        levels = nested_layers(plain)[name].nested_weight.codes
+        expected = NestedWeight(levels, {8: scales[name]}).dequantize(layers[name])
+        assert torch.equal(layer.dequantize(), expected), name
+    assert not torch.equal(logits(plain), logits(own))
+    with pytest.raises(AllocationError, match="scales of its own"):
+        own.set_bits(4)
+    own.set_bits(layers)
+    with pytest.raises(ConfigurationError, match="one allocation"):
+        own.save_pretrained(tuned.with_name("saved"))
+
+
+def test_it_is_served_without_kernels(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = logits(matgptq.load(tuned, allocation=NAME))
+    monkeypatch.setenv("MATGPTQ_KERNEL", "reference")
+    model = matgptq.load(tuned, allocation=NAME)
+    assert torch.allclose(logits(model), packed, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AllocationError, match="scales of its own"):
+        model.set_bits(4)
+
+
+def test_beside_widths_in_one_evaluation(tuned: Path, unseen: torch.Tensor) -> None:
+    both = matgptq.evaluate(tuned, (3, 4), allocation=NAME, text=unseen).results
+    alone = [kl(tuned, unseen, bits=(3,)), kl(tuned, unseen, bits=(4,)), kl(tuned, unseen, allocation=NAME)]
+    assert [result.kl for result in both] == pytest.approx(alone, rel=1e-6)
+    assert [result.allocation for result in both] == [None, None, NAME]
+
+
+@pytest.mark.parametrize("format", ["matgptq-slice", "dense"])
+def test_exports_hold_them(format: str, tuned: Path, tmp_path: Path) -> None:
+    out = tmp_path / format
+    matgptq.export(tuned, out, format=format, allocation=NAME, **({"dtype": "float32"} if format == "dense" else {}))
+    assert verify(out, tuned).passed
+    matgptq.export(tuned, tmp_path / "plain", format=format, allocation=_layers(tuned))
+    record = json.loads((tmp_path / "plain" / "matgptq_export.json").read_text())
+    assert "scales_of" not in record
+    record = json.loads((out / "matgptq_export.json").read_text())
+    del record["scales_of"]
+    (out / "matgptq_export.json").write_text(json.dumps(record))
+    assert not verify(out, tuned).passed  # with the scales of the widths they differ
+
+
+def test_tuning_goes_on_from_them(tuned: Path, windows: torch.Tensor) -> None:
+    (first,) = matgptq.refine(tuned, allocation=NAME, steps=4, dataset=windows[:12], learning_rate=1e-3)
+    again = matgptq.refine(tuned, allocation=NAME, steps=4, dataset=windows[:12], learning_rate=1e-3)
+    assert again[0].kl_before == first.kl_after
+    assert len(list((tuned / DIRECTORY).glob("*.safetensors"))) == 1  # the earlier ones are gone
+
+
+@pytest.mark.parametrize("event", [1, 2, 4, 5])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    event: int, mixed: Path, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(mixed, mixed.with_name("uninterrupted"))
+    options = {"allocation": NAME, "steps": 3, "dataset": windows, "learning_rate": 1e-2}
+    matgptq.refine(other, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(refinement._Workspace, "_replace", _stopping(refinement._Workspace._replace, event))
+        with pytest.raises(KeyboardInterrupt):
+            matgptq.refine(mixed, **options)
+    matgptq.refine(mixed, **options)
+    assert files(mixed / DIRECTORY) == files(other / DIRECTORY)
+
+
+def _stopping(function: Any, event: int) -> Any:
+    count = 0
+
+    def wrapper(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        function(*arguments)
+        if count == event:
+            raise KeyboardInterrupt
+
+    return wrapper
+
+
+def test_a_new_search_of_that_name_has_none(tuned: Path) -> None:
+    text = token_ids(24, 16, seed=3)
+    matgptq.search(tuned, 3.5, save=NAME, dataset=text, tokens=256, seqlen=16, generations=0)
+    assert find_scales(open_checkpoint(tuned), NAME) is None
+    assert not list((tuned / DIRECTORY).glob("*.safetensors"))
+
+
+def test_an_upload_takes_them_along(tuned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "upload"
+    matgptq.load(tuned, 4).save_pretrained(out)
+    prepare_upload(out, "owner/name", tuned)
+    assert find_scales(open_checkpoint(out), NAME) is not None
+
+
+def test_damage_is_found(tuned: Path) -> None:
+    assert check_integrity(tuned).passed
+    (file,) = (tuned / DIRECTORY).glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(AllocationError, match="checksum differs"):
+        matgptq.load(tuned, allocation=NAME)
+    (damage,) = check_integrity(tuned).damage
+    assert damage.tensor == NAME
+    file.unlink()
+    with pytest.raises(AllocationError, match="not beside it"):
+        matgptq.evaluate(tuned, allocation=NAME, text=token_ids(1, 16))
+    matgptq.load(tuned, allocation=tuned / DIRECTORY / f"{NAME}.txt")  # the widths alone
+    record = json.loads((tuned / DIRECTORY / f"{NAME}.json").read_text())
+    for entry in (3, {"file": "a"}, {"file": "../a", "sha256": "b"}):
+        (tuned / DIRECTORY / f"{NAME}.json").write_text(json.dumps({**record, "scales": entry}))
+        with pytest.raises(AllocationError, match="must name a file"):
+            matgptq.load(tuned, allocation=NAME)
+
+
+def test_scales_of_other_layers_are_refused(mixed: Path) -> None:
+    opened = open_checkpoint(mixed)
+    scales = widths_scales(opened, _layers(mixed))
+    layer = next(iter(scales))
+    save_scales(opened, NAME, {**scales, layer: scales[layer][:, :1]}, {})
+    with pytest.raises(AllocationError, match="not those of the layers"):
+        matgptq.load(mixed, allocation=NAME)
+    save_scales(opened, NAME, {**scales, layer: torch.full_like(scales[layer], torch.nan)}, {})
+    with pytest.raises(AllocationError, match="finite"):
+        matgptq.load(mixed, allocation=NAME)
+
+
+def test_what_cannot_be_tuned(mixed: Path, windows: torch.Tensor) -> None:
+    with pytest.raises(ConfigurationError, match="either widths or an allocation"):
+        matgptq.refine(mixed, (2,), allocation=NAME, dataset=windows)
+    with pytest.raises(AllocationError, match="no such allocation"):
+        matgptq.refine(mixed, allocation="absent", dataset=windows)
+    with pytest.raises(ConfigurationError, match="saved with the checkpoint"):
+        matgptq.refine(mixed, allocation=str(mixed / DIRECTORY / f"{NAME}.txt"), dataset=windows)
+
+
+def test_vllm_is_pointed_to_an_export(tuned: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="--format matgptq-slice"):
+        chosen_layers(Choice(allocation=NAME), open_checkpoint(tuned))
+
+
+def test_command_line(mixed: Path, tmp_path: Path) -> None:
+    text, table = tmp_path / "text.txt", tmp_path / "table.json"
+    text.write_text("\n".join(f"document {n}: the quick brown fox jumps over the lazy dog" for n in range(60)))
+    arguments = ["refine", str(mixed), "--allocation", NAME, "--steps", "8", "--dataset", str(text), "--nsamples", "8",
+                 "--seqlen", "16", "--lr", "0.01", "--json", str(table)]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert NAME in result.output
+    (record,) = json.loads(table.read_text())
+    assert record["allocation"] == NAME
+    shown = CliRunner().invoke(app, ["info", str(mixed)], env={"COLUMNS": "160"})
+    assert "tuned" in shown.output
+    check = CliRunner().invoke(app, ["eval", str(mixed), "--allocation", NAME, "--text", str(text), "--seqlen", "16"])
+    assert check.exit_code == 0, check.output

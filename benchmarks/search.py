@@ -6,6 +6,8 @@ OUT is a checkpoint of ``matgptq quantize``. Budgets are average bits of the cod
 text that no search saw, and compared with the straight line between the neighbouring uniform widths in log KL (at a
 whole number of bits: with that uniform width). The published search, evolution from uniform widths, gets one of the
 budgets, and as many tokens as ours took, then several times as many.
+
+What was found then gets scales of its own (``matgptq refine --allocation``), beside uniform widths tuned as long.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +68,21 @@ def line(uniform: dict[int, float], bits: float) -> float:
     return math.exp((high - bits) * math.log(uniform[low]) + (bits - low) * math.log(uniform[high]))
 
 
+def space_of(checkpoint: Path, fuse: str) -> SearchSpace:
+    """What an allocation can be."""
+    opened = open_checkpoint(checkpoint)
+    family = find_family(str(opened.config.get("model_type")))
+    return SearchSpace(group_layers(opened.layers, family, fuse=fuse == "serving"), WIDTHS, opened.other_bytes)
+
+
 def additive(checkpoint: Path, fuse: str) -> dict[str, float]:
     """What the sensitivity table says could be gained: the least sum of losses within each budget over the line.
 
     If groups of layers lost independently of one another, no choice of widths could be better than that.
     """
-    opened = open_checkpoint(checkpoint)
-    family = find_family(str(opened.config.get("model_type")))
-    groups = group_layers(opened.layers, family, fuse=fuse == "serving")
-    space = SearchSpace(groups, WIDTHS, opened.other_bytes)
+    space = space_of(checkpoint, fuse)
     tables = [read_table(file) for file in (checkpoint / "search").glob("sensitivity-*.json")]
-    losses = next(table for table in tables if len(table.alone) == len(groups)).losses(space)
+    losses = next(table for table in tables if len(table.alone) == len(space.groups)).losses(space)
 
     def total(widths: Sequence[int]) -> float:
         return sum(own[bits] for own, bits in zip(losses, widths, strict=True))
@@ -100,6 +107,7 @@ def main() -> None:
     )
     parser.add_argument("--fuse", nargs="*", default=["serving", "none"], choices=["serving", "none"])
     parser.add_argument("--generations", type=int, help="of refinement at most; default: while it pays")
+    parser.add_argument("--steps", type=int, default=64, help="of tuning; 0: none")
     parser.add_argument("--work", type=Path, help="where the searches are kept, to go on from; default: nowhere")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("-o", "--output", type=Path)
@@ -131,14 +139,18 @@ class Benchmark:
         )
         self.uniform = {int(bits): value for bits, value in uniform.items()}
         for fuse in self.arguments.fuse:
-            single = self.part(f"fuse {fuse}, one budget", lambda fuse=fuse: self.one_budget(fuse))
-            self.part(f"fuse {fuse}, if losses only added up", lambda fuse=fuse: additive(self.checkpoint, fuse))
-            self.part(f"fuse {fuse}, more budgets from the same table", lambda fuse=fuse: self.more_budgets(fuse))
+            single = self.part(f"fuse {fuse}, one budget", partial(self.one_budget, fuse))
+            self.part(f"fuse {fuse}, if losses only added up", partial(additive, self.checkpoint, fuse))
+            self.part(f"fuse {fuse}, more budgets from the same table", partial(self.more_budgets, fuse))
             if fuse == "serving":
                 for factor in self.arguments.evolution:
                     tokens = factor * single["tokens_scored"]
                     name = f"evolution from uniform widths, serving, {factor:g} x the tokens"
-                    self.part(name, lambda tokens=tokens: self.evolve(tokens))
+                    self.part(name, partial(self.evolve, tokens))
+        if self.arguments.steps and "serving" in self.arguments.fuse:
+            tuned = self.part("uniform widths, scales tuned", self.tuned_uniform)
+            for budget in BUDGETS:
+                self.part(f"{budget}, scales tuned", partial(self.tuned, budget, tuned["kl"]))
 
     def part(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Print and write each part as soon as it is known: the whole takes an hour."""
@@ -163,6 +175,38 @@ class Benchmark:
             plot_search(run, self.arguments.plot, f"{self.record['model']}: a width for every layer")
         results = {budget: self.compared(each, budget) for budget, each in zip(others, found, strict=True)}
         return {**results, **cost}
+
+    def tuned_uniform(self) -> dict[str, Any]:
+        """Uniform widths whose scales were tuned, in a copy: allocations belong to scales as they were found."""
+        copy = self.checkpoint.with_name("tuned")
+        if not copy.exists():
+            shutil.copytree(self.checkpoint, copy, ignore=shutil.ignore_patterns("search", "allocations"))
+        started = time.perf_counter()
+        matgptq.refine(copy, UNIFORM, steps=self.arguments.steps, **self.options)
+        seconds = round(time.perf_counter() - started, 1)
+        found = {str(bits): round(value, 5) for bits, value in kl(copy, self.text).items()}
+        return {"steps": self.arguments.steps, "seconds": seconds, "kl": found}
+
+    def tuned(self, budget: str, uniform: dict[str, float]) -> dict[str, Any]:
+        """An allocation with scales of its own, beside uniform widths as they are and tuned as long."""
+        name = "serving" if budget == COMPARED else f"serving-{self.label(budget)}"
+        started = time.perf_counter()
+        matgptq.refine(self.checkpoint, allocation=name, steps=self.arguments.steps, **self.options)
+        seconds = round(time.perf_counter() - started, 1)
+        value = kl(self.checkpoint, self.text, name)[name]
+        tuned_line = line({int(bits): each for bits, each in uniform.items()}, float(budget))
+        return {
+            "kl": round(value, 5),
+            "ratio": round(value / line(self.uniform, float(budget)), 3),
+            "ratio to tuned uniform widths": round(value / tuned_line, 3),
+            "target": TARGETS[budget],
+            "seconds": seconds,
+        }
+
+    def label(self, budget: str) -> str:
+        """What the search calls a budget."""
+        space = space_of(self.checkpoint, "serving")
+        return bits_budget(space, Fraction(budget) + self.extra).label
 
     def how(self, fuse: str) -> dict[str, Any]:
         """Options of our searches; with a place to keep them they go on where they were."""

@@ -144,7 +144,7 @@ def _read(file: Path, entry: Mapping[str, str]) -> dict[str, Tensor]:
     try:
         if _sha256(own) != entry["sha256"]:
             raise AllocationError(f"{own}: is not what was written, its checksum differs; {advice}")
-        scales = load_file(own)
+        scales: dict[str, Tensor] = load_file(own)
     except (OSError, SafetensorError) as error:
         raise AllocationError(f"{own}: cannot be read: {error}; {advice}") from error
     for layer, each in scales.items():

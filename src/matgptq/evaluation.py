@@ -246,7 +246,7 @@ class CandidateModels:
         load_model: Callable[..., Any],
     ) -> None:
         kinds = {candidate.own_scales for candidate in candidates}
-        self._settable = load_model() if False in kinds else None
+        self._settable: Any = load_model() if False in kinds else None
         self._fixed = load_model(allocation=allocation) if True in kinds else None
         self.first = self._settable if self._settable is not None else self._fixed
 

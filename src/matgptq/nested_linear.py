@@ -64,6 +64,7 @@ class NestedLinear(nn.Module):
         self._packed: kernels.PackedWeight | None = None
         self._shared: SharedInput | None = None
         self._fixed = False
+        self._bits: int
         self.set_bits(bits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NestedLinear:
@@ -107,8 +108,8 @@ class NestedLinear(nn.Module):
     def adopt_scales(self, scales: Tensor) -> None:
         """Serve the width in use with other scales, ``[out_features, groups]``, and no other width from now on."""
         own = scales.to(self.codes.device, torch.float16)
-        self.register_buffer(scales_name(self._bits), own)
-        self.scale_bits = tuple(sorted({*self.scale_bits, self._bits}))
+        self.register_buffer(scales_name(self.bits), own)
+        self.scale_bits = tuple(sorted({*self.scale_bits, self.bits}))
         self._fixed = True
 
     @property

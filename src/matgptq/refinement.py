@@ -270,11 +270,11 @@ class _Run:
         started = time.monotonic()
         state = self.workspace.state(goal)
         if state is None or not state.finished:
-            uniform = isinstance(goal.widths, int)
+            widths = goal.widths
             student = load(
                 self.checkpoint.path,
-                goal.widths if uniform else None,
-                None if uniform else goal.widths,  # not its name: scales of its own would fix the model
+                widths if isinstance(widths, int) else None,
+                None if isinstance(widths, int) else widths,  # not its name: scales of its own would fix the model
                 device=self.device if full is None else "cpu",
                 dtype=self.dtype,
                 trust_remote_code=self.trust_remote_code,

@@ -49,7 +49,9 @@ def test_against_plain_differentiation(name, monkeypatch):
         torch.testing.assert_close(found[layer][0], values, rtol=1e-3, atol=1e-5 * float(values.max()))
 
 
-def test_tokens_are_drawn_as_often_as_their_probability_says():
+@pytest.mark.parametrize("stretch", [1, 2, 3, 4, 128])
+def test_tokens_are_drawn_as_often_as_their_probability_says(stretch, monkeypatch):
+    monkeypatch.setattr("matgptq.saliency._STRETCH", stretch)
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
     drawn = draw_tokens(probabilities.expand(20000, -1), torch.Generator().manual_seed(0))
     assert drawn.shape == (20000, 1)

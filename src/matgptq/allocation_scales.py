@@ -22,6 +22,7 @@ from torch import Tensor
 from matgptq.allocation_store import allocation_file, write_record
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import AllocationError, CheckpointError
+from matgptq.finiteness import all_finite
 from matgptq.format import scales_name
 from matgptq.nested_weight import scale_source
 from matgptq.source import read_tensor
@@ -148,7 +149,7 @@ def _read(file: Path, entry: Mapping[str, str]) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise AllocationError(f"{own}: cannot be read: {error}; {advice}") from error
     for layer, each in scales.items():
-        if each.dtype != torch.float16 or not bool(torch.isfinite(each).all()) or bool((each == 0).any()):
+        if each.dtype != torch.float16 or not all_finite(each) or bool((each == 0).any()):
             raise AllocationError(f"{own}: the scales of layer {layer} are not finite numbers other than zero")
     return scales
 

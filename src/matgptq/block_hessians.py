@@ -22,7 +22,8 @@ from matgptq.distributed import ALONE, Processes
 from matgptq.errors import UnsupportedModelError
 from matgptq.expert_hessians import Coverage, ExpertCalibration, ExpertTotals
 from matgptq.experts import Experts
-from matgptq.hessian import add_to_tile, all_finite, hessian_tiles, mirror
+from matgptq.finiteness import all_finite
+from matgptq.hessian import add_to_tile, hessian_tiles, mirror
 from matgptq.sightings import Notes, Sighting, Watch
 from matgptq.workers import INLINE, Workers
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from matgptq import native
+from matgptq.finiteness import all_finite
 from matgptq.triangular import factorize_lower, invert_lower, panels
 from matgptq.workers import INLINE, Workers
 
@@ -47,11 +48,6 @@ def mirror(total: Tensor) -> None:
         total[: tile.start, tile] = total[tile, : tile.start].T
         own = total[tile, tile].tril()
         total[tile, tile] = own + own.tril(-1).T
-
-
-def all_finite(matrix: Tensor) -> bool:
-    """Whether nothing in it is NaN or infinite: smallest and largest tell, in one pass that writes nothing."""
-    return bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all()) if matrix.numel() else True
 
 
 def quadratic_forms(rows: Tensor, hessian: Tensor) -> Tensor:

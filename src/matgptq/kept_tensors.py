@@ -11,6 +11,7 @@ from torch import Tensor
 
 from matgptq.blocks import Block
 from matgptq.errors import SourceError
+from matgptq.finiteness import all_finite
 from matgptq.source import ModelSource, read_tensor
 from matgptq.tensor_names import is_derived, match_names
 
@@ -95,7 +96,7 @@ def read_kept(source: ModelSource, network: Any, tensors: Sequence[KeptTensor]) 
 def _storable(tensor: Tensor) -> Tensor:
     """A rotated tensor in 16 bits, or in 32 where a value is out of their range."""
     small = tensor.to(ROTATED_DTYPE)
-    return small if bool(torch.isfinite(small).all()) else tensor.to(torch.float32)
+    return small if all_finite(small) else tensor.to(torch.float32)
 
 
 def _matched_tensors(source: ModelSource, network: Any, quantized: frozenset[str]) -> list[tuple[str, str, str | None]]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from matgptq.checkpoint import DEFAULT_SHARD_BYTES, REPORT_NAME, CheckpointWriter, check_destination
 from matgptq.errors import SourceError
+from matgptq.finiteness import all_finite
 from matgptq.format import Settings
 from matgptq.grid import storable_scales
 from matgptq.nested_weight import NestedWeight
@@ -203,7 +204,7 @@ def _check_master(name: str, layer: ReferenceLayer) -> None:
 
 def _check_values(name: str, layer: ReferenceLayer) -> None:
     for what, values in (("scales", layer.scales), ("zero points", layer.zeros)):
-        if values is not None and not bool(torch.isfinite(values).all()):
+        if values is not None and not all_finite(values):
             raise SourceError(f"layer {name}: {what} hold NaN or Inf{_hint(layer)}")
     if not bool((layer.scales > 0).all()):
         raise SourceError(f"layer {name}: holds a scale that is zero or negative{_hint(layer)}")
@@ -301,7 +302,7 @@ def _store(name: str, codes: Tensor, scales: Tensor, exact: bool) -> tuple[Neste
 
 def _read_finite(source: ModelSource, name: str) -> Tensor:
     tensor = read_tensor(name, source.tensors[name])
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(torch.float32)).all()):
+    if tensor.is_floating_point() and not all_finite(tensor.to(torch.float32)):
         raise SourceError(f"{source.name}: tensor {name} holds NaN or Inf")
     return tensor
 

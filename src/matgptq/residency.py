@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from matgptq.blocks import Block
 from matgptq.errors import SourceError
 from matgptq.families import attention_options
+from matgptq.finiteness import all_finite
 from matgptq.source import ModelSource, TensorInfo, read_tensor
 from matgptq.tensor_names import match_names
 
@@ -109,7 +110,7 @@ class Streamed:
                 continue
             stored, info = self._stored[name]
             tensor = read_tensor(stored, info).to(self._device, empty.dtype)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise SourceError(f"{info.file}: tensor {stored} holds NaN or Inf")
             _set(self.network, name, tensor)
 

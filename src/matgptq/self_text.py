@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from matgptq import cache
 from matgptq.errors import CalibrationError, ConfigurationError
+from matgptq.finiteness import all_finite
 from matgptq.workers import one_thread_each
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class _Sampler:
         # Inversion, because torch.multinomial draws a number for every token of the vocabulary: 20 times as long.
         cumulative = probabilities.cumsum(-1)
         total = cumulative[:, -1:]
-        if not torch.isfinite(total).all():
+        if not all_finite(total):
             raise CalibrationError(
                 "the model's logits are not finite, so it cannot generate text; "
                 "check the model and its dtype, or name a text instead of 'self'"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from matgptq.errors import ConfigurationError
+from matgptq.finiteness import all_finite
 from matgptq.grid import Refit, initial_scales, refit_scales, search_scales
-from matgptq.hessian import all_finite, factorize, prepare_hessian, quadratic_forms
+from matgptq.hessian import factorize, prepare_hessian, quadratic_forms
 from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.recipe import Recipe
 from matgptq.rounding import SharedTable, round_shared, shared_table

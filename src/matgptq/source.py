@@ -16,6 +16,7 @@ from torch import Tensor
 
 from matgptq.errors import SourceError, UnsupportedModelError
 from matgptq.families import attention_options
+from matgptq.finiteness import all_finite
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -186,7 +187,7 @@ class ModelSource:
         if missing:
             raise SourceError(f"{self.name}: the files hold no {missing[0]} ({len(missing)} tensors are missing)")
         for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise SourceError(f"{self.name}: tensor {name} holds NaN or Inf")
         model.eval().requires_grad_(False)
         return model.to(device)

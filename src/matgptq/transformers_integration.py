@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,6 +22,7 @@ from matgptq.checksums import CHECKSUMS_NAME
 from matgptq.errors import CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.experts import Experts, unfuse_experts
 from matgptq.families import Family, find_family
+from matgptq.finiteness import all_finite
 from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
@@ -109,7 +109,7 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
                 layer.take_slice()
             for bits in layer.scale_bits:
                 scales = getattr(layer, scales_name(bits))
-                if not scales.is_meta and not bool(torch.isfinite(scales).all()):
+                if not scales.is_meta and not all_finite(scales):
                     raise CheckpointError(f"layer {name}: {scales_name(bits)} holds NaN or Inf")
         family = _family(model)
         if family is not None and family.parts:

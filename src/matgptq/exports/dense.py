@@ -6,11 +6,11 @@ that dtype would.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from matgptq.errors import ExportError
 from matgptq.exports.target import SafetensorsExport, Target, check_untied
+from matgptq.finiteness import all_finite
 from matgptq.sliced_weight import SlicedWeight
 
 
@@ -24,7 +24,7 @@ class Dense(SafetensorsExport):
     def layer_tensors(self, layer: str, weight: SlicedWeight) -> dict[str, Tensor]:
         """``{"weight": [out, in]}``; raises ``ExportError`` where float16 ends."""
         dense = weight.dequantize(self.target.dtype)
-        if not bool(torch.isfinite(dense).all()):
+        if not all_finite(dense):
             raise ExportError(f"layer {layer}: a weight is too large for {self.target.dtype}; use --dtype bfloat16")
         return {"weight": dense}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from matgptq.checkpoint import Checkpoint, CheckpointWriter
 from matgptq.errors import ExportError, UnsupportedModelError
 from matgptq.families import Family, find_family
+from matgptq.finiteness import all_finite
 from matgptq.format import CODES, GUARD, scales_name
 from matgptq.nested_weight import NestedWeight
 from matgptq.sliced_weight import SlicedWeight, cut
@@ -103,7 +104,7 @@ class Target:
         if self.own_scales is not None:
             scales[bits] = self.own_scales[layer]
         sliced = cut(NestedWeight(codes, scales), bits)
-        if not bool(torch.isfinite(sliced.scales).all()) or bool((sliced.scales == 0).any()):
+        if not all_finite(sliced.scales) or bool((sliced.scales == 0).any()):
             raise ExportError(f"layer {layer}: a scale is zero, NaN or Inf; the checkpoint is damaged")
         return sliced
 

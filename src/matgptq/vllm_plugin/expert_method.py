@@ -13,6 +13,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from matgptq.bit_stream import unpack_rows
 from matgptq.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from matgptq.finiteness import all_finite
 from matgptq.format import CODES, GUARD, SLICED_CODES, SLICED_SCALES, Settings, scales_name
 from matgptq.kernels import Activations
 from matgptq.nested_weight import scale_source
@@ -216,7 +217,7 @@ class ServedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def _part(self, layer: Any, stem: str, number: int, rows: slice, served: ServedLayer) -> Part:
         source = self._sources[served.bits]
         scales = getattr(layer, f"{stem}_{source}").data[number, rows]
-        if not bool(torch.isfinite(scales).all()):
+        if not all_finite(scales):
             raise CheckpointError(f"{self.prefix}.{number}: {stem}_{source} holds NaN or Inf, or is not all there")
         codes = getattr(layer, f"{stem}_{self._codes_name}").data[number, rows]
         return Part(codes, scales, served.bits)

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter
 
 from matgptq.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from matgptq.finiteness import all_finite
 from matgptq.format import CODES, GUARD, SLICED_CODES, SLICED_SCALES, Settings, scales_name
 from matgptq.kernels import Activations
 from matgptq.nested_weight import scale_source
@@ -120,7 +121,7 @@ class ServedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         start = 0
         for (name, served), source, rows in zip(self.layers.items(), self.scale_names, self._rows, strict=True):
             scales = getattr(layer, source).data[start : start + rows]
-            if not bool(torch.isfinite(scales).all()):
+            if not all_finite(scales):
                 raise CheckpointError(f"layer {name}: {source} holds NaN or Inf, or is not all there")
             parts.append(Part(codes.data[start : start + rows], scales, served.bits))
             start += rows

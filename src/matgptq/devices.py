@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from matgptq.errors import ConfigurationError
+from matgptq.tiled_attention import TiledAttention
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,10 +49,15 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, stored: str | 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are faster than float32 ones there."""
     if device.type == "cpu":
-        # Names with an underscore, but there are no others; without the instructions bfloat16 is slower than float32.
-        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-        return any(check is not None and check() for check in checks)
+        # Without these instructions bfloat16 is slower than float32.
+        return _supports("_is_amx_tile_supported") or _supports("_is_avx512_bf16_supported")
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _supports(name: str) -> bool:
+    """What ``torch.cpu`` says; its names have an underscore, but there are no others."""
+    check = getattr(torch.cpu, name, None)
+    return check is not None and bool(check())
 
 
 class _MediumPrecision:
@@ -93,8 +99,14 @@ def fast_products(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or not multiplies_bfloat16(device):
         yield
         return
-    with MEDIUM_PRECISION, torch.autocast("cpu", torch.bfloat16):
+    with MEDIUM_PRECISION, torch.autocast("cpu", torch.bfloat16), fast_attention(device):
         yield
+
+
+def fast_attention(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, this thread's causal attention is in bfloat16 and in tiles where PyTorch's own kernel is slow."""
+    tiles = _supports("_is_amx_tile_supported")
+    return TiledAttention() if device.type == "cpu" and multiplies_bfloat16(device) and not tiles else nullcontext()
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from matgptq.blocks import Block, capture_inputs, ending, run_block
-from matgptq.devices import multiplies_bfloat16
+from matgptq.devices import fast_attention, multiplies_bfloat16
 from matgptq.residency import Residency
 from matgptq.teacher import OutputHead, chunks, output_head
 from matgptq.workers import INLINE, Workers
@@ -169,7 +169,7 @@ def _products_of(network: Any) -> Iterator[None]:
     if not multiplies_bfloat16(network.device):
         yield
         return
-    with torch.autocast(network.device.type, torch.bfloat16):
+    with torch.autocast(network.device.type, torch.bfloat16), fast_attention(network.device):
         yield
 
 

@@ -90,8 +90,10 @@ class Measured:
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(row: Row, model: str, calibration: str, text: str, other: str | None) -> Measured:
-    """Quantize and evaluate one row in this process."""
+def measure(
+    row: Row, model: str, calibration: str, text: str, other: str | None, names: Sequence[str] | None = None
+) -> Measured:
+    """Quantize and evaluate one row in this process, on the texts of some names or on all."""
     from transformers.utils import logging
 
     import matgptq
@@ -114,6 +116,8 @@ def measure(row: Row, model: str, calibration: str, text: str, other: str | None
         cpu_seconds, peak = time.process_time() - started, peak_memory_bytes()
         texts = {}
         for name, windows in evaluation_texts(model, text, other).items():
+            if names is not None and name not in names:
+                continue
             evaluation = matgptq.evaluate(out, row.widths, text=windows, reference=model)
             texts[name] = {
                 "reference_perplexity": evaluation.reference_perplexity,
@@ -142,7 +146,11 @@ def evaluation_texts(model: str, text: str, other: str | None) -> dict[str, Tens
 
 
 def make_table(
-    rows: Sequence[Row], program: str, description: str | None, plot: Callable[[list[dict[str, Any]], Path], None]
+    rows: Sequence[Row],
+    program: str,
+    description: str | None,
+    plot: Callable[[list[dict[str, Any]], Path], None],
+    names: Sequence[str] | None = None,
 ) -> None:
     """Read the command line, measure the rows that it asks for and the output does not hold, print and write them.
 
@@ -151,6 +159,7 @@ def make_table(
         program: file of the script, which is started anew for each row.
         description: for ``--help``.
         plot: draws the rows into a file.
+        names: of the texts to measure on; default all.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="full-precision model: directory, .gguf file or hub id")
@@ -165,7 +174,7 @@ def make_table(
     by_name = {row.name: row for row in rows}
     if arguments.child:
         row = by_name[arguments.child]
-        measured = measure(row, arguments.model, arguments.calibration, arguments.text, arguments.other)
+        measured = measure(row, arguments.model, arguments.calibration, arguments.text, arguments.other, names)
         print(json.dumps(dataclasses.asdict(measured)))
         return
     wanted = arguments.rows.split(";") if arguments.rows else [*by_name]

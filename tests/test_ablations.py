@@ -83,3 +83,17 @@ def test_texts(source: Path, tmp_path: Path) -> None:
     texts.directory.joinpath("other").mkdir()
     rest = ablations.other_text(Texts(str(source), calibration, other, tmp_path / "other")).read_text()
     assert rest == "y" * 120
+
+
+def test_kept_saliency_is_what_is_found_without(source: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    plain = codes(source, tmp_path / "plain", saliency=1.0)
+    for out in ("first", "again"):
+        with ablations.kept_saliency(kept):
+            found = codes(source, tmp_path / out, saliency=1.0)
+        assert not differing(plain, found, "codes")
+    assert len(list(kept.iterdir())) == 1
+    with ablations.kept_saliency(kept):
+        codes(source, tmp_path / "rotated", saliency=1.0, rotate=True)
+    assert len(list(kept.iterdir())) == 2

@@ -461,7 +461,7 @@ class _Run:
                 own = windows[mine]
                 self.progress.start("saliency of tokens", 2 * len(own) * len(blocks))
                 saliency = token_saliency(
-                    self.residency, blocks, own, recipe.seed, self.progress.advance, first_window=mine.start,
+                    self.residency, blocks, own, recipe.seed, tick=self.progress.advance, first_window=mine.start,
                     workers=self.workers,
                 )  # fmt: skip
                 saliency = {name: together.join_rows(rows, len(windows)) for name, rows in saliency.items()}

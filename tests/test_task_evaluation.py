@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import matgptq
-from matgptq import task_evaluation
+from matgptq import evaluation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.cli import app
 from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError
@@ -212,7 +212,7 @@ def test_the_command(checkpoint: Path, directory: Path, tmp_path: Path, make_che
 
 
 def test_refusals_come_before_a_model_is_loaded(out, directory, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(task_evaluation, "load", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: pytest.fail("was loaded"))
     for options, error, message in (
         ({"tasks": []}, ConfigurationError, "no task"),
         ({"tasks": ["chioce"]}, ConfigurationError, "unknown task chioce: did you mean choice"),
@@ -229,7 +229,7 @@ def test_refusals_come_before_a_model_is_loaded(out, directory, tmp_path, monkey
 
 
 def test_tasks_that_cannot_be_run(out, directory, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(task_evaluation, "load", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: pytest.fail("was loaded"))
     text = (directory / "choice.yaml").read_text()
     (tmp_path / "a.yaml").write_text(text + "unsafe_code: true\n")
     with pytest.raises(ConfigurationError, match="runs code that the model writes"):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,18 +162,10 @@ def evaluate(
     chosen = _settle_text(text, windows, seqlen, stride, protocol, config, run_device, progress)
     progress.start("load the models", 1)
     models = CandidateModels(
-        candidates,
-        allocation,
-        partial(
-            load,
-            path,
-            device=run_device,
-            dtype=dtype,
-            activations=activations,
-            head_bits=head_bits,
-            trust_remote_code=trust_remote_code,
-        ),
-    )
+        path, candidates, allocation,
+        device=run_device, dtype=dtype, activations=activations, head_bits=head_bits,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     full, reference_name = _load_reference(checkpoint, reference, run_device, dtype, trust_remote_code, progress)
     progress.start("evaluation text", 1)
     tokens = chosen.read(path, full if full is not None else models.first)
@@ -231,9 +222,10 @@ class CandidateModels:
     """The models that serve some candidates: one whose widths are set, and one more for scales of an allocation's own.
 
     Args:
+        path: checkpoint directory.
         candidates: to be served.
         allocation: the one among them, as named by the user.
-        load_model: ``matgptq.load`` but for the allocation.
+        options: of ``matgptq.load``.
 
     Attributes:
         first: one of the models.
@@ -241,13 +233,14 @@ class CandidateModels:
 
     def __init__(
         self,
+        path: str | Path,
         candidates: Sequence[Candidate],
         allocation: Mapping[str, int] | str | Path | None,
-        load_model: Callable[..., Any],
+        **options: Any,
     ) -> None:
         kinds = {candidate.own_scales for candidate in candidates}
-        self._settable: Any = load_model() if False in kinds else None
-        self._fixed = load_model(allocation=allocation) if True in kinds else None
+        self._settable: Any = load(path, **options) if False in kinds else None
+        self._fixed: Any = load(path, allocation=allocation, **options) if True in kinds else None
         self.first = self._settable if self._settable is not None else self._fixed
 
     def serve(self, candidate: Candidate) -> Any:

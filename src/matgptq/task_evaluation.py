@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import CalibrationError, ConfigurationError
 from matgptq.evaluation import CandidateModels, average_bits, choose_candidates, served_settings
 from matgptq.kernels import Activations
-from matgptq.loading import load
 from matgptq.progress import Progress, Silent
 from matgptq.source import load_tokenizer, open_source
 
@@ -153,18 +151,10 @@ def evaluate_tasks(
     progress.start("load the model", 1)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     models = CandidateModels(
-        candidates,
-        allocation,
-        partial(
-            load,
-            path,
-            device=run_device,
-            dtype=dtype,
-            activations=activations,
-            head_bits=head_bits,
-            trust_remote_code=trust_remote_code,
-        ),
-    )
+        path, candidates, allocation,
+        device=run_device, dtype=dtype, activations=activations, head_bits=head_bits,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     settings = served_settings(models.first, activations, head_bits)
     options = {"num_fewshot": num_fewshot, "limit": limit}
 

@@ -110,6 +110,21 @@ def find_blocks(model: nn.Module, family: Family) -> list[Block]:
     return blocks
 
 
+def expand_paths(block: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
+    """Those of some paths that a block has; one with a ``*`` stands for the same layer of every expert."""
+    modules = dict(block.named_modules())
+    found: list[str] = []
+    for path in paths:
+        before, star, after = path.partition("*")
+        if not star:
+            found += [path] if path in modules else []
+            continue
+        matches = (name[len(before) :].partition(after) for name in modules if name.startswith(before))
+        found += [f"{before}{number}{after}" for number, end, rest in matches if end and number.isdecimal()
+                  and not rest]  # fmt: skip
+    return tuple(found)
+
+
 def _experts_in(module: nn.Module, name: str, family: Family) -> Experts | None:
     if family.experts is None:
         return None

@@ -37,6 +37,25 @@ class RotationSites:
 
 
 @dataclass(frozen=True)
+class ChannelSites:
+    """Where channels come out of something linear that can be scaled, and who reads them (``matgptq.channel_scaling``).
+
+    Paths are inside a block, as those of ``RotationSites``.
+
+    Attributes:
+        norms: each norm in front of layers, and all Linears (and routers) that read what it puts out.
+        pairs: a Linear whose last rows are channels, and the Linear that reads them, one in each kind of block.
+        values: the one of them whose channels are the value heads.
+        norm_unit: as in ``RotationSites``.
+    """
+
+    norms: tuple[tuple[str, tuple[str, ...]], ...]
+    pairs: tuple[tuple[str, str], ...]
+    values: str
+    norm_unit: float = 1.0
+
+
+@dataclass(frozen=True)
 class ExpertSites:
     """The experts of a block: alike, each with a gate, an up and a down projection, and a router that chooses.
 
@@ -88,6 +107,7 @@ class Family:
             what attention reads, its output, what the MLP reads, its output. A group is solved as one matrix with one
             Hessian. In a family with experts, those of a block without any.
         rotation: what a rotation changes, or the reason why none leaves the model the same.
+        channels: what can be scaled between its layers; None if that is not known.
         experts: where blocks have experts, if the family has such blocks.
         parts: what a model has beside the language model, all of it kept as it is.
         plain_blocks: blocks are what ``matgptq.decoding`` knows a short way through.
@@ -97,6 +117,7 @@ class Family:
     blocks: str
     inputs: tuple[tuple[str, ...], ...]
     rotation: RotationSites | str
+    channels: ChannelSites | None = None
     experts: ExpertSites | None = None
     parts: tuple[str, ...] = ()
     plain_blocks: bool = False
@@ -197,6 +218,19 @@ def _with_experts(sites: RotationSites, experts: ExpertSites) -> RotationSites:
     )
 
 
+def _channels(rotation: RotationSites, *hidden: tuple[str, str]) -> ChannelSites:
+    """Channels of blocks that can be rotated: their norms, value heads, and those between up and down projections."""
+    pairs = ((rotation.values, rotation.outputs), *hidden)
+    return ChannelSites(rotation.norms, pairs, rotation.values, rotation.norm_unit)
+
+
+_DENSE_CHANNELS = ("mlp.up_proj", "mlp.down_proj")
+
+
+def _expert_channels(experts: ExpertSites) -> tuple[str, str]:
+    return f"{experts.path}.*.{experts.up}", f"{experts.path}.*.{experts.down}"
+
+
 _MIXTRAL = ExpertSites(name="block_sparse_moe", gate="w1", up="w3", down="w2")
 _QWEN_MOE = ExpertSites()
 _QWEN2_MOE = ExpertSites(
@@ -210,6 +244,30 @@ _NORMS_IN_FRONT = (
     "its RMSNorms after attention and MLP weigh each channel of what is added to the residual stream, and have no "
     "Linear after them that could take the weights"
 )
+_MIXTRAL_ROTATION = _with_experts(
+    replace(
+        _LLAMA_ROTATION,
+        norms=(_LLAMA_ROTATION.norms[0], ("post_attention_layernorm", ())),
+        writers=("self_attn.o_proj",),
+    ),
+    _MIXTRAL,
+)
+_QWEN_MOE_ROTATION = _with_experts(_LLAMA_ROTATION, _QWEN_MOE)
+_QWEN2_MOE_ROTATION = _with_experts(_LLAMA_ROTATION, _QWEN2_MOE)
+_GEMMA_ROTATION = replace(_LLAMA_ROTATION, norm_unit=0.0)
+_GEMMA2_CHANNELS = replace(
+    _channels(_GEMMA_ROTATION, _DENSE_CHANNELS),
+    norms=(("input_layernorm", _LLAMA_INPUTS[0]), ("pre_feedforward_layernorm", _LLAMA_INPUTS[2])),
+)
+_PHI3_ROTATION = RotationSites(
+    norms=(
+        ("input_layernorm", ("self_attn.qkv_proj",)),
+        ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    ),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
+    values="self_attn.qkv_proj",
+    outputs="self_attn.o_proj",
+)
 _CENTRED = "its LayerNorm subtracts the mean over the channels, which a rotation does not keep"
 
 FAMILIES: tuple[Family, ...] = (
@@ -218,68 +276,66 @@ FAMILIES: tuple[Family, ...] = (
         blocks="model.layers",
         inputs=_LLAMA_INPUTS,
         rotation=_LLAMA_ROTATION,
+        channels=_channels(_LLAMA_ROTATION, _DENSE_CHANNELS),
         plain_blocks=True,
     ),
     Family(
         model_types=("mixtral",),
         blocks="model.layers",
         inputs=_LLAMA_INPUTS[:2],
-        rotation=_with_experts(
-            replace(
-                _LLAMA_ROTATION,
-                norms=(_LLAMA_ROTATION.norms[0], ("post_attention_layernorm", ())),
-                writers=("self_attn.o_proj",),
-            ),
-            _MIXTRAL,
-        ),
+        rotation=_MIXTRAL_ROTATION,
+        channels=_channels(_MIXTRAL_ROTATION, _expert_channels(_MIXTRAL)),
         experts=_MIXTRAL,
     ),
     Family(
         model_types=("qwen3_moe", "olmoe"),
         blocks="model.layers",
         inputs=_LLAMA_INPUTS,
-        rotation=_with_experts(_LLAMA_ROTATION, _QWEN_MOE),
+        rotation=_QWEN_MOE_ROTATION,
+        channels=_channels(_QWEN_MOE_ROTATION, _DENSE_CHANNELS, _expert_channels(_QWEN_MOE)),
         experts=_QWEN_MOE,
     ),
     Family(
         model_types=("qwen2_moe",),
         blocks="model.layers",
         inputs=_LLAMA_INPUTS,
-        rotation=_with_experts(_LLAMA_ROTATION, _QWEN2_MOE),
+        rotation=_QWEN2_MOE_ROTATION,
+        channels=_channels(
+            _QWEN2_MOE_ROTATION,
+            _DENSE_CHANNELS,
+            _expert_channels(_QWEN2_MOE),
+            ("mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"),
+        ),
         experts=_QWEN2_MOE,
     ),
     Family(
         model_types=("gemma",),
         blocks="model.layers",
         inputs=_LLAMA_INPUTS,
-        rotation=replace(_LLAMA_ROTATION, norm_unit=0.0),
+        rotation=_GEMMA_ROTATION,
+        channels=_channels(_GEMMA_ROTATION, _DENSE_CHANNELS),
     ),
     Family(
         model_types=("gemma2", "gemma3_text"),
         blocks="model.layers",
         inputs=_LLAMA_INPUTS,
         rotation=_NORMS_IN_FRONT,
+        channels=_GEMMA2_CHANNELS,
     ),
     Family(
         model_types=("gemma3",),
         blocks="model.language_model.layers",
         inputs=_LLAMA_INPUTS,
         rotation=_NORMS_IN_FRONT,
+        channels=_GEMMA2_CHANNELS,
         parts=("model.vision_tower", "model.multi_modal_projector"),
     ),
     Family(
         model_types=("phi3",),
         blocks="model.layers",
         inputs=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
-        rotation=RotationSites(
-            norms=(
-                ("input_layernorm", ("self_attn.qkv_proj",)),
-                ("post_attention_layernorm", ("mlp.gate_up_proj",)),
-            ),
-            writers=("self_attn.o_proj", "mlp.down_proj"),
-            values="self_attn.qkv_proj",
-            outputs="self_attn.o_proj",
-        ),
+        rotation=_PHI3_ROTATION,
+        channels=_channels(_PHI3_ROTATION, ("mlp.gate_up_proj", "mlp.down_proj")),
     ),
     Family(
         model_types=("opt",),

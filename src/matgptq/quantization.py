@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from matgptq.activations import Boundaries, Placement, check_placement
 from matgptq.block_hessians import collect_hessians
 from matgptq.blocks import Block, BlockInputs, capture_inputs, propagate
 from matgptq.calibration import SELF, Windows, first_tokens, load_windows
+from matgptq.channel_scaling import scale_channels, scaled_tensors
 from matgptq.checkpoint import (
     DEFAULT_SHARD_BYTES,
     REPORT_NAME,
@@ -37,7 +38,7 @@ from matgptq.experts import check_expert_tensors, unfuse_experts
 from matgptq.families import Family, check_parts, find_family
 from matgptq.fingerprint import fingerprint_data, fingerprint_model, fingerprint_software
 from matgptq.format import Settings
-from matgptq.kept_tensors import ROTATED_DTYPE, KeptTensors, find_kept, read_kept
+from matgptq.kept_tensors import CHANGED_DTYPE, KeptTensors, changed_bytes, find_kept, read_kept
 from matgptq.nested_weight import NestedWeight
 from matgptq.plan import CalibrationRequest, Plan, make_plan
 from matgptq.progress import Progress, Silent
@@ -51,7 +52,7 @@ from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.saliency import token_saliency, token_weights
 from matgptq.slicing import check_bits
 from matgptq.solver import solve
-from matgptq.source import ModelSource, open_source, read_header
+from matgptq.source import ModelSource, open_source, read_header, read_tensor
 from matgptq.work_directory import WorkDirectory
 from matgptq.workers import INLINE, one_thread_each
 
@@ -252,9 +253,10 @@ def prepare(
     quantized = frozenset(f"{layer}.weight" for layer in plan.layers)
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
     tied = embedding.weight is head.weight or network.config.tie_word_embeddings
-    kept = find_kept(source, network, plan.blocks, quantized, frozenset(rotated))
+    scaled = scaled_tensors(family.channels, plan.blocks) if recipe.channel_scaling and family.channels else ()
+    kept = find_kept(source, network, plan.blocks, quantized, frozenset((*rotated, *scaled)))
     if recipe.rotate and tied:
-        size = f"{head.weight.numel() * ROTATED_DTYPE.itemsize / 1e6:,.1f} MB"
+        size = f"{head.weight.numel() * CHANGED_DTYPE.itemsize / 1e6:,.1f} MB"
         note = f"rotated, the head and the embedding are no longer one tensor: the checkpoint grows by {size}"
         plan = dataclasses.replace(plan, notes=(*plan.notes, note))
     needs = estimate_requirements(
@@ -274,11 +276,11 @@ def prepare(
 def _kept_bytes(source: ModelSource, network: Any, kept: KeptTensors) -> int:
     total = 0
     for tensor in (*kept.ends, *(each for block in kept.by_block for each in block)):
-        if tensor.stored is not None and not tensor.rotated:
+        if tensor.stored is not None and not tensor.changed:
             total += source.tensors[tensor.stored].bytes
         else:
             parameter = network.get_parameter_or_buffer(tensor.known)
-            total += parameter.numel() * (ROTATED_DTYPE.itemsize if tensor.rotated else parameter.element_size())
+            total += changed_bytes(parameter) if tensor.changed else parameter.numel() * parameter.element_size()
     return total
 
 
@@ -508,6 +510,7 @@ class _Run:
             seen = collect_hessians(block, inputs, index, self.progress.advance, self.together, how, self.workers)
             hessians, coverage = [*seen.matrices], seen.coverage
             self._note_starved(block, coverage)
+            self._scale_channels(block, seen.matrices)
         tensors: dict[str, Tensor] = {}
         reports: list[LayerReport] = []
         costs = [sum(layer.weight.numel() for _, layer in group) for group in block.inputs]
@@ -526,6 +529,12 @@ class _Run:
         tensors.update(read_kept(self.source, self.network, self.kept.by_block[index]))
         self.work.finish_block(index, tensors, {"layers": [asdict(report) for report in reports]})
         return reports
+
+    def _scale_channels(self, block: Block, hessians: Sequence[Tensor]) -> None:
+        config = self.network.config.get_text_config()
+        sites = find_family(self.network.config.model_type).channels
+        if self.recipe.channel_scaling and sites is not None:
+            scale_channels(block, sites, hessians, config, self.recipe.channel_scaling)
 
     def _note_starved(self, block: Block, coverage: Mapping[str, Coverage]) -> None:
         """Say which experts were calibrated on all tokens because few reached them."""
@@ -619,6 +628,11 @@ class _Run:
             weight = read_layer(name, tensors, self.recipe.scale_bits)
             values = weight.dequantize(self.recipe.propagated_bits, layer.weight.dtype)
             layer.weight.data = values.to(layer.weight.device)
+        sites = find_family(self.network.config.model_type).channels
+        scaled = scaled_tensors(sites, [block]) if self.recipe.channel_scaling and sites is not None else ()
+        for kept in self.kept.by_block[index]:
+            if kept.known in scaled:
+                self.network.get_parameter(kept.known).data.copy_(read_tensor(kept.name, tensors[kept.name]))
 
     def _put_together(self, writer: CheckpointWriter) -> None:
         """Hand all finished blocks to the writer, and what stands around them; bytes are copied from file to file."""
@@ -626,7 +640,7 @@ class _Run:
             for name, info in read_header(self.work.block_file(index)).items():
                 writer.add_stored(name, info)
         for tensor in self.kept.ends:
-            if tensor.stored is not None and not tensor.rotated:
+            if tensor.stored is not None and not tensor.changed:
                 writer.add_stored(tensor.name, self.source.tensors[tensor.stored])
             else:
                 for name, value in read_kept(self.source, self.network, [tensor]):

@@ -64,6 +64,9 @@ class Recipe:
             Fisher information (``matgptq.saliency``). Costs one backward pass over the calibration windows.
         tuned_bits: widths whose scales are tuned end to end once the checkpoint stands (``matgptq.refine``).
         tuning_steps: steps of that tuning for each width.
+        channel_scaling: exponent e by which channels with large activations are rounded more finely, with the model
+            left the same function (``matgptq.channel_scaling``); 0 for none. Costs nothing at inference. Families that
+            it is not known for (OPT, GPT-NeoX) go without.
         rotate: spread outliers over all channels by rotating the weights before anything else, with the model left
             the same function (``matgptq.rotated_model``).
         min_expert_tokens: calibration tokens that an expert has to see for Hessians of its own; one with fewer gets
@@ -91,6 +94,7 @@ class Recipe:
     saliency: float = 0.0
     tuned_bits: tuple[int, ...] = ()
     tuning_steps: int = 64
+    channel_scaling: float = 0.0
     rotate: bool = False
     min_expert_tokens: int = 128
     all_experts: bool = False
@@ -129,6 +133,7 @@ class Recipe:
         _require(self.tuning_steps >= 1, "tuning_steps must be at least 1")
         _require(self.min_expert_tokens >= 0, f"min_expert_tokens cannot be negative, it is {self.min_expert_tokens}")
         _require(math.isfinite(self.damping) and self.damping >= 0, f"damping must be >= 0, not {self.damping}")
+        _require(0 <= self.channel_scaling <= 1, f"channel_scaling must lie in [0, 1], not {self.channel_scaling}")
         _require(0 <= self.saliency <= 2, f"saliency must lie in [0, 2], not {self.saliency}")
         _require(
             math.isfinite(self.sink_weight) and self.sink_weight >= 1,
@@ -200,11 +205,13 @@ _METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 # Gradients weigh first positions like all others, layer by layer; a fixed weight on top makes every width worse.
-_BALANCED: Mapping[str, Any] = {"coordinate_passes": 2, "saliency": 1.0, "sink_weight": 1.0}
+_BALANCED: Mapping[str, Any] = {
+    "coordinate_passes": 2, "saliency": 1.0, "sink_weight": 1.0, "channel_scaling": 0.25,
+}  # fmt: skip
 
 # How much time the method matgptq takes for quality; what each costs and brings is measured in the README.
 _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"coordinate_passes": 0},
+    "fast": {"coordinate_passes": 0, "channel_scaling": 0.25},
     "balanced": _BALANCED,
     "best": {**_BALANCED, "rotate": True, "saliency": 1.5, "tuned_bits": (2, 3, 4), "tuning_steps": 96},
 }

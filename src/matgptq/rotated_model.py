@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matgptq.blocks import Block, capture_inputs, complete, run_block
+from matgptq.blocks import Block, capture_inputs, complete, expand_paths, run_block
 from matgptq.errors import UnsupportedModelError
 from matgptq.families import Family, RotationSites
 from matgptq.residency import Residency
@@ -82,22 +82,8 @@ def rotated_tensors(sites: RotationSites, blocks: Sequence[Block]) -> frozenset[
 
 def sites_inside(sites: RotationSites, block: nn.Module) -> RotationSites:
     """The sites that a block has, those of experts one by one."""
-    modules = dict(block.named_modules())
-
-    def present(paths: Sequence[str]) -> tuple[str, ...]:
-        found: list[str] = []
-        for path in paths:
-            before, star, after = path.partition("*")
-            if not star:
-                found += [path] if path in modules else []
-                continue
-            matches = (name[len(before) :].partition(after) for name in modules if name.startswith(before))
-            found += [f"{before}{number}{after}" for number, end, rest in matches if end and number.isdecimal()
-                      and not rest]  # fmt: skip
-        return tuple(found)
-
-    norms = tuple((norm, present(paths)) for norm, paths in sites.norms)
-    return replace(sites, norms=norms, writers=present(sites.writers))
+    norms = tuple((norm, expand_paths(block, paths)) for norm, paths in sites.norms)
+    return replace(sites, norms=norms, writers=expand_paths(block, sites.writers))
 
 
 @torch.no_grad()

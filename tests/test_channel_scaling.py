@@ -1,0 +1,145 @@
+"""Every family scaled: the same function, Hessians of the scaled inputs, and what is stored and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import MODELS, blocks_of, build_model, save_model, token_ids
+
+import matgptq
+from matgptq.block_hessians import collect_hessians
+from matgptq.blocks import Block, capture_inputs, run_block
+from matgptq.channel_scaling import channel_scales, scale_channels, scaled_tensors
+from matgptq.errors import ConfigurationError
+from matgptq.families import find_family
+from matgptq.recipe import make_recipe
+from matgptq.source import read_headers, read_tensor
+
+SCALABLE = [name for name, (kind, _) in MODELS.items() if find_family(kind).channels is not None]
+
+
+def sites_of(model: Any) -> Any:
+    sites = find_family(model.config.model_type).channels
+    assert sites is not None
+    return sites
+
+
+def seen_by(model: Any, blocks: list[Block], index: int) -> list[torch.Tensor]:
+    """Hessians of one block; those of a shared input may be one tensor."""
+    inputs = [capture_inputs(model, blocks, token_ids(4, 24))]
+    for number in range(index):
+        for each, hidden in enumerate(inputs[0].hidden):
+            with torch.no_grad():
+                inputs[0].hidden[each] = run_block(blocks[number], hidden, inputs[0].arguments[number])
+    return [*collect_hessians(blocks[index], inputs, index, lambda: None).matrices]
+
+
+@pytest.mark.parametrize("name", SCALABLE)
+def test_a_scaled_model_is_the_same_function(name: str, float32_products: None) -> None:
+    model = build_model(name)
+    blocks = blocks_of(model)
+    with torch.no_grad():
+        before = model(token_ids(2, 12)).logits
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    config = model.config.get_text_config()
+    for index, block in enumerate(blocks):
+        hessians = seen_by(model, blocks, index)
+        scale_channels(block, sites_of(model), hessians, config, 0.8)
+        for mine, again in zip(hessians, seen_by(model, blocks, index), strict=True):
+            assert torch.equal(mine, mine.T)
+            if bool(torch.isfinite(mine).all()):
+                torch.testing.assert_close(mine, again, rtol=1e-3, atol=1e-5 * float(again.abs().max()))
+    with torch.no_grad():
+        after = model(token_ids(2, 12)).logits
+    assert before.std() > 0.3
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-4)
+
+    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, state[key])}
+    quantized = {f"{layer}.weight" for block in blocks for layer, _ in block.layers()}
+    assert changed - quantized == (scaled_tensors(sites_of(model), blocks) & state.keys()) - quantized
+    assert changed & quantized == quantized
+
+
+def test_scales_follow_the_root_of_the_mean_square() -> None:
+    energy = torch.tensor([1.0, 16.0, 0.0, 4.0])
+    scales = channel_scales(energy, 0.5)
+    assert torch.allclose(scales[[0, 1, 3]], torch.tensor([1.0, 2.0, 2.0**0.5]) / 2**0.5)
+    assert scales[2] == 1
+    assert torch.equal(channel_scales(energy, 0.0), torch.ones(4))
+    assert torch.equal(channel_scales(torch.zeros(3), 0.5), torch.ones(3))
+    wide = channel_scales(torch.tensor([1e-30, 1.0, 1e30]), 1.0)
+    assert torch.equal(wide, torch.tensor([1 / 16, 1.0, 16.0]))
+
+
+def test_a_norm_that_is_zero_stays_zero() -> None:
+    model = build_model("llama")
+    blocks = blocks_of(model)
+    model.model.layers[0].input_layernorm.weight.data[3] = 0
+    with torch.no_grad():
+        before = model(token_ids(2, 12)).logits
+    scale_channels(blocks[0], sites_of(model), seen_by(model, blocks, 0), model.config, 0.5)
+    assert model.model.layers[0].input_layernorm.weight[3] == 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(token_ids(2, 12)).logits, before, rtol=0, atol=2e-4)
+
+
+def test_values_that_are_clipped_stay() -> None:
+    model = build_model("olmoe", clip_qkv=0.5)
+    blocks = blocks_of(model)
+    before = model.model.layers[0].self_attn.v_proj.weight.clone()
+    output = model.model.layers[0].self_attn.o_proj.weight.clone()
+    scale_channels(blocks[0], sites_of(model), seen_by(model, blocks, 0), model.config, 0.5)
+    ratio = model.model.layers[0].self_attn.v_proj.weight / before
+    assert torch.allclose(ratio, ratio[:1].expand_as(ratio))  # by columns, as the norm says, not by rows
+    assert torch.equal(model.model.layers[0].self_attn.o_proj.weight, output)
+
+
+def kept(path: Path) -> dict[str, torch.Tensor]:
+    headers = read_headers(path)
+    return {name: read_tensor(name, info) for name, info in headers.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_stored(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = save_model("llama-biased", tmp_path / "source", dtype)
+    for name, exponent in (("plain", 0.0), ("scaled", 0.4)):
+        matgptq.quantize(source, tmp_path / name, dataset=token_ids(), group_size=32, channel_scaling=exponent)
+    plain, scaled = kept(tmp_path / "plain"), kept(tmp_path / "scaled")
+    assert plain.keys() == scaled.keys()
+    other = {name for name in plain if name.rpartition(".")[2] in ("weight", "bias")}
+    changed = {name for name in other if not torch.equal(plain[name], scaled[name])}
+    assert {name.partition("layers.0.")[2] for name in changed if "layers.0." in name} == {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "self_attn.v_proj.bias",
+        "mlp.up_proj.bias",
+    }
+    assert all(scaled[name].dtype == torch.float32 for name in changed)
+    assert all(plain[name].dtype == dtype for name in other if plain[name].numel())
+
+
+def test_an_ignored_layer_is_scaled_with_its_norm_or_left_alone(tmp_path: Path) -> None:
+    source = save_model("llama", tmp_path / "source")
+    up, down = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
+    options = {"dataset": token_ids(), "group_size": 32, "ignore": ["lm_head", up, down]}
+    matgptq.quantize(source, tmp_path / "out", channel_scaling=0.4, **options)
+    before, after = kept(source), kept(tmp_path / "out")
+    assert torch.equal(after[f"{down}.weight"], before[f"{down}.weight"])
+    assert not torch.equal(after[f"{up}.weight"].float(), before[f"{up}.weight"])
+    text = token_ids(2, 24, seed=9)
+    exact = matgptq.evaluate(tmp_path / "out", (8,), text=text).results[0].kl
+    matgptq.quantize(source, tmp_path / "plain", channel_scaling=0.0, **options)
+    plain = matgptq.evaluate(tmp_path / "plain", (8,), text=text).results[0].kl
+    assert exact is not None
+    assert plain is not None
+    assert exact < 3 * plain  # a model that had lost its scales would differ by far more
+
+
+def test_methods_and_bounds() -> None:
+    assert make_recipe(method="paper").channel_scaling == 0
+    assert make_recipe(method="gptq", bits=(4,)).channel_scaling == 0
+    with pytest.raises(ConfigurationError, match="channel_scaling"):
+        make_recipe(channel_scaling=1.5)

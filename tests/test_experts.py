@@ -41,7 +41,7 @@ NAMES = {
     "qwen3_moe": ("model.layers.0.mlp.experts", "gate_proj", "up_proj", "down_proj"),
 }
 NEVER, THRICE, MARK = 1, 2, 100
-PLAIN = {"quality": "fast", "sink_weight": 1, "group_size": 32, "bits": (3, 8)}
+PLAIN = {"quality": "fast", "sink_weight": 1, "group_size": 32, "bits": (3, 8), "channel_scaling": 0.0}
 
 
 def unfused(model: Any) -> Any:
@@ -346,9 +346,15 @@ def test_a_loaded_slice_equals_fused_tensors_filled_by_hand(name, quantized, mon
     for key, layer in nested_layers(loaded).items():
         if ".experts." not in key:
             reference.get_submodule(key).weight.data = layer.dequantize()
+    for key, parameter in loaded.named_parameters():
+        if "norm" in key:
+            reference.get_parameter(key).data = parameter.data
     checked = 0
     for block, of_block in enumerate(reference.model.layers):
         fused = getattr(of_block.mlp, "experts", None)
+        if fused is not None:
+            router = f"{path.replace('layers.1', f'layers.{block}').removesuffix('.experts')}.gate"
+            of_block.mlp.gate.weight.data = loaded.get_parameter(f"{router}.weight").data
         for number in range(len(fused.down_proj) if fused is not None else 0):
             expert = f"{path.replace('layers.1', f'layers.{block}')}.{number}"
             parts = [loaded.get_submodule(f"{expert}.{leaf}").dequantize() for leaf in (gate, up, down)]

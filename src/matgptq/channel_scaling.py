@@ -50,7 +50,8 @@ def scaled_tensors(sites: ChannelSites, blocks: Sequence[Block]) -> frozenset[st
 def scale_channels(block: Block, sites: ChannelSites, hessians: Sequence[Tensor], config: Any, exponent: float) -> None:
     """Scale a block in place, and its Hessians, which are those of the scaled inputs then.
 
-    What a norm's weight cannot take, because it has few bits or is zero, the layers that read it do not get.
+    Norms are left with weights that bfloat16 holds, and the layers that read them get exactly what those have lost.
+    Where one of these is kept at full precision, scales are powers of two, which round nothing in it.
 
     Args:
         block: at full precision, all its weights there.
@@ -78,6 +79,8 @@ def scale_channels(block: Block, sites: ChannelSites, hessians: Sequence[Tensor]
         known = [diagonal for diagonal in seen if bool(torch.isfinite(diagonal).all())]
         if known:
             scales = channel_scales(torch.stack(known).mean(0), exponent)
+            if any(path not in group_of for path in readers):
+                scales = scales.log2().round_().exp2()
             divide(readers, _divide_norm(block.module.get_submodule(norm), scales, sites.norm_unit))
     for producer, reader in _pairs(block.module, sites):
         if reader not in group_of or (producer == sites.values and getattr(config, "clip_qkv", None) is not None):
@@ -108,11 +111,11 @@ def channel_scales(energy: Tensor, exponent: float) -> Tensor:
 
 
 def _divide_norm(norm: Any, scales: Tensor, unit: float) -> Tensor:
-    """Divide what an RMSNorm multiplies by; returns by how much after rounding, 1 where that would be zero or worse."""
+    """Divide what an RMSNorm multiplies by; returns by how much after rounding, 1 where that cannot be said."""
     weight = norm.weight.data
     offset = 1 - unit
     gain = weight.float() + offset
-    divided = (gain / scales - offset).to(weight.dtype)
+    divided = (gain / scales - offset).to(torch.bfloat16).to(weight.dtype)
     new = divided.float() + offset
     took = gain / new
     usable = torch.isfinite(took) & (took > 0) & (took < 2 * _LARGEST)

@@ -107,6 +107,8 @@ def in_order(bits: int, matching: float = 0.0) -> Iterator[None]:
         matching: share of the way from the layer's own weight to the one whose output on these inputs is nearest to the
             full model's: ``W + share W (C - H) (H + d I)^-1`` with ``C`` the sum of ``x_full x^T``. The idea of GPTAQ
             (arXiv 2504.02692) and Qronos (arXiv 2505.11695), as a change of the target.
+
+    Channels must not be scaled: layers are solved before the pipeline would do it.
     """
     full: list[Tensor] = []
 
@@ -247,6 +249,8 @@ def _row(
 
 ROWS = [
     _row("balanced"),
+    _row("no channel scaling", channel_scaling=0.0),
+    _row("channel scaling, exponent .5", channel_scaling=0.5),
     _row("draw of seed 1", seed=1),
     _row("no gradient weights", saliency=0.0),
     _row("no gradient weights, sink weight 64", saliency=0.0, sink_weight=64.0),
@@ -259,11 +263,11 @@ ROWS = [
     _row("groups of 32 at 2 bits only", fine_groups_at_two_bits, group_size=FINE),
     _row("fed by the full model", fed_by_the_full_model),
     _row("fed by 4 bits", partial(fed_by, 4)),
-    _row("sequential order in a block", partial(in_order, 8)),
-    _row("sequential order, fed by 4 bits", partial(in_order, 4)),
-    _row("matching the full output, .25", partial(in_order, 8, 0.25)),
-    _row("matching the full output, .25, fed by 4 bits", partial(in_order, 4, 0.25)),
-    _row("matching the full output, 1, fed by 4 bits", partial(in_order, 4, 1.0)),
+    _row("sequential order in a block", partial(in_order, 8), channel_scaling=0.0),
+    _row("sequential order, fed by 4 bits", partial(in_order, 4), channel_scaling=0.0),
+    _row("matching the full output, .25", partial(in_order, 8, 0.25), channel_scaling=0.0),
+    _row("matching the full output, .25, fed by 4 bits", partial(in_order, 4, 0.25), channel_scaling=0.0),
+    _row("matching the full output, 1, fed by 4 bits", partial(in_order, 4, 1.0), channel_scaling=0.0),
     _row("calibrated on Wikipedia", dataset=other_text),
     _row("calibrated on conversations", dataset=chat_text),
     _row("calibrated on the model's own text", dataset=lambda _: SELF),

@@ -31,7 +31,9 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeCh
         if (name, dtype) not in made:
             directory = root / f"{name}-{dtype}"
             source = save_model(name, directory / "source", dtype)
-            matgptq.quantize(source, directory / "out", dataset=token_ids(), group_size=GROUP_SIZE)
+            # What is not quantized is then the source's, bit for bit.
+            options = {"group_size": GROUP_SIZE, "channel_scaling": 0.0}
+            matgptq.quantize(source, directory / "out", dataset=token_ids(), **options)
             made[name, dtype] = (source, directory / "out")
         return made[name, dtype]
 

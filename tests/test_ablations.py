@@ -23,7 +23,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def codes(source: Path, out: Path, **options) -> dict[str, torch.Tensor]:
-    options = {"quality": "balanced", "saliency": 0.0, "group_size": 32, **options}
+    options = {"quality": "balanced", "saliency": 0.0, "group_size": 32, "channel_scaling": 0.0, **options}
     matgptq.quantize(source, out, dataset=token_ids(8, 48), **options)
     return load_file(out / "model.safetensors")
 

@@ -117,25 +117,55 @@ def test_what_is_stored(dtype: torch.dtype, tmp_path: Path) -> None:
         "self_attn.v_proj.bias",
         "mlp.up_proj.bias",
     }
-    assert all(scaled[name].dtype == torch.float32 for name in changed)
+    norms = {name for name in changed if "norm" in name}
+    assert all(scaled[name].dtype == torch.bfloat16 for name in norms)  # they are made to fit
+    assert all(scaled[name].dtype == torch.float32 for name in changed - norms)
     assert all(plain[name].dtype == dtype for name in other if plain[name].numel())
 
 
-def test_an_ignored_layer_is_scaled_with_its_norm_or_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SCALABLE)
+def test_a_checkpoint_of_every_family_is_as_good(name: str, tmp_path: Path) -> None:
+    source = save_model(name, tmp_path / "source")
+    found = {}
+    for exponent in (0.0, 0.5):
+        out = tmp_path / f"out-{exponent}"
+        matgptq.quantize(source, out, dataset=token_ids(8, 24), group_size=32, channel_scaling=exponent)
+        found[exponent] = matgptq.evaluate(out, (8,), text=token_ids(2, 24, seed=9)).results[0].kl
+    assert 0 < found[0.5] < 3 * found[0.0] < 0.1, found
+    matgptq.export(tmp_path / "out-0.5", tmp_path / "slice", format="matgptq-slice", bits=3)
+    one, other = (matgptq.load(tmp_path / each, 3)(token_ids(1, 12)).logits for each in ("slice", "out-0.5"))
+    assert torch.equal(one, other)
+
+
+def test_layers_that_are_left_out_stay_as_they_are(tmp_path: Path) -> None:
     source = save_model("llama", tmp_path / "source")
-    up, down = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
-    options = {"dataset": token_ids(), "group_size": 32, "ignore": ["lm_head", up, down]}
-    matgptq.quantize(source, tmp_path / "out", channel_scaling=0.4, **options)
+    ignored = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.v_proj"]
+    matgptq.quantize(
+        source, tmp_path / "out", dataset=token_ids(8, 24), group_size=32, ignore=["lm_head", *ignored],
+        channel_scaling=0.5,
+    )  # fmt: skip
     before, after = kept(source), kept(tmp_path / "out")
-    assert torch.equal(after[f"{down}.weight"], before[f"{down}.weight"])
-    assert not torch.equal(after[f"{up}.weight"].float(), before[f"{up}.weight"])
-    text = token_ids(2, 24, seed=9)
-    exact = matgptq.evaluate(tmp_path / "out", (8,), text=text).results[0].kl
-    matgptq.quantize(source, tmp_path / "plain", channel_scaling=0.0, **options)
-    plain = matgptq.evaluate(tmp_path / "plain", (8,), text=text).results[0].kl
-    assert exact is not None
-    assert plain is not None
-    assert exact < 3 * plain  # a model that had lost its scales would differ by far more
+    for name in ignored:
+        assert torch.equal(after[f"{name}.weight"], before[f"{name}.weight"])
+    changed = {
+        name for name in before if name in after and "norm" in name and not torch.equal(after[name], before[name])
+    }
+    assert changed == {"model.layers.0.input_layernorm.weight", "model.layers.1.post_attention_layernorm.weight"}
+    value = matgptq.evaluate(tmp_path / "out", (8,), text=token_ids(2, 24, seed=9)).results[0].kl
+    assert value is not None
+    assert value < 0.05
+
+
+def test_routers_are_stored_without_rounding(tmp_path: Path) -> None:
+    source = save_model("mixtral", tmp_path / "source", torch.bfloat16)
+    matgptq.quantize(source, tmp_path / "out", dataset=token_ids(8, 24), group_size=32, channel_scaling=0.5)
+    before, after = kept(source), kept(tmp_path / "out")
+    name = "model.layers.0.block_sparse_moe.gate.weight"
+    ratio = after[name].double() / before[name].double()
+    assert after[name].dtype == torch.bfloat16
+    assert torch.equal(ratio, ratio[:1].expand_as(ratio))
+    assert torch.equal(ratio[0].log2(), ratio[0].log2().round())
+    assert len(ratio[0].unique()) > 1
 
 
 def test_methods_and_bounds() -> None:

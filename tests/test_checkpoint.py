@@ -37,7 +37,8 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 
 def quantize(source: Path, out: Path, **options):
-    return matgptq.quantize(source, out, dataset=token_ids(), group_size=GROUP_SIZE, **options)
+    options = {"group_size": GROUP_SIZE, "channel_scaling": 0.0, **options}  # as make_checkpoint does
+    return matgptq.quantize(source, out, dataset=token_ids(), **options)
 
 
 def logits(model):

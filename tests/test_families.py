@@ -201,7 +201,9 @@ def test_other_run_and_load_dtypes(name, dtype, make_checkpoint):
 @pytest.mark.parametrize("source_dtype", [torch.float32, torch.float16], ids=str)
 def test_source_dtype_does_not_depend_on_the_run_dtype(source_dtype, run_dtype, tmp_path):
     source = save_model("qwen3", tmp_path / "source", source_dtype)
-    matgptq.quantize(source, tmp_path / "out", dataset=token_ids(), group_size=32, bits=[4, 8], dtype=run_dtype)
+    matgptq.quantize(
+        source, tmp_path / "out", dataset=token_ids(), group_size=32, bits=[4, 8], dtype=run_dtype, channel_scaling=0.0
+    )
     before, after = read_all(source), read_all(tmp_path / "out")
     kept = [key for key in after if key in before and after[key].numel()]
     assert len(kept) == 2 + 4 * 2  # embedding, last norm, and four norms in each block
@@ -214,7 +216,8 @@ def test_source_dtype_does_not_depend_on_the_run_dtype(source_dtype, run_dtype, 
 @pytest.mark.parametrize("method", ["matgptq", "paper", "rtn"])
 def test_methods_and_group_sizes_round_trip(method, group_size, make_checkpoint, tmp_path):
     source, _ = make_checkpoint("llama")
-    matgptq.quantize(source, tmp_path / "out", method=method, group_size=group_size, dataset=token_ids())
+    options = {"channel_scaling": 0.0, "group_size": group_size}
+    matgptq.quantize(source, tmp_path / "out", method=method, dataset=token_ids(), **options)
     opened = open_checkpoint(tmp_path / "out")
     assert opened.settings.group_size == group_size
     for key, layer in opened.layers.items():
@@ -241,7 +244,7 @@ def test_one_width_by_gptq_serves_that_width_by_default(make_checkpoint, tmp_pat
 def test_ignored_layers_stay_as_they_are(make_checkpoint, tmp_path):
     source, _ = make_checkpoint("llama")
     ignore = ["*.down_proj", "model.layers.1.self_attn.q_proj"]
-    matgptq.quantize(source, tmp_path / "out", group_size=32, dataset=token_ids(), ignore=ignore)
+    matgptq.quantize(source, tmp_path / "out", group_size=32, dataset=token_ids(), ignore=ignore, channel_scaling=0.0)
     expected = {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"}
     assert set(open_checkpoint(tmp_path / "out").settings.ignore) == {*expected, "lm_head"}
     before, after = read_all(source), read_all(tmp_path / "out")
@@ -351,7 +354,7 @@ def test_names_without_the_base_model_prefix(strip, make_checkpoint, tmp_path):
         with pytest.raises(SourceError, match=r"norm\.weight has no place"):
             matgptq.quantize(other, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE)
         return
-    matgptq.quantize(other, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE)
+    matgptq.quantize(other, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE, channel_scaling=0.0)
     got, wanted = read_all(tmp_path / "out"), read_all(expected)
     assert set(got) == set(wanted)
     assert all(torch.equal(got[key], wanted[key]) for key in got)

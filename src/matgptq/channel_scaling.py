@@ -16,7 +16,7 @@ before it is solved, and without a look at any other part of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,15 +34,10 @@ def scaled_tensors(sites: ChannelSites, blocks: Sequence[Block]) -> frozenset[st
     names: set[str] = set()
     for block in blocks:
         quantized = {path for group in block.inputs for path, _ in group}
-        changed: list[str] = []
-        for norm, named in sites.norms:
-            readers = expand_paths(block.module, named)
-            changed += [norm, *readers] if quantized & {*readers} else []
-        for producer, reader in _pairs(block.module, sites):
-            if reader in quantized:
-                changed.append(producer)
-                names.add(f"{block.name}.{producer}.bias")
-        names |= {f"{block.name}.{path}.weight" for path in changed}
+        for norm, readers in _norms(block.module, sites, quantized):
+            names |= {f"{block.name}.{path}.weight" for path in (norm, *readers)}
+        for producer, _ in _pairs(block.module, sites, quantized):
+            names |= {f"{block.name}.{producer}.{part}" for part in ("weight", "bias")}
     return frozenset(names)
 
 
@@ -72,8 +67,7 @@ def scale_channels(block: Block, sites: ChannelSites, hessians: Sequence[Tensor]
                 scaled.add(id(hessian))
                 _divide_both_sides(hessian, scales)
 
-    for norm, named in sites.norms:
-        readers = expand_paths(block.module, named)
+    for norm, readers in _norms(block.module, sites, group_of.keys()):
         groups = sorted({group_of[path] for path in readers if path in group_of})
         seen = [hessians[number].diagonal() for number in groups]
         known = [diagonal for diagonal in seen if bool(torch.isfinite(diagonal).all())]
@@ -82,8 +76,8 @@ def scale_channels(block: Block, sites: ChannelSites, hessians: Sequence[Tensor]
             if any(path not in group_of for path in readers):
                 scales = scales.log2().round_().exp2()
             divide(readers, _divide_norm(block.module.get_submodule(norm), scales, sites.norm_unit))
-    for producer, reader in _pairs(block.module, sites):
-        if reader not in group_of or (producer == sites.values and getattr(config, "clip_qkv", None) is not None):
+    for producer, reader in _pairs(block.module, sites, group_of.keys()):
+        if producer == sites.values and getattr(config, "clip_qkv", None) is not None:
             continue
         energy = hessians[group_of[reader]].diagonal()
         if not bool(torch.isfinite(energy).all()):
@@ -138,7 +132,18 @@ def _divide_both_sides(hessian: Tensor, scales: Tensor) -> None:
         hessian[rows].mul_(inverse[rows].unsqueeze(1) * inverse)
 
 
-def _pairs(block: nn.Module, sites: ChannelSites) -> Iterator[tuple[str, str]]:
-    """Producer and reader of the channels inside a block, those of experts one by one."""
+def _norms(block: nn.Module, sites: ChannelSites, quantized: Container[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Norms inside a block and what reads them, but for those that a layer reads which is to stay as it is."""
+    for norm, named in sites.norms:
+        readers = expand_paths(block, named)
+        kept = expand_paths(block, sites.kept)
+        if len(readers) > len(kept) and all(path in quantized or path in kept for path in readers):
+            yield norm, readers
+
+
+def _pairs(block: nn.Module, sites: ChannelSites, quantized: Container[str]) -> Iterator[tuple[str, str]]:
+    """Producer and reader of the channels inside a block, those of experts one by one, if both are quantized."""
     for producer, reader in sites.pairs:
-        yield from zip(expand_paths(block, [producer]), expand_paths(block, [reader]), strict=True)
+        for pair in zip(expand_paths(block, [producer]), expand_paths(block, [reader]), strict=True):
+            if all(path in quantized for path in pair):
+                yield pair

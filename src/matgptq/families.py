@@ -46,6 +46,7 @@ class ChannelSites:
         norms: each norm in front of layers, and all Linears (and routers) that read what it puts out.
         pairs: a Linear whose last rows are channels, and the Linear that reads them, one in each kind of block.
         values: the one of them whose channels are the value heads.
+        kept: readers that are never quantized.
         norm_unit: as in ``RotationSites``.
     """
 
@@ -53,6 +54,7 @@ class ChannelSites:
     pairs: tuple[tuple[str, str], ...]
     values: str
     norm_unit: float = 1.0
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,17 +220,17 @@ def _with_experts(sites: RotationSites, experts: ExpertSites) -> RotationSites:
     )
 
 
-def _channels(rotation: RotationSites, *hidden: tuple[str, str]) -> ChannelSites:
+def _channels(rotation: RotationSites, *hidden: tuple[str, str], experts: ExpertSites | None = None) -> ChannelSites:
     """Channels of blocks that can be rotated: their norms, value heads, and those between up and down projections."""
     pairs = ((rotation.values, rotation.outputs), *hidden)
-    return ChannelSites(rotation.norms, pairs, rotation.values, rotation.norm_unit)
+    kept: tuple[str, ...] = ()
+    if experts is not None:
+        pairs += ((f"{experts.path}.*.{experts.up}", f"{experts.path}.*.{experts.down}"),)
+        kept = (experts.router, *experts.kept)
+    return ChannelSites(rotation.norms, pairs, rotation.values, rotation.norm_unit, kept)
 
 
 _DENSE_CHANNELS = ("mlp.up_proj", "mlp.down_proj")
-
-
-def _expert_channels(experts: ExpertSites) -> tuple[str, str]:
-    return f"{experts.path}.*.{experts.up}", f"{experts.path}.*.{experts.down}"
 
 
 _MIXTRAL = ExpertSites(name="block_sparse_moe", gate="w1", up="w3", down="w2")
@@ -284,7 +286,7 @@ FAMILIES: tuple[Family, ...] = (
         blocks="model.layers",
         inputs=_LLAMA_INPUTS[:2],
         rotation=_MIXTRAL_ROTATION,
-        channels=_channels(_MIXTRAL_ROTATION, _expert_channels(_MIXTRAL)),
+        channels=_channels(_MIXTRAL_ROTATION, experts=_MIXTRAL),
         experts=_MIXTRAL,
     ),
     Family(
@@ -292,7 +294,7 @@ FAMILIES: tuple[Family, ...] = (
         blocks="model.layers",
         inputs=_LLAMA_INPUTS,
         rotation=_QWEN_MOE_ROTATION,
-        channels=_channels(_QWEN_MOE_ROTATION, _DENSE_CHANNELS, _expert_channels(_QWEN_MOE)),
+        channels=_channels(_QWEN_MOE_ROTATION, _DENSE_CHANNELS, experts=_QWEN_MOE),
         experts=_QWEN_MOE,
     ),
     Family(
@@ -303,8 +305,8 @@ FAMILIES: tuple[Family, ...] = (
         channels=_channels(
             _QWEN2_MOE_ROTATION,
             _DENSE_CHANNELS,
-            _expert_channels(_QWEN2_MOE),
             ("mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"),
+            experts=_QWEN2_MOE,
         ),
         experts=_QWEN2_MOE,
     ),

@@ -15,9 +15,8 @@ from matgptq.finiteness import all_finite
 from matgptq.source import ModelSource, read_tensor
 from matgptq.tensor_names import is_derived, match_names
 
-# Of what was changed. For the rotated embedding and head of SmolLM2-135M it costs a KL of 4e-7; bfloat16 costs 2e-5
-# and is no smaller.
-CHANGED_DTYPE = torch.float16
+# Of rotated embeddings and heads. On SmolLM2-135M it costs a KL of 4e-7; bfloat16 costs 2e-5 and is no smaller.
+ROTATED_DTYPE = torch.float16
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,20 @@ class KeptTensor:
         name: in the checkpoint.
         known: in the model.
         stored: in the source's files; None takes it from the model in memory.
-        changed: by a rotation or by scaling, so it is taken from the model and stored as ``storable`` says.
+        rotated: a rotation changes it, so it is taken from the model and stored in 16 bits.
+        scaled: scaling changes it, so it is taken from the model and stored without rounding.
     """
 
     name: str
     known: str
     stored: str | None
-    changed: bool
+    rotated: bool = False
+    scaled: bool = False
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is not the source's any more."""
+        return self.rotated or self.scaled
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,12 @@ class KeptTensors:
 
 
 def find_kept(
-    source: ModelSource, network: Any, blocks: Sequence[Block], quantized: frozenset[str], changed: frozenset[str]
+    source: ModelSource,
+    network: Any,
+    blocks: Sequence[Block],
+    quantized: frozenset[str],
+    rotated: frozenset[str],
+    scaled: frozenset[str] = frozenset(),
 ) -> KeptTensors:
     """Every tensor that is not quantized, under its stored name with the base model's prefix.
 
@@ -60,22 +71,22 @@ def find_kept(
         network: the model; may be without weights.
         blocks: all its blocks.
         quantized: weights that are.
-        changed: parameters that a rotation or scaling will change.
+        rotated, scaled: parameters that a rotation or scaling will change.
 
     Raises:
         SourceError: the files lack a tensor of the model, or hold one that the model does not know.
     """
     state = network.state_dict().keys()
-    changed = changed & state
+    rotated, scaled = rotated & state, scaled & state
     kept: list[tuple[str, str, str | None]]
     if source.gguf_file:
-        tied = set(getattr(network, "all_tied_weights_keys", ())) - changed
+        tied = set(getattr(network, "all_tied_weights_keys", ())) - rotated
         kept = [(name, name, None) for name in state if name not in quantized and name not in tied]
     else:
         kept = _matched_tensors(source, network, quantized)
         found = {known for _, known, _ in kept} | quantized
-        kept += [(name, name, None) for name in sorted(changed - found)]  # a head that was tied
-    tensors = [KeptTensor(name, known, stored, known in changed) for name, known, stored in kept]
+        kept += [(name, name, None) for name in sorted(rotated - found)]  # a head that was tied
+    tensors = [KeptTensor(name, known, stored, known in rotated, known in scaled) for name, known, stored in kept]
     by_block = tuple(
         tuple(tensor for tensor in tensors if tensor.known.startswith(f"{block.name}.")) for block in blocks
     )
@@ -86,25 +97,29 @@ def find_kept(
 def read_kept(source: ModelSource, network: Any, tensors: Sequence[KeptTensor]) -> Iterator[tuple[str, Tensor]]:
     """Tensors one after the other, exactly as stored, or as the model in memory has them."""
     for tensor in tensors:
-        if tensor.changed:
-            yield tensor.name, storable(network.get_parameter(tensor.known))
+        if tensor.rotated:
+            yield tensor.name, _in_16_bits(network.get_parameter(tensor.known))
+        elif tensor.scaled:
+            yield tensor.name, _without_rounding(network.get_parameter(tensor.known))
         elif tensor.stored is None:
             yield tensor.name, network.get_parameter_or_buffer(tensor.known)
         else:
             yield tensor.name, read_tensor(tensor.stored, source.tensors[tensor.stored])
 
 
-def storable(tensor: Tensor) -> Tensor:
-    """A changed tensor in 16 bits; in 32 where that costs nothing (norms, biases) or a value is out of their range."""
-    if tensor.dim() < 2:
-        return tensor.to(torch.float32)
-    small = tensor.to(CHANGED_DTYPE)
+def _without_rounding(tensor: Tensor) -> Tensor:
+    """A tensor in the smallest dtype that holds its values."""
+    for dtype in (torch.bfloat16, torch.float16):
+        small = tensor.to(dtype)
+        if torch.equal(small.to(tensor.dtype), tensor):
+            return small
+    return tensor.to(torch.float32)
+
+
+def _in_16_bits(tensor: Tensor) -> Tensor:
+    """A rotated tensor in 16 bits, or in 32 where a value is out of their range."""
+    small = tensor.to(ROTATED_DTYPE)
     return small if all_finite(small) else tensor.to(torch.float32)
-
-
-def changed_bytes(tensor: Tensor) -> int:
-    """Size in which a changed tensor is stored, if its values are in range."""
-    return tensor.numel() * (CHANGED_DTYPE if tensor.dim() >= 2 else torch.float32).itemsize
 
 
 def _matched_tensors(source: ModelSource, network: Any, quantized: frozenset[str]) -> list[tuple[str, str, str | None]]:

@@ -38,7 +38,7 @@ from matgptq.experts import check_expert_tensors, unfuse_experts
 from matgptq.families import Family, check_parts, find_family
 from matgptq.fingerprint import fingerprint_data, fingerprint_model, fingerprint_software
 from matgptq.format import Settings
-from matgptq.kept_tensors import CHANGED_DTYPE, KeptTensors, changed_bytes, find_kept, read_kept
+from matgptq.kept_tensors import ROTATED_DTYPE, KeptTensors, find_kept, read_kept
 from matgptq.nested_weight import NestedWeight
 from matgptq.plan import CalibrationRequest, Plan, make_plan
 from matgptq.progress import Progress, Silent
@@ -254,9 +254,9 @@ def prepare(
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
     tied = embedding.weight is head.weight or network.config.tie_word_embeddings
     scaled = scaled_tensors(family.channels, plan.blocks) if recipe.channel_scaling and family.channels else ()
-    kept = find_kept(source, network, plan.blocks, quantized, frozenset((*rotated, *scaled)))
+    kept = find_kept(source, network, plan.blocks, quantized, frozenset(rotated), frozenset(scaled))
     if recipe.rotate and tied:
-        size = f"{head.weight.numel() * CHANGED_DTYPE.itemsize / 1e6:,.1f} MB"
+        size = f"{head.weight.numel() * ROTATED_DTYPE.itemsize / 1e6:,.1f} MB"
         note = f"rotated, the head and the embedding are no longer one tensor: the checkpoint grows by {size}"
         plan = dataclasses.replace(plan, notes=(*plan.notes, note))
     needs = estimate_requirements(
@@ -280,7 +280,7 @@ def _kept_bytes(source: ModelSource, network: Any, kept: KeptTensors) -> int:
             total += source.tensors[tensor.stored].bytes
         else:
             parameter = network.get_parameter_or_buffer(tensor.known)
-            total += changed_bytes(parameter) if tensor.changed else parameter.numel() * parameter.element_size()
+            total += parameter.numel() * (ROTATED_DTYPE.itemsize if tensor.rotated else parameter.element_size())
     return total
 
 
@@ -628,10 +628,8 @@ class _Run:
             weight = read_layer(name, tensors, self.recipe.scale_bits)
             values = weight.dequantize(self.recipe.propagated_bits, layer.weight.dtype)
             layer.weight.data = values.to(layer.weight.device)
-        sites = find_family(self.network.config.model_type).channels
-        scaled = scaled_tensors(sites, [block]) if self.recipe.channel_scaling and sites is not None else ()
         for kept in self.kept.by_block[index]:
-            if kept.known in scaled:
+            if kept.scaled:
                 self.network.get_parameter(kept.known).data.copy_(read_tensor(kept.name, tensors[kept.name]))
 
     def _put_together(self, writer: CheckpointWriter) -> None:

@@ -213,7 +213,15 @@ _BALANCED: Mapping[str, Any] = {
 _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"coordinate_passes": 0, "channel_scaling": 0.25},
     "balanced": _BALANCED,
-    "best": {**_BALANCED, "rotate": True, "saliency": 1.5, "tuned_bits": (2, 3, 4), "tuning_steps": 96},
+    # A rotation spreads what is in the channels already, so that scaling them gains little on top.
+    "best": {
+        **_BALANCED,
+        "channel_scaling": 0.0,
+        "rotate": True,
+        "saliency": 1.5,
+        "tuned_bits": (2, 3, 4),
+        "tuning_steps": 96,
+    },
 }
 
 # lambda of matgptq by width where it is not 2^r. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md).

@@ -39,6 +39,8 @@ ROWS = [
     Row("best", {"quality": "best"}),
     Row("balanced, seed 1", {"quality": "balanced"}, seed=1),
     Row("best, seed 1", {"quality": "best"}, seed=1),
+    Row("balanced, no channel scaling", {"quality": "balanced", "channel_scaling": 0.0}),
+    Row("balanced, no channel scaling, seed 1", {"quality": "balanced", "channel_scaling": 0.0}, seed=1),
     *(_alone(bits, "best") for bits in (3, 4, 2)),
     *(_alone(bits, "balanced") for bits in (3, 4, 2)),
     Row("balanced, PyTorch solver", {"quality": "balanced"}, environment={"MATGPTQ_SOLVER": "torch"}),

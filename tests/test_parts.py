@@ -21,7 +21,8 @@ def gemma3(tmp_path_factory):
     """``(source, checkpoint)`` of a model that reads images."""
     root = tmp_path_factory.mktemp("parts")
     source = save_model("gemma3", root / "source", torch.bfloat16)
-    matgptq.quantize(source, root / "out", dataset=token_ids(), group_size=32, quality="fast")
+    options = {"group_size": 32, "quality": "fast", "channel_scaling": 0.5}
+    matgptq.quantize(source, root / "out", dataset=token_ids(), **options)
     return source, root / "out"
 
 

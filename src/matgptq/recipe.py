@@ -211,7 +211,7 @@ _BALANCED: Mapping[str, Any] = {
 
 # How much time the method matgptq takes for quality; what each costs and brings is measured in the README.
 _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"coordinate_passes": 0, "channel_scaling": 0.25},
+    "fast": {"coordinate_passes": 0},
     "balanced": _BALANCED,
     # A rotation spreads what is in the channels already, so that scaling them gains little on top.
     "best": {

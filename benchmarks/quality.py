@@ -21,13 +21,14 @@ from matgptq.calibration import SELF
 from matgptq.recipe import make_recipe
 
 
-def _alone(bits: int, quality: str) -> Row:
+def _alone(bits: int, quality: str, **without: float) -> Row:
     """One width without nesting, by every ingredient of a quality; tuned if that tunes this width."""
-    recipe = make_recipe("matgptq", quality=quality).to_dict()
+    recipe = make_recipe("matgptq", quality=quality, **without).to_dict()
     for nested in ("method", "target_bits", "bit_weights", "refit_bits", "group_size", "damping", "seed"):
         del recipe[nested]
     recipe["tuned_bits"] = [bits] if bits in recipe["tuned_bits"] else []
-    return Row(f"{bits} bits alone, as {quality}", {"method": "gptq", "bits": [bits], **recipe}, (bits,))
+    name = f"{bits} bits alone, as {quality}" + (", no channel scaling" if without else "")
+    return Row(name, {"method": "gptq", "bits": [bits], **recipe}, (bits,))
 
 
 ROWS = [
@@ -43,6 +44,7 @@ ROWS = [
     Row("balanced, no channel scaling, seed 1", {"quality": "balanced", "channel_scaling": 0.0}, seed=1),
     *(_alone(bits, "best") for bits in (3, 4, 2)),
     *(_alone(bits, "balanced") for bits in (3, 4, 2)),
+    *(_alone(bits, "balanced", channel_scaling=0.0) for bits in (3, 4)),
     Row("balanced, PyTorch solver", {"quality": "balanced"}, environment={"MATGPTQ_SOLVER": "torch"}),
     Row("balanced, self calibration", {"quality": "balanced"}, dataset=lambda _: SELF),
 ]

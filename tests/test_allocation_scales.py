@@ -238,6 +238,19 @@ def test_damage_is_found(tuned: Path) -> None:
             matgptq.load(tuned, allocation=NAME)
 
 
+def test_files_that_are_no_text_are_refused_by_name(mixed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "allocation.json"
+    for content in (b"{\xff", b"{"):
+        file.write_bytes(content)
+        for use in (matgptq.evaluate, matgptq.load):
+            with pytest.raises(AllocationError, match=r"allocation\.json"):
+                use(mixed, allocation=file)
+    with pytest.raises(AllocationError, match="not a file"):
+        matgptq.evaluate(mixed, allocation=tmp_path)
+    (mixed / DIRECTORY / f"{NAME}.json").write_bytes(b"{\xff")
+    assert not check_integrity(mixed).passed
+
+
 def test_scales_of_other_layers_are_refused(mixed: Path) -> None:
     opened = open_checkpoint(mixed)
     scales = widths_scales(opened, _layers(mixed))

@@ -54,6 +54,13 @@ def find_scales(checkpoint: Checkpoint, allocation: Mapping[str, int] | str | Pa
     return scales
 
 
+def has_own_scales(checkpoint: Checkpoint, allocation: Mapping[str, int] | str | Path | None) -> bool:
+    """Whether ``find_scales`` finds any, without reading them."""
+    if allocation is None or isinstance(allocation, Mapping):
+        return False
+    return _entry(allocation_file(checkpoint, allocation)) is not None
+
+
 def damage_of(file: Path) -> str | None:
     """What is wrong with the scales that an allocation's JSON file names; None if nothing is, or it names none."""
     try:
@@ -122,13 +129,11 @@ def _remove_others(file: Path, kept: str | None) -> None:
 
 def _entry(file: Path) -> dict[str, str] | None:
     """What an allocation's JSON says about scales of its own."""
-    text = file.read_text(encoding="utf-8")
-    if not text.lstrip().startswith("{"):
-        return None
     try:
-        entry = json.loads(text).get(KEY)
-    except ValueError as error:
-        raise AllocationError(f"{file}: not valid JSON: {error}") from error
+        text = file.read_text(encoding="utf-8")
+        entry = json.loads(text).get(KEY) if text.lstrip().startswith("{") else None
+    except (OSError, ValueError) as error:  # a text that is no UTF-8 is a ValueError, too
+        raise AllocationError(f"{file}: cannot be read: {error}") from error
     if entry is None:
         return None
     valid = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from matgptq.allocation_scales import find_scales
+from matgptq.allocation_scales import has_own_scales
 from matgptq.allocation_store import find_allocation
 from matgptq.calibration import SELF, TextProtocol, Windows, check_cut, evaluation_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
@@ -270,8 +270,8 @@ def choose_candidates(
     candidates = [Candidate(each) for each in widths]
     if allocation is not None:
         name = "mapping" if isinstance(allocation, Mapping) else Path(allocation).name
-        own_scales = find_scales(checkpoint, allocation) is not None
-        candidates.append(Candidate(find_allocation(checkpoint, allocation), name, own_scales))
+        widths_of_layers = find_allocation(checkpoint, allocation)
+        candidates.append(Candidate(widths_of_layers, name, has_own_scales(checkpoint, allocation)))
     return candidates
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
-from matgptq.allocation_scales import find_scales
+from matgptq.allocation_scales import has_own_scales
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import ConfigurationError, UnsupportedModelError
@@ -78,7 +78,7 @@ def chosen_layers(choice: Choice, checkpoint: Checkpoint) -> dict[str, ServedLay
     allocation: dict[str, int] = {}
     if choice.allocation is not None:
         allocation = find_allocation(checkpoint, choice.allocation, choice.bits)
-        if find_scales(checkpoint, choice.allocation) is not None:
+        if has_own_scales(checkpoint, choice.allocation):
             raise UnsupportedModelError(
                 f"allocation {choice.allocation} has scales of its own, which vLLM does not load; serve what "
                 f"'matgptq export {checkpoint.path} --allocation {choice.allocation} --format matgptq-slice' writes"

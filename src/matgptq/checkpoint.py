@@ -369,6 +369,13 @@ class Checkpoint:
         """Average bits per quantized weight, all scales that are read included."""
         return self.served_bits(bits) / self.quantized_weights
 
+    def average_bits(self, bits: int | Mapping[str, int]) -> float:
+        """Width of the codes, for an allocation the average over the weights; an int if it is the same everywhere."""
+        if isinstance(bits, int):
+            return bits
+        sizes = {name: layer.out_features * layer.in_features for name, layer in self.layers.items()}
+        return sum(size * bits[name] for name, size in sizes.items()) / self.quantized_weights
+
     def served_bytes(self, bits: int | Mapping[str, int]) -> int:
         """Size of the whole model as served: codes at their width, their scales, and every other tensor."""
         return (self.served_bits(bits) + 7) // 8 + self.other_bytes

@@ -275,14 +275,6 @@ def choose_candidates(
     return candidates
 
 
-def average_bits(checkpoint: Checkpoint, widths: int | Mapping[str, int]) -> float:
-    """Width of the codes, for an allocation the average over the weights; an int if it is the same everywhere."""
-    if isinstance(widths, int):
-        return widths
-    code_bits = sum(layer.out_features * layer.in_features * widths[name] for name, layer in checkpoint.layers.items())
-    return code_bits / checkpoint.quantized_weights
-
-
 def _logits(model: Any, window: Tensor, scored: int) -> Tensor:
     """``[scored, vocabulary]`` logits that predict the last ``scored`` tokens of the window."""
     logits: Tensor = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, -scored - 1 : -1]
@@ -291,7 +283,7 @@ def _logits(model: Any, window: Tensor, scored: int) -> Tensor:
 
 def _result(checkpoint: Checkpoint, candidate: Candidate, divergence: Divergence, compared: bool) -> Result:
     return Result(
-        bits=average_bits(checkpoint, candidate.widths),
+        bits=checkpoint.average_bits(candidate.widths),
         bits_per_weight=checkpoint.bits_per_weight(candidate.widths),
         bytes=checkpoint.served_bytes(candidate.widths),
         perplexity=divergence.perplexity,

@@ -17,7 +17,6 @@ from matgptq.allocation_store import stored_allocations
 from matgptq.atomic_files import write_text
 from matgptq.checkpoint import CARD_MARK, CARD_NAME, Checkpoint, open_checkpoint
 from matgptq.errors import CheckpointError
-from matgptq.evaluation import average_bits
 from matgptq.evaluation_record import read_record
 from matgptq.source import is_hub_id, public_name
 
@@ -131,8 +130,8 @@ def _widths(
 
     parts = ["## Widths"]
     if not texts:
-        rows = [cost(average_bits(checkpoint, widths)) for widths in checkpoint.widths_held]
-        rows += [cost(average_bits(checkpoint, widths), name) for name, widths in allocations.items()]
+        rows = [cost(checkpoint.average_bits(widths)) for widths in checkpoint.widths_held]
+        rows += [cost(checkpoint.average_bits(widths), name) for name, widths in allocations.items()]
         parts.append(_table(("bits", "bits per weight", "size"), rows))
     for entry in reversed(texts):  # the last measured first
         measured = [

@@ -30,7 +30,6 @@ from matgptq.calibration import SELF, Windows, load_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint, replace_scales
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
-from matgptq.evaluation import average_bits
 from matgptq.families import find_family
 from matgptq.loading import load
 from matgptq.nested_linear import nested_layers
@@ -286,7 +285,7 @@ class _Run:
         ):
             self._write(goal, state, schedule, "model" if full is None else "block")
         return Refinement(
-            bits=average_bits(self.checkpoint, goal.widths),
+            bits=self.checkpoint.average_bits(goal.widths),
             kl_before=state.loss_before,
             kl_after=state.loss_after,
             steps=state.step,

@@ -17,7 +17,7 @@ import torch
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import CalibrationError, ConfigurationError
-from matgptq.evaluation import CandidateModels, average_bits, choose_candidates, served_settings
+from matgptq.evaluation import CandidateModels, choose_candidates, served_settings
 from matgptq.kernels import Activations
 from matgptq.progress import Progress, Silent
 from matgptq.source import load_tokenizer, open_source
@@ -162,7 +162,7 @@ def evaluate_tasks(
     for candidate in candidates:
         widths = candidate.widths
         runner = _runner(models.serve(candidate), tokenizer, batch_size)
-        average = average_bits(checkpoint, widths)
+        average = checkpoint.average_bits(widths)
         progress.start(f"tasks at {average:g} bits", 1)
         scores, shown = _run(runner, chosen, **options)
         size = checkpoint.bits_per_weight(widths), checkpoint.served_bytes(widths)

@@ -35,6 +35,12 @@ def test_reads_every_form(write, text):
     assert list(read_allocation(str(write(text)))) == list(EXPECTED)
 
 
+def test_a_long_line_is_not_shown_in_whole(write):
+    with pytest.raises(AllocationError) as caught:
+        read_allocation(write("a book without an end " * 1000))
+    assert len(str(caught.value)) < 400
+
+
 def test_splits_a_line_at_its_last_colon(write):
     assert read_allocation(write("block:0:up: 4")) == {"block:0:up": 4}
 

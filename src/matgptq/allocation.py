@@ -11,6 +11,8 @@ from typing import Any
 from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.slicing import check_bits
 
+_QUOTED = 60  # characters of a wrong line that are shown
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -76,7 +78,8 @@ def read_allocation(file: str | Path, checkpoint: str | None = None) -> dict[str
                 continue
             layer, separator, bits = line.rpartition(":")
             if not separator or not bits.strip().isdecimal():
-                raise AllocationError(f"{file}, line {number}: expected 'layer: bits', found {line.strip()!r}")
+                found = line.strip()[:_QUOTED]  # it may be a book on one line
+                raise AllocationError(f"{file}, line {number}: expected 'layer: bits', found {found!r}")
             pairs.append((layer.strip(), int(bits)))
     if not pairs:
         raise AllocationError(f"{file}: no layers in it")

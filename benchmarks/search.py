@@ -57,7 +57,7 @@ def scale_bits(checkpoint: Path) -> Fraction:
 def kl(checkpoint: Path, text: Tensor, allocation: str | None = None) -> dict[int | str, float]:
     """KL of the uniform widths, or of an allocation."""
     widths = None if allocation else UNIFORM
-    results = matgptq.evaluate(checkpoint, widths, allocation=allocation, text=text, dtype="bfloat16").results
+    results = matgptq.evaluate(checkpoint, widths, allocation=allocation, text=text, dtype="float32").results
     return {allocation or result.bits: result.kl for result in results}
 
 
@@ -142,15 +142,17 @@ class Benchmark:
             single = self.part(f"fuse {fuse}, one budget", partial(self.one_budget, fuse))
             self.part(f"fuse {fuse}, if losses only added up", partial(additive, self.checkpoint, fuse))
             self.part(f"fuse {fuse}, more budgets from the same table", partial(self.more_budgets, fuse))
-            if fuse == "serving":
-                for factor in self.arguments.evolution:
-                    tokens = factor * single["tokens_scored"]
-                    name = f"evolution from uniform widths, serving, {factor:g} x the tokens"
-                    self.part(name, partial(self.evolve, tokens))
-        if self.arguments.steps and "serving" in self.arguments.fuse:
-            tuned = self.part("uniform widths, scales tuned", self.tuned_uniform)
-            for budget in BUDGETS:
-                self.part(f"{budget}, scales tuned", partial(self.tuned, budget, tuned["kl"]))
+            if fuse != "serving":
+                continue
+            if self.arguments.steps:
+                for budget in BUDGETS:
+                    self.part(f"{budget}, scales tuned", partial(self.tuned, budget))
+            for factor in self.arguments.evolution:
+                tokens = factor * single["tokens_scored"]
+                name = f"evolution from uniform widths, serving, {factor:g} x the tokens"
+                self.part(name, partial(self.evolve, tokens))
+            if self.arguments.steps:
+                self.part("uniform widths, scales tuned", self.tuned_uniform)
 
     def part(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Print and write each part as soon as it is known: the whole takes an hour."""
@@ -177,31 +179,29 @@ class Benchmark:
         return {**results, **cost}
 
     def tuned_uniform(self) -> dict[str, Any]:
-        """Uniform widths whose scales were tuned, in a copy: allocations belong to scales as they were found."""
+        """Uniform widths tuned as long, in a copy: allocations belong to scales as they were found."""
         copy = self.checkpoint.with_name("tuned")
         if not copy.exists():
             shutil.copytree(self.checkpoint, copy, ignore=shutil.ignore_patterns("search", "allocations"))
         started = time.perf_counter()
         matgptq.refine(copy, UNIFORM, steps=self.arguments.steps, **self.options)
         seconds = round(time.perf_counter() - started, 1)
-        found = {str(bits): round(value, 5) for bits, value in kl(copy, self.text).items()}
-        return {"steps": self.arguments.steps, "seconds": seconds, "kl": found}
+        found = {bits: round(value, 5) for bits, value in kl(copy, self.text).items()}
+        ratios = {
+            budget: round(self.record[f"{budget}, scales tuned"]["kl"] / line(found, float(budget)), 3)
+            for budget in BUDGETS
+        }
+        return {"steps": self.arguments.steps, "seconds": seconds, "kl": found, "ratios of tuned allocations": ratios}
 
-    def tuned(self, budget: str, uniform: dict[str, float]) -> dict[str, Any]:
-        """An allocation with scales of its own, beside uniform widths as they are and tuned as long."""
+    def tuned(self, budget: str) -> dict[str, Any]:
+        """An allocation with scales of its own, beside uniform widths as they are."""
         name = "serving" if budget == COMPARED else f"serving-{self.label(budget)}"
         started = time.perf_counter()
         matgptq.refine(self.checkpoint, allocation=name, steps=self.arguments.steps, **self.options)
         seconds = round(time.perf_counter() - started, 1)
-        value = kl(self.checkpoint, self.text, name)[name]
-        tuned_line = line({int(bits): each for bits, each in uniform.items()}, float(budget))
-        return {
-            "kl": round(value, 5),
-            "ratio": round(value / line(self.uniform, float(budget)), 3),
-            "ratio to tuned uniform widths": round(value / tuned_line, 3),
-            "target": TARGETS[budget],
-            "seconds": seconds,
-        }
+        value = round(kl(self.checkpoint, self.text, name)[name], 5)
+        ratio = round(value / line(self.uniform, float(budget)), 3)
+        return {"kl": value, "ratio": ratio, "target": TARGETS[budget], "seconds": seconds}
 
     def label(self, budget: str) -> str:
         """What the search calls a budget."""

@@ -145,7 +145,7 @@ class Benchmark:
             if fuse != "serving":
                 continue
             if self.arguments.steps:
-                for budget in BUDGETS:
+                for budget in (COMPARED, *(budget for budget in BUDGETS if budget != COMPARED)):
                     self.part(f"{budget}, scales tuned", partial(self.tuned, budget))
             for factor in self.arguments.evolution:
                 tokens = factor * single["tokens_scored"]

@@ -1,9 +1,9 @@
 """A parent served at a chosen width, over HTTP, against what ``matgptq.load`` computes.
 
 Tolerances of log-probabilities: in float32 both sides differ in the order of sums only. In bfloat16 every layer rounds
-its output to 8 bits, each side after other steps: on the text below that moves a log-probability by .055 nats on average
-(`matgptq.load` in bfloat16 against float32), and two sound programs are further apart than one is from float32. One width
-further is 1.0 nats, so that the tolerance tells widths apart all the same.
+its output to 8 bits, each side after other steps: on the text below that moves a log-probability by .055 nats on
+average (``matgptq.load`` in bfloat16 against float32), and two sound programs are further apart than one is from
+float32. One width further is 1.0 nats, so that the tolerance tells widths apart all the same.
 """
 
 from __future__ import annotations

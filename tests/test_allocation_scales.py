@@ -288,6 +288,6 @@ def test_command_line(mixed: Path, tmp_path: Path) -> None:
     (record,) = json.loads(table.read_text())
     assert record["allocation"] == NAME
     shown = CliRunner().invoke(app, ["info", str(mixed)], env={"COLUMNS": "160"})
-    assert "tuned" in shown.output
+    assert f"tuned: kl {record['kl_before']:.4f} to {record['kl_after']:.4f}" in shown.output
     check = CliRunner().invoke(app, ["eval", str(mixed), "--allocation", NAME, "--text", str(text), "--seqlen", "16"])
     assert check.exit_code == 0, check.output

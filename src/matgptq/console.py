@@ -300,9 +300,19 @@ def allocations_table(records: Mapping[str, Mapping[str, Any]], identity: str) -
             megabytes(record["bytes"]),
             f"{fitness['measure']} {fitness['value']:.4f}",
             record["found"]["method"],
-            "tuned" if record.get(SCALES) else "of each width",
+            _own_scales(record),
         )
     return table
+
+
+def _own_scales(record: Mapping[str, Any]) -> str:
+    """What scales an allocation has; its fitness was measured before they were tuned, on other text."""
+    if not record.get(SCALES):
+        return "of each width"
+    done = record.get("refinement", {})
+    if not {"kl_before", "kl_after"} <= done.keys():
+        return "tuned"
+    return f"tuned: kl {done['kl_before']:.4f} to {done['kl_after']:.4f}"
 
 
 def integrity_table(integrity: Integrity) -> Table:

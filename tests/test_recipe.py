@@ -42,7 +42,7 @@ def test_qualities():
     assert balanced == make_recipe()
     assert (fast.coordinate_passes, fast.saliency, fast.sink_weight) == (0, 0, 64)
     assert fast.bit_weights == (4.0, 8.0, 16.0, 256.0)
-    own = ("bit_weights", "saliency", "channel_scaling", "tuned_bits", "tuning_steps")
+    own = ("bit_weights", "saliency", "tuned_bits", "tuning_steps")
     only_best = {name: getattr(best, name) for name in own}
     assert best == dataclasses.replace(balanced, rotate=True, **only_best)
     assert {2, 3} <= set(best.tuned_bits)

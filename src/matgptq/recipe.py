@@ -213,21 +213,19 @@ _BALANCED: Mapping[str, Any] = {
 _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"coordinate_passes": 0},
     "balanced": _BALANCED,
-    # A rotation spreads what is in the channels already, so that scaling them gains little on top.
     "best": {
         **_BALANCED,
-        "channel_scaling": 0.0,
         "rotate": True,
         "saliency": 1.5,
         "tuned_bits": (2, 3, 4),
-        "tuning_steps": 96,
+        "tuning_steps": 128,
     },
 }
 
 # lambda of matgptq by width where it is not 2^r. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md).
 _BIT_WEIGHTS: Mapping[str, Mapping[int, float]] = {
     "balanced": {2: 5.0, 3: 13.0, 4: 14.0, 5: 20.0, 6: 28.0, 7: 80.0, 8: 270.0},
-    "best": {2: 6.0, 3: 16.0, 4: 24.0, 5: 28.0, 6: 36.0, 7: 110.0, 8: 400.0},
+    "best": {2: 7.0, 3: 24.0, 4: 44.0, 5: 44.0, 6: 44.0, 7: 110.0, 8: 350.0},
 }
 # Widths that are solved for besides the targets: between 4 and 8 bits a slice is the parent's plain rounding otherwise,
 # and 6 bits lose a third of their KL by a copy of their own.

@@ -21,15 +21,19 @@ from matgptq.calibration import SELF
 from matgptq.recipe import make_recipe
 
 
-def _alone(bits: int, quality: str, **without: float) -> Row:
-    """One width without nesting, by every ingredient of a quality; tuned if that tunes this width."""
-    recipe = make_recipe("matgptq", quality=quality, **without).to_dict()
+def _alone(bits: int, quality: str, but: str = "", **changed: Any) -> Row:
+    """One width without nesting, by every ingredient of a quality but for some; tuned if that tunes this width."""
+    recipe = make_recipe("matgptq", quality=quality, **changed).to_dict()
     for nested in ("method", "target_bits", "bit_weights", "refit_bits", "group_size", "damping", "seed"):
         del recipe[nested]
     recipe["tuned_bits"] = [bits] if bits in recipe["tuned_bits"] else []
-    name = f"{bits} bits alone, as {quality}" + (", no channel scaling" if without else "")
+    name = f"{bits} bits alone, as {quality}" + (f", {but}" if but else "")
     return Row(name, {"method": "gptq", "bits": [bits], **recipe}, (bits,))
 
+
+# What was best before there was channel scaling.
+UNSCALED = {"channel_scaling": 0.0, "tuning_steps": 96}
+UNSCALED_WEIGHTS = {"bits": (2, 3, 4, 6, 8), "bit_weights": (6, 16, 24, 36, 400)}
 
 ROWS = [
     Row("rtn", {"method": "rtn"}),
@@ -44,7 +48,11 @@ ROWS = [
     Row("balanced, no channel scaling, seed 1", {"quality": "balanced", "channel_scaling": 0.0}, seed=1),
     *(_alone(bits, "best") for bits in (3, 4, 2)),
     *(_alone(bits, "balanced") for bits in (3, 4, 2)),
-    *(_alone(bits, "balanced", channel_scaling=0.0) for bits in (3, 4)),
+    *(_alone(bits, "balanced", "no channel scaling", channel_scaling=0.0) for bits in (3, 4)),
+    Row("best, not rotated", {"quality": "best", "rotate": False}),
+    Row("best, not scaled", {"quality": "best", **UNSCALED, **UNSCALED_WEIGHTS}),
+    Row("best, not scaled, seed 1", {"quality": "best", **UNSCALED, **UNSCALED_WEIGHTS}, seed=1),
+    *(_alone(bits, "best", "not scaled", **UNSCALED) for bits in (3, 4)),
     Row("balanced, PyTorch solver", {"quality": "balanced"}, environment={"MATGPTQ_SOLVER": "torch"}),
     Row("balanced, self calibration", {"quality": "balanced"}, dataset=lambda _: SELF),
 ]

@@ -6,7 +6,7 @@ stored; the gradient passes through the rounding as if it were not there (Bengio
 nothing but step sizes end to end is the second phase of EfficientQAT (arXiv 2407.11062); here all widths share the
 codes, and each width's scales are its own.
 
-Products and attention run in bfloat16 where the hardware multiplies it, the gradient of a scale is
+Products run in bfloat16 where the hardware multiplies it, the gradient of a scale is
 ``dL/ds_ig = sum_(j in g) (dL/dW)_ij * level_ij``, and no dense float weight outlives a product, so that memory is one
 byte for each weight and the activations of the windows at work.
 
@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from matgptq.devices import MEDIUM_PRECISION, fast_attention, multiplies_bfloat16
+from matgptq.devices import MEDIUM_PRECISION, multiplies_bfloat16
 from matgptq.errors import ConfigurationError
 from matgptq.grid import storable_scales
 from matgptq.teacher import OutputHead, Teacher, chunks, last_hidden
@@ -373,11 +372,8 @@ class ModelObjective:
     @torch.enable_grad()
     def _gradient(self, window: int) -> Tensor:
         """Of one window; its logits exist for a piece of it at a time."""
-        device = self.student.device
-        tokens = self.training.windows[window : window + 1].to(device)
-        fast = fast_dtype(device, self.student.dtype) != self.student.dtype
-        with fast_attention(device) if fast else nullcontext():
-            hidden = last_hidden(self.student, tokens)[0]
+        tokens = self.training.windows[window : window + 1].to(self.student.device)
+        hidden = last_hidden(self.student, tokens)[0]
         leaf = hidden.detach().requires_grad_()
         for piece in chunks(len(leaf), self.training.vocabulary):
             logits = self.head(leaf[piece])

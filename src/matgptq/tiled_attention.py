@@ -32,9 +32,7 @@ class TiledAttention(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and _is_causal(*args, **kwargs):
             query, key, value = (part.to(torch.bfloat16) for part in args[:3])
             scale = kwargs.get("scale")
-            mixed = causal_attention(query, key, value, 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-            # As PyTorch's: under autocast in its dtype, else in that of the queries.
-            return mixed if torch.is_autocast_enabled("cpu") else mixed.to(args[0].dtype)
+            return causal_attention(query, key, value, 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
         return func(*args, **kwargs)
 
 

@@ -75,3 +75,9 @@ def test_too_little_disk(tmp_path, monkeypatch):
 def test_what_this_machine_has():
     free = available_memory()
     assert free is None or free > 0
+
+
+def test_no_time_is_said_where_tuning_takes_most_of_it(tmp_path):
+    source = save_model("llama", tmp_path / "source")
+    assert needs_of(source, quality="balanced").seconds > 0
+    assert needs_of(source, quality="best", rotate=False).seconds is None

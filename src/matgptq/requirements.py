@@ -36,7 +36,8 @@ class Requirements:
         memory: bytes by what they are for; they are needed together.
         disk: bytes by what they are for, while the run goes on.
         activations: where they will be kept.
-        seconds: of all stages after the text is there; None where there is no measurement to go by.
+        seconds: of all stages after the text is there; None where there is no measurement to go by: on GPUs, and where
+            scales are tuned.
         streamed: whether blocks are read one by one.
     """
 
@@ -158,7 +159,7 @@ def _widest(plan: Plan) -> int:
 
 
 def _seconds(plan: Plan, recipe: Recipe, device: torch.device) -> float | None:
-    if device.type != "cpu":
+    if device.type != "cpu" or recipe.tuned_bits:  # tuning takes most of the time, and is not in the formula
         return None
     weights = sum(layer.in_features * layer.out_features for layer in plan.layers.values())
     inputs = sum(group[0][1].in_features ** 2 for block in plan.blocks for group in block.inputs)

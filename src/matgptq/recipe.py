@@ -225,7 +225,7 @@ _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 # lambda of matgptq by width where it is not 2^r. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md).
 _BIT_WEIGHTS: Mapping[str, Mapping[int, float]] = {
     "balanced": {2: 5.0, 3: 13.0, 4: 14.0, 5: 20.0, 6: 28.0, 7: 80.0, 8: 270.0},
-    "best": {2: 7.0, 3: 24.0, 4: 44.0, 5: 44.0, 6: 44.0, 7: 110.0, 8: 350.0},
+    "best": {2: 8.0, 3: 27.0, 4: 58.0, 5: 58.0, 6: 58.0, 7: 190.0, 8: 620.0},
 }
 # Widths that are solved for besides the targets: between 4 and 8 bits a slice is the parent's plain rounding otherwise,
 # and 6 bits lose a third of their KL by a copy of their own.

@@ -3,10 +3,11 @@
     python benchmarks/gpu.py -o benchmarks/results/gpu.json      # a GPU of compute capability 8.0 or more; < 8 minutes
     TRITON_INTERPRET=1 python benchmarks/gpu.py --check          # no GPU: the same code on tiny shapes, no times
 
-First every kind of kernel is compared with a float64 product. Then products are timed with cold weights: a timing goes
-through many copies of a layer, so that the cache has forgotten a copy when its turn comes again, and is recorded as a
-CUDA graph, so that no time is spent between launches; the graphs take turns, and medians are reported. Bandwidth is the
-copy bandwidth of the card, measured first, bytes read plus written. The solver's sweep is timed against PyTorch's.
+First every kind of kernel is compared with a float64 product, in as many processes as there are cores: most of the time
+is compilation, which the cache on disk keeps. Then products are timed with cold weights: a timing goes through many
+copies of a layer, so that the cache has forgotten a copy when its turn comes again, and is recorded as a CUDA graph, so
+that no time is spent between launches; the graphs take turns, and medians are reported. Bandwidth is the copy bandwidth
+of the card, measured first, bytes read plus written. The solver's sweep is timed against PyTorch's.
 
 Work that does not fit into ``--minutes`` is left out and named.
 """
@@ -14,9 +15,11 @@ Work that does not fit into ``--minutes`` is left out and named.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import time
@@ -35,6 +38,7 @@ from matgptq import kernels
 from matgptq.gpu import layout as gpu_layout
 from matgptq.gpu import support as gpu_support
 from matgptq.gpu.layout import PlaneWeight
+from matgptq.gpu.tuning import candidate_launches
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS
 from matgptq.sweep import SweepGrid, compensate, descend
@@ -53,20 +57,30 @@ class Plan:
     """What is measured; the tiny one only shows that everything runs."""
 
     shapes: tuple[tuple[int, int], ...]
-    widths: tuple[int, ...]
+    decoding: tuple[int, ...]  # widths at batch 1, both forms
+    batched: tuple[int, ...]  # widths at the other batches, the parent
     batches: tuple[int, ...]
     sweep: tuple[int, int]  # rows, columns
     cold_bytes: int  # read between two uses of the same weights: several times any cache
 
+    def points(self) -> Iterator[tuple[int, bool, int]]:
+        """Width, whether of a resident parent, and batch of every measurement."""
+        for bits, resident in itertools.product(self.decoding, (True, False)):
+            if bits < 8 or resident:  # at 8 bits the two forms are the same
+                yield bits, resident, 1
+        for bits, batch in itertools.product(self.batched, self.batches):
+            yield bits, True, batch
+
 
 FULL = Plan(
     ((4096, 4096), (14336, 4096), (11008, 4096)),
-    (4, 2, 8, 3, 6),
-    (1, 64, 2, 4, 8, 16, 32, 256, 1024, 4096),
+    (4, 2, 8, 3, 6, 5, 7),
+    (4, 8, 2),
+    (64, 32, 16, 8, 2, 4, 128, 256, 1024, 4096),
     (4096, 4096),
     256 << 20,
 )
-TINY = Plan(((80, 128),), (2, 8), (1, 9), (3, 6), 1)
+TINY = Plan(((80, 128),), (2, 8), (3,), (9, 18), (3, 6), 1)
 
 
 class Clock:
@@ -107,39 +121,55 @@ def pack(weight: NestedWeight, bits: int | None) -> PlaneWeight:
     return gpu_layout.pack_slice(weight.codes, scale, bits)
 
 
-def check_products(plan: Plan, device: str) -> int:
-    """Compare products of every kind with float64; returns how many. Raises where one is off."""
+def check_products(index: int, bits: int, dtype: torch.dtype, resident: bool, tiny: bool, device: str) -> int:
+    """Compare products of one kind with float64; returns how many. Raises where one is off."""
     os.environ["MATGPTQ_AUTOTUNE"] = "0"  # the launches that reasoning gives; measuring comes later
     count = 0
-    tiny = plan is TINY
-    kinds = itertools.product(plan.widths if tiny else WIDTHS, (torch.float16, torch.bfloat16), (True, False))
-    for index, (bits, dtype, resident) in enumerate(kinds):
-        if dtype == torch.bfloat16 and not resident:
-            continue
-        in_features, group_size = ((160, 32), (1024, 128), (576, 64), (992, 992))[index % (1 if tiny else 4)]
-        weight = random_weight(130 if tiny else 1000, in_features, group_size, device)
-        packed = pack(weight, None if resident else bits)
-        dense = weight.dequantize(bits).double()
-        # Together the two dtypes take every class of launches; each costs a compilation.
-        batches = (1, 9) if tiny else (1, 17, 200) if dtype == torch.float16 else (3, 16)
-        for batch in batches:
-            x = torch.randn(batch, in_features, device=device).to(dtype)
-            bound = x.double().abs() @ dense.abs().T * TOLERANCE[dtype]
-            for name, product in (("fused", on_tensor_cores), ("tiled", by_tiles)):
-                result = product(x, packed, bits)
-                # Tiles round the weights as well, as the reference does.
-                slack = bound if name == "fused" else 2 * bound
-                off = (result.double() - x.double() @ dense.T).abs()
-                what = f"{bits} bits, {dtype}, batch {batch}, {in_features} columns, group {group_size}"
-                if not bool((off <= slack + 1e-30).all()):
-                    raise SystemExit(f"{name} is wrong: {what}")
-                if name == "fused" and not torch.equal(result, product(x, packed, bits)):
-                    raise SystemExit(f"{name} gives two results: {what}")
-                count += 1
-        if bool(packed.arrived.any()):
-            raise SystemExit(f"counters are left behind: {bits} bits, {dtype}")
+    in_features, group_size = ((160, 32), (1024, 128), (576, 64), (992, 992))[index % (1 if tiny else 4)]
+    weight = random_weight(130 if tiny else 1000, in_features, group_size, device)
+    packed = pack(weight, None if resident else bits)
+    dense = weight.dequantize(bits).double()
+    # Together the two dtypes take every class of launches; each costs a compilation.
+    batches = (1, 9) if tiny else (1, 17, 200) if dtype == torch.float16 else (3, 16, 64)
+    for batch in batches:
+        x = torch.randn(batch, in_features, device=device).to(dtype)
+        bound = x.double().abs() @ dense.abs().T * TOLERANCE[dtype]
+        for name, product in (("fused", on_tensor_cores), ("tiled", by_tiles)):
+            result = product(x, packed, bits)
+            # Tiles, and fused products of many rows, round the weights as well, as the reference does.
+            slack = bound if name == "fused" and batch <= 16 else 2 * bound
+            off = (result.double() - x.double() @ dense.T).abs()
+            what = f"{bits} bits, {dtype}, batch {batch}, {in_features} columns, group {group_size}"
+            if not bool((off <= slack + 1e-30).all()):
+                raise SystemExit(f"{name} is wrong: {what}")
+            if name == "fused" and not torch.equal(result, product(x, packed, bits)):
+                raise SystemExit(f"{name} gives two results: {what}")
+            count += 1
+    if bool(packed.arrived.any()):
+        raise SystemExit(f"counters are left behind: {bits} bits, {dtype}")
     os.environ["MATGPTQ_AUTOTUNE"] = "1"
     return count
+
+
+def compile_products(bits: int, resident: bool, batch: int, device: str) -> int:
+    """Compile what ``bench_products`` will measure; returns how many kernels."""
+    from matgptq.gpu import products as gpu_products
+
+    weight = random_weight(256, 1024, GROUP_SIZE, device)
+    packed = pack(weight, None if resident else bits)
+    x = torch.randn(batch, 1024, device=device).half()
+    launches = {dataclasses.replace(launch, splits=1) for launch in candidate_launches(packed, batch, 132)}
+    for launch in launches:
+        gpu_products.matmul(x, packed, bits, None, launch)
+    return len(launches)
+
+
+def in_processes(function: Callable[..., int], arguments: list[tuple[Any, ...]], jobs: int) -> int:
+    """The sum of a function's results, each call in one of so many processes."""
+    if jobs == 1:
+        return sum(function(*each) for each in arguments)
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return sum(pool.starmap(function, arguments, chunksize=1))
 
 
 def sweep_problem(rows: int, columns: int, device: str) -> tuple[Tensor, Tensor, SweepGrid]:
@@ -254,50 +284,40 @@ def bench_products(plan: Plan, device: str, bandwidth: float, clock: Clock) -> I
         weight = random_weight(*shape, GROUP_SIZE, device)
         dense_bytes = 2 * weight.codes.numel()
         dense = [torch.randn(shape, device=device).half() for _ in range(-(-plan.cold_bytes // dense_bytes))]
-        parent = pack(weight, None)
-        for bits in plan.widths:
-            forms = {"parent": parent}
-            if bits < 8:  # at 8 bits the two are the same
-                forms["slice"] = pack(weight, bits)
-            copies = {
-                form: [clone(packed) for _ in range(math.ceil(plan.cold_bytes / packed.bytes_read(bits)))]
-                for form, packed in forms.items()
-            }
-            for batch in plan.batches:
-                if not clock.allows(f"{out_features} x {in_features}, {bits} bits, batch {batch}"):
+        for bits, resident, batch in plan.points():
+            if not clock.allows(f"{out_features} x {in_features}, {bits} bits, batch {batch}"):
+                continue
+            form = "parent" if resident else "slice"
+            packed = pack(weight, None if resident else bits)
+            weights = [clone(packed) for _ in range(math.ceil(plan.cold_bytes / packed.bytes_read(bits)))]
+            x = torch.randn(batch, in_features, device=device).half()
+            contestants = {"float16": [partial(torch.matmul, x, each.T) for each in dense]}
+            for name, product in (("triton-fused", on_tensor_cores), ("triton-tiled", by_tiles)):
+                # Beyond the reach of one and below that of the other there is nothing to learn.
+                if plan is FULL and (batch > 1024 if name == "triton-fused" else batch < 128):
                     continue
-                x = torch.randn(batch, in_features, device=device).half()
-                contestants = {"float16": [partial(torch.matmul, x, each.T) for each in dense]}
-                for form, weights in copies.items():
-                    for name, product in (("triton-fused", on_tensor_cores), ("triton-tiled", by_tiles)):
-                        # Beyond the reach of one and below that of the other there is nothing to learn.
-                        if (name == "triton-fused" and batch > 1024) or (
-                            name == "triton-tiled" and batch < 64 and plan is FULL
-                        ):
-                            continue
-                        product(x, weights[0], bits)  # compiled and tuned before anything is recorded
-                        some = weights if batch <= 64 else weights[:8]
-                        contestants[f"{form} {name}"] = [partial(product, x, each, bits) for each in some]
-                seconds = in_turns(contestants, device)
-                for contestant, spent in seconds.items():
-                    if contestant == "float16":
-                        continue
-                    form, kernel = contestant.split()
-                    read = forms[form].bytes_read(bits)
-                    yield {
-                        "out_features": out_features,
-                        "in_features": in_features,
-                        "group_size": GROUP_SIZE,
-                        "bits": bits,
-                        "form": form,
-                        "kernel": kernel,
-                        "batch": batch,
-                        "microseconds": spent * 1e6,
-                        "float16_microseconds": seconds["float16"] * 1e6,
-                        "speedup": seconds["float16"] / spent,
-                        "bytes_read": read,
-                        "bandwidth_share": read / spent / bandwidth,
-                    }
+                product(x, weights[0], bits)  # compiled and tuned before anything is recorded
+                some = weights if batch <= 64 else weights[:8]
+                contestants[name] = [partial(product, x, each, bits) for each in some]
+            seconds = in_turns(contestants, device)
+            for kernel, spent in seconds.items():
+                if kernel == "float16":
+                    continue
+                read = packed.bytes_read(bits)
+                yield {
+                    "out_features": out_features,
+                    "in_features": in_features,
+                    "group_size": GROUP_SIZE,
+                    "bits": bits,
+                    "form": form,
+                    "kernel": kernel,
+                    "batch": batch,
+                    "microseconds": spent * 1e6,
+                    "float16_microseconds": seconds["float16"] * 1e6,
+                    "speedup": seconds["float16"] / spent,
+                    "bytes_read": read,
+                    "bandwidth_share": read / spent / bandwidth,
+                }
 
 
 def clone(packed: PlaneWeight) -> PlaneWeight:
@@ -348,7 +368,20 @@ def main() -> None:
         )
     torch.manual_seed(0)
     plan = TINY if arguments.check else FULL
-    print(f"{check_products(plan, device)} products agree with float64")
+    jobs = (os.cpu_count() or 1) if device == "cuda" else 1
+    kinds = itertools.product(
+        TINY.decoding if arguments.check else WIDTHS, (torch.float16, torch.bfloat16), (True, False)
+    )
+    checks = [
+        (index, *kind, arguments.check, device)
+        for index, kind in enumerate(kinds)
+        if kind[1:] != (torch.bfloat16, False)
+    ]
+    print(f"{in_processes(check_products, checks, jobs)} products agree with float64", flush=True)
+    if not arguments.check:
+        classes = {(bits, resident, min(batch, 256)) for bits, resident, batch in plan.points() if batch <= 1024}
+        compiled = in_processes(compile_products, [(*each, device) for each in sorted(classes)], jobs)
+        print(f"{compiled} kernels compiled", flush=True)
     bandwidth = 1.0 if arguments.check else copy_bandwidth()
     machine = {**describe_machine(), "triton": version("triton")}
     if not arguments.check:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -37,12 +38,14 @@ from matgptq.slicing import WIDTHS
 
 TARGETS = (80, 90)
 PROCESSORS = {80: 108, 90: 132}
-BATCHES = (8, 16, 64)  # one of each class of launches
+BATCHES = (8, 16, 32, 64)  # one of each class of launches
 INTEGER = re.compile(r"LOP3|SHF|IADD|PRMT|LEA|SEL|VIADD|ISETP|SGXT|PLOP|MOV$|MOV\.|VIMNMX|IMNMX|I2F|F2I")
 ALIGNED = ("rows", "columns", "stride")  # sizes that are multiples of 16 in any model worth the name
 
 
-def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], target: int, warps: int) -> dict[str, Any]:
+def build(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], target: int, warps: int, stages: int = 1
+) -> dict[str, Any]:
     """Compile a kernel; what the compiler and the disassembler say of it."""
     signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
     attributes = {
@@ -57,7 +60,7 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], target:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", target, 32),
-            options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True},
+            options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
         )
     said = log.getvalue()
     registers = re.search(r"Used (\d+) registers", said)
@@ -74,7 +77,7 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], target:
 
 
 def inner_loop(cubin: bytes) -> dict[str, Any]:
-    """Counts of instructions in the largest loop of a kernel."""
+    """Counts of instructions in the loop in which a kernel spends its time."""
     tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -89,7 +92,9 @@ def inner_loop(cubin: bytes) -> dict[str, Any]:
     ]
     if not loops:
         return {}
-    start, end = max(loops, key=lambda loop: loop[1] - loop[0])
+    # The largest that multiplies matrices, if one does: adding up the parts of a split is a loop as well.
+    matrix = [place for place, name, _ in instructions if re.match("HMMA|HGMMA", name)]
+    start, end = max(loops, key=lambda loop: (any(loop[0] <= place <= loop[1] for place in matrix), loop[1] - loop[0]))
     body = [name for place, name, _ in instructions if start <= place <= end]
 
     def count(expression: str) -> int:
@@ -99,7 +104,7 @@ def inner_loop(cubin: bytes) -> dict[str, Any]:
         "loop": {
             "instructions": len(body),
             "integer_instructions": sum(bool(INTEGER.match(name)) for name in body),
-            "matrix_instructions": count("HMMA"),
+            "matrix_instructions": count("HMMA|HGMMA"),
             "wide_loads": count(r"LDG\.E\.128"),
             "other_loads": count(r"LDG") - count(r"LDG\.E\.128"),
             "shared_accesses": count("LDS|STS|SHFL"),
@@ -115,19 +120,24 @@ def product(bits: int, dtype: str, resident: bool, launch: Launch, group_size: i
         "BITS": bits,
         "RESIDENT": resident,
         "GROUP_HALVES": group_size // 32,
-        "UNITS": launch.units,
         "BLOCKS": launch.blocks,
         "TILES": launch.tiles,
         "RAGGED": False,
         "BIASED": True,
+        "AHEAD": launch.ahead,
+        "OVERLAPS": target >= 90,
     }
-    made = build(product_kernels.fused, types, constants, target, launch.warps)
-    weights_per_thread = 64 * 64 * launch.units // launch.warps // 32
+    kernel = product_kernels.staged if launch.stages else product_kernels.fused
+    if not launch.stages:
+        constants["UNITS"] = launch.units
+    made = build(kernel, types, constants, target, launch.warps, launch.stages or 1)
+    weights_per_thread = 32 * 128 * launch.units // launch.warps // 32
     for counted in ("instructions", "integer_instructions"):
         made["loop"][f"{counted}_per_weight"] = round(made["loop"][counted] / weights_per_thread, 2)
-    shape = {"warps": launch.warps, "units": launch.units, "blocks": launch.blocks, "tiles": launch.tiles}
+    shape = {name: getattr(launch, name) for name in ("warps", "units", "blocks", "tiles", "ahead", "stages")}
     form = "parent" if resident else "slice"
-    return {"kernel": "fused", "bits": bits, "dtype": dtype, "form": form, "group_size": group_size, **shape, **made}
+    name = "staged" if launch.stages else "fused"
+    return {"kernel": name, "bits": bits, "dtype": dtype, "form": form, "group_size": group_size, **shape, **made}
 
 
 def dequantization(bits: int, dtype: str, target: int) -> dict[str, Any]:
@@ -161,7 +171,7 @@ def everything(quick: bool) -> Iterator[dict[str, Any]]:
     weight = a_weight()
     for target in TARGETS:
         if quick:
-            for batch, bits, dtype in ((8, 4, "fp16"), (64, 3, "fp16"), (64, 8, "bf16")):
+            for batch, bits, dtype in ((8, 4, "fp16"), (32, 8, "bf16"), (64, 3, "fp16")):
                 yield product(bits, dtype, True, default_launch(weight, batch, PROCESSORS[target]), 64, target)
         else:
             for batch, dtype in itertools.product(BATCHES, ("fp16", "bf16")):
@@ -171,9 +181,8 @@ def everything(quick: bool) -> Iterator[dict[str, Any]]:
             for bits in (2, 3, 4, 6):
                 yield product(bits, "fp16", False, default_launch(weight, 8, PROCESSORS[target]), 64, target)
             every = [launch for batch in BATCHES for launch in candidate_launches(weight, batch, PROCESSORS[target])]
-            shapes = dict.fromkeys((launch.warps, launch.units, launch.blocks, launch.tiles) for launch in every)
-            for shape in shapes:
-                yield product(4, "fp16", True, Launch(*shape, splits=1), 64, target)
+            for launch in dict.fromkeys(dataclasses.replace(launch, splits=1) for launch in every):
+                yield product(4, "fp16", True, launch, 64, target)
             for group_size in (0, 32, 96, 128):
                 yield product(4, "fp16", True, default_launch(weight, 1, PROCESSORS[target]), group_size, target)
         for bits in (4,) if quick else (2, 4, 8):
@@ -192,7 +201,20 @@ def main() -> None:
     for record in everything(arguments.quick):
         records.append(record)
         loop = record.get("loop", {})
-        keys = ("kernel", "bits", "dtype", "form", "widths", "copies", "warps", "tiles", "group_size")
+        keys = (
+            "kernel",
+            "bits",
+            "dtype",
+            "form",
+            "widths",
+            "copies",
+            "warps",
+            "units",
+            "tiles",
+            "ahead",
+            "stages",
+            "group_size",
+        )
         name = " ".join(str(record[key]) for key in keys if key in record)
         print(
             f"{record['target']} {name:36} registers {record['registers']:3}  spilled {record['spilled_bytes']:3}  "

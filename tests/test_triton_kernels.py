@@ -68,6 +68,19 @@ def test_fused(bits, dtype, resident):
     check(result, x, weight.dequantize(bits), bias)
 
 
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_staged(bits, dtype, resident):
+    weight = make_weight(70, 160, 5 if bits % 2 else 1, seed=bits)
+    packed = pack(weight, None if resident else bits)
+    rows = 17 + bits
+    x, bias = normal(rows, 160, dtype=dtype), normal(70, dtype=dtype)
+    launch = Launch(warps=4, units=2, blocks=2, tiles=2, splits=1, ahead=resident, stages=1)
+    result = gpu_products.matmul(x.to(DEVICE), packed, bits, bias.to(DEVICE), launch)
+    check(result, x, weight.dequantize(bits, dtype), bias)  # weights are rounded, as the reference's are
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="compiled code does not change with a constant")
 @pytest.mark.parametrize("bits", [3, 8])
 def test_both_orders_of_columns_are_the_same_product(bits, monkeypatch):
@@ -88,7 +101,7 @@ def test_dequantized_is_exact_for_every_code(bits):
         gpu_products.dequantize_blocks(form, bits, 0, out)
         assert torch.equal(out.cpu(), weight.dequantize(bits, dtype))
     last = torch.empty(2, 64, device=DEVICE)
-    gpu_products.dequantize_blocks(packed[0], bits, 1, last)
+    gpu_products.dequantize_blocks(packed[0], bits, 2, last)
     assert torch.equal(last.cpu(), weight.dequantize(bits)[64:])
 
 
@@ -129,6 +142,10 @@ def test_batches(kernel, rows, monkeypatch):
         Launch(4, 4, 2, 2, 3),
         Launch(8, 8, 2, 1, 2),
         Launch(4, 4, 4, 4, 2),
+        Launch(4, 4, 2, 2, 2, ahead=True),
+        Launch(4, 4, 4, 2, 2, stages=1),
+        Launch(4, 2, 2, 4, 1, ahead=True, stages=1),
+        Launch(4, 4, 4, 2, 1, stages=3),
     ],
     ids=str,
 )

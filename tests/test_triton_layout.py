@@ -48,14 +48,14 @@ def test_bits_are_where_the_layout_says():
     weight = make_weight(130, 192, 3)
     parent = pack_parent(weight.codes, weight.scales)
     for row, column in itertools.product((0, 7, 8, 29, 63, 64, 129), (0, 1, 2, 5, 14, 31, 45, 64, 191)):
-        block, i, h, g = row // 64, row // 16 % 4, row // 8 % 2, row % 8
-        chunk, u, t = column // 64, column // 32 % 2, column // 8 % 4
+        block, i, h, g = row // 32, row // 16 % 2, row // 8 % 2, row % 8
+        chunk, s, u, t = column // 128, column // 64 % 2, column // 32 % 2, column // 8 % 4
         c, e, b = column // 4 % 2, column // 2 % 2, column % 2
-        word = 4 * (4 * g + t) + i
+        word = 4 * (4 * g + t) + 2 * s + i
         place = 16 * b + 8 * u + 4 * c + 2 * e + h
         bits = (parent.planes[:, block, chunk, word] >> place) & 1
         assert sum(int(bit) << (7 - plane) for plane, bit in enumerate(bits)) == weight.codes[row, column]
-        scale = parent.scales[5][column // 64, block, 8 * g + 2 * i + h]
+        scale = parent.scales[5][block, column // 64, 4 * g + 2 * i + h]
         assert scale == weight.scales[5][row, column // 64]
 
 
@@ -67,7 +67,7 @@ def test_what_it_costs():
         _, single = forms(weight, bits)
         assert parent.bytes_read(bits) == 128 * 256 * min(bits + 1, 8) // 8 + scales
         assert single.bytes_read(bits) == 128 * 256 * bits // 8 + scales
-        assert single.nbytes < 128 * 256 * bits // 8 + scales + 64
+        assert single.nbytes < 128 * 256 * bits // 8 + scales + 128
     shared = pack_parent(weight.codes, dict.fromkeys(WIDTHS, weight.scales[8]))
     assert parent.nbytes - shared.nbytes == 6 * scales
     assert len({packed.key for packed in (parent, single, shared)}) == 3

@@ -92,7 +92,7 @@ def test_a_whole_solve(monkeypatch):
 def test_what_it_refuses(monkeypatch):
     sweep = Sweep((3, 4), (1.0, 1.0), 1, 8, 0)
     with pytest.raises(ValueError, match="parent"):
-        compensate(sweep.weight, sweep.upper, sweep.grid)
+        compensate(sweep.weight.to(DEVICE), sweep.upper.to(DEVICE), sweep.grid)
     monkeypatch.setattr(gpu_support, "obstacle", lambda device: "there is none")
     with pytest.raises(ConfigurationError, match="MATGPTQ_SOLVER=triton: there is none"):
-        compensate(sweep.weight, sweep.upper, sweep.grid)
+        compensate(sweep.weight.to(DEVICE), sweep.upper.to(DEVICE), sweep.grid)

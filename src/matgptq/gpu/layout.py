@@ -1,19 +1,20 @@
 """How codes lie in the memory of a GPU: bit planes, in the order in which tensor cores want them.
 
-Matrices are cut into blocks of 64 rows and chunks of 64 columns, both padded with zero bits. Plane 0 holds the most
+Matrices are cut into blocks of 32 rows and chunks of 128 columns, both padded with zero bits. Plane 0 holds the most
 significant bit of every code, so a slice of r bits reads the first r + 1 planes (one rounds; all 8 for r = 8) of a
 *resident parent*, and all r planes of a *packed slice*, which was rounded when it was packed.
 
 A block and chunk of one plane is 128 words of 32 bits: one warp, 128 bits per thread. The multiply instruction of
 tensor cores (m16n8k16) fixes which thread holds which weight, so nothing has to change places after loading. With
 
-    row    = 64 * block + 16 * i + 8 * h + g            i = 0..3, h = 0..1, g = 0..7
-    column = 64 * chunk + 32 * u + 8 * t + 4 * c + 2 * e + b      t = 0..3, the others 0..1
+    row    = 32 * block + 16 * i + 8 * h + g                     i, h = 0..1, g = 0..7
+    column = 128 * chunk + 64 * s + 32 * u + 8 * t + 4 * c + 2 * e + b      t = 0..3, the others 0..1
 
-the bit lies in word ``4 * (4 * g + t) + i`` of its 128, at position ``16 * b + 8 * u + 4 * c + 2 * e + h``: bit b
-apart by 16, so that the two neighbours that share a register unpack as the halves of one word. The order of columns
-lets a thread load its activations as 16 neighbouring bytes. Scales lie as ``[groups, blocks, g, 2 * i + h]`` for the
-same reason.
+the bit lies in word ``4 * (4 * g + t) + 2 * s + i`` of its 128, at position ``16 * b + 8 * u + 4 * c + 2 * e + h``:
+bit b apart by 16, so that the two neighbours that share a register unpack as the halves of one word. The order of
+columns lets a thread load its activations as 16 neighbouring bytes. Scales lie as ``[blocks, groups, g, 2 * i + h]``
+for the same reason. Blocks are low, so that matrices of a few thousand rows give every multiprocessor one of its own
+and no sum has to be split.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from matgptq import slicing
 from matgptq.errors import ConfigurationError
 from matgptq.slicing import PARENT_BITS, check_bits, slice_codes
 
-BLOCK_ROWS = 64
-CHUNK_COLUMNS = 64
+BLOCK_ROWS = 32
+CHUNK_COLUMNS = 128
 CHUNK_WORDS = BLOCK_ROWS * CHUNK_COLUMNS // 32
 GROUP_UNIT = 32
 
-# Sizes of the axes that rows (block, i, h, g) and columns (chunk, u, t, c, e, b) are cut into.
-_ROW_AXES = (4, 2, 8)
-_COLUMN_AXES = (2, 4, 2, 2, 2)
-# From [block, i, h, g, chunk, u, t, c, e, b] to [block, chunk, g, t, i, b, u, c, e, h].
-_TO_WORDS = (0, 4, 3, 6, 1, 9, 5, 7, 8, 2)
-_FROM_WORDS = tuple(_TO_WORDS.index(axis) for axis in range(10))
+# Sizes of the axes that rows (block, i, h, g) and columns (chunk, s, u, t, c, e, b) are cut into.
+_ROW_AXES = (2, 2, 8)
+_COLUMN_AXES = (2, 2, 4, 2, 2, 2)
+# From [block, i, h, g, chunk, s, u, t, c, e, b] to [block, chunk, g, t, s, i, b, u, c, e, h].
+_TO_WORDS = (0, 4, 3, 7, 5, 1, 10, 6, 8, 9, 2)
+_FROM_WORDS = tuple(_TO_WORDS.index(axis) for axis in range(11))
 
 _COUNTERS = 4  # per block of rows: so many tiles of activations may have their columns split
 
@@ -50,7 +51,7 @@ class PlaneWeight:
 
     Attributes:
         planes: int32 ``[planes, blocks, chunks, 128]``, most significant plane first, laid out as this file says.
-        scales: ``{width: [groups, blocks, 64]}`` float16, for the widths that it serves; in units of the parent's grid.
+        scales: ``{width: [blocks, groups, 32]}`` float16, for the widths that it serves; in units of the parent's grid.
         out_features, in_features: shape of the weight.
         group_size: input columns per scale.
         resident: true for the parent's 8 planes, false for a packed slice.
@@ -134,7 +135,7 @@ def pack_slice(codes: Tensor, scales: Tensor, bits: int) -> PlaneWeight:
 def unpack(weight: PlaneWeight) -> Tensor:
     """The codes that were packed: the parent's uint8 ``[out, in]``, or those of the slice."""
     _, blocks, chunks, _ = weight.planes.shape
-    sliced = torch.zeros(blocks, chunks, 8, 4, 4, 2, 2, 2, 2, 2, dtype=torch.uint8, device=weight.device)
+    sliced = torch.zeros(blocks, chunks, 8, 4, 2, 2, 2, 2, 2, 2, 2, dtype=torch.uint8, device=weight.device)
     shifts = torch.arange(32, device=weight.device, dtype=torch.int32)
     for words in weight.planes:
         bits = ((words.unsqueeze(-1) >> shifts) & 1).to(torch.uint8)
@@ -152,8 +153,8 @@ def dequantize(weight: PlaneWeight, bits: int, dtype: torch.dtype = torch.float3
         dtype: of the result; formed in float32 and rounded once, as ``slicing.dequantize`` does.
     """
     codes = unpack(weight)
-    groups, blocks, _ = weight.scales[bits].shape
-    placed = weight.scales[bits].view(groups, blocks, 8, 8).permute(1, 3, 2, 0)
+    blocks, groups, _ = weight.scales[bits].shape
+    placed = weight.scales[bits].view(blocks, groups, 8, 4).permute(0, 3, 2, 1)
     scales = placed.reshape(blocks * BLOCK_ROWS, groups)[: weight.out_features]
     if weight.resident:
         return slicing.dequantize(codes, scales, bits, dtype)
@@ -200,10 +201,10 @@ def _pack(codes: Tensor, stored: Tensor, count: int, scales: Mapping[int, Tensor
 
 
 def _place_scales(scale: Tensor, out_features: int, groups: int, blocks: int) -> Tensor:
-    """float16 ``[out, groups]`` as ``[groups, blocks, 64]``, the rows of a block in the order g, i, h."""
+    """float16 ``[out, groups]`` as ``[blocks, groups, 32]``, the rows of a block in the order g, i, h."""
     if scale.dtype != torch.float16 or tuple(scale.shape) != (out_features, groups):
         raise ConfigurationError(
             f"scales must be float16 {(out_features, groups)}, not {scale.dtype} {tuple(scale.shape)}"
         )
     padded = torch.nn.functional.pad(scale, (0, 0, 0, blocks * BLOCK_ROWS - out_features))
-    return padded.view(blocks, 8, 8, groups).permute(3, 0, 2, 1).reshape(groups, blocks, BLOCK_ROWS)
+    return padded.view(blocks, 4, 8, groups).permute(0, 3, 2, 1).reshape(blocks, groups, BLOCK_ROWS)

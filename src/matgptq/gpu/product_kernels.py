@@ -21,6 +21,7 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Triton's interpreter takes the bits of a bfloat16 for an integer, so there the same numbers are computed in float32.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -30,69 +31,134 @@ _PAIRS_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split
 
 
 @triton.jit
-def _merge(low, high, SIZE: tl.constexpr, MASK: tl.constexpr):
-    """Fields of SIZE bits as fields of twice that size: those at even places, those at odd places."""
-    even = (low & MASK) | ((high & MASK) << SIZE)
-    odd = ((low >> SIZE) & MASK) | (high & (-1 - MASK))
-    return even, odd
+def _choose(first, second, MASK: tl.constexpr):
+    """The bits of ``first`` where MASK has ones, those of ``second`` elsewhere; one instruction."""
+    if _INTERPRETED:
+        return (first & MASK) | (second & (-1 - MASK))
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xe4;",
+            "=r,r,r,r",
+            [first, second, tl.full(first.shape, MASK, tl.int32)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
-def _quads(p0, p1, p2, p3):
-    """Four planes, least significant first, as words whose nibbles are every fourth weight's."""
-    a0, a1 = _merge(p0, p1, 1, 0x55555555)
-    b0, b1 = _merge(p2, p3, 1, 0x55555555)
-    w0, w2 = _merge(a0, b0, 2, 0x33333333)
-    w1, w3 = _merge(a1, b1, 2, 0x33333333)
+def _masked_or(word, MASK: tl.constexpr, ONES: tl.constexpr):
+    """``word & MASK | ONES``; one instruction, of which the compiler would make two, as both are constants."""
+    if _INTERPRETED:
+        return (word & MASK) | ONES
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xea;",
+            "=r,r,r,r",
+            [word, tl.full(word.shape, MASK, tl.int32), tl.full(word.shape, ONES, tl.int32)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _merge(low, high, SIZE: tl.constexpr, MASK: tl.constexpr):
+    """Fields of SIZE bits as fields of twice that size: those at even places, those at odd places."""
+    return _choose(low, high << SIZE, MASK), _choose(low >> SIZE, high, MASK)
+
+
+@triton.jit
+def _spread(word, SIZE: tl.constexpr, MASK: tl.constexpr):
+    """``_merge`` with zeros above."""
+    return word & MASK, (word >> SIZE) & MASK
+
+
+@triton.jit
+def _quads(planes):
+    """One to four planes, least significant first, as words whose nibbles are every fourth weight's."""
+    if len(planes) == 1:
+        a0, a1 = _spread(planes[0], 1, 0x55555555)
+    else:
+        a0, a1 = _merge(planes[0], planes[1], 1, 0x55555555)
+    if len(planes) <= 2:
+        w0, w2 = _spread(a0, 2, 0x33333333)
+        w1, w3 = _spread(a1, 2, 0x33333333)
+    else:
+        if len(planes) == 3:
+            b0, b1 = _spread(planes[2], 1, 0x55555555)
+        else:
+            b0, b1 = _merge(planes[2], planes[3], 1, 0x55555555)
+        w0, w2 = _merge(a0, b0, 2, 0x33333333)
+        w1, w3 = _merge(a1, b1, 2, 0x33333333)
     return w0, w1, w2, w3
 
 
 @triton.jit
 def _transpose(planes, FIELD: tl.constexpr):
-    """Planes, least significant first, as words of fields: field j of word m is the weight at place FIELD * j + m.
+    """2 to 8 planes, least significant first, as words of fields: field j of word m is the weight at FIELD * j + m.
 
-    There are as many planes as words: 2, 4 or 8. If FIELD is half of that, the words of the low nibbles come first.
+    With more planes than FIELD, the words of the low nibbles come first, then those of the high ones.
     """
-    if len(planes) == 2:
+    if FIELD == 2:
         return _merge(planes[0], planes[1], 1, 0x55555555)
+    elif len(planes) <= 4:
+        return _quads(planes)
     else:
-        words = _quads(planes[0], planes[1], planes[2], planes[3])
-        if len(planes) == 8:
-            high = _quads(planes[4], planes[5], planes[6], planes[7])
-            if FIELD == 8:
-                w0, w4 = _merge(words[0], high[0], 4, 0x0F0F0F0F)
-                w1, w5 = _merge(words[1], high[1], 4, 0x0F0F0F0F)
-                w2, w6 = _merge(words[2], high[2], 4, 0x0F0F0F0F)
-                w3, w7 = _merge(words[3], high[3], 4, 0x0F0F0F0F)
-                words = (w0, w1, w2, w3, w4, w5, w6, w7)
-            else:
-                words = words + high
+        words = _quads(planes[:4])
+        high = _quads(planes[4:])
+        if FIELD == 8:
+            w0, w4 = _merge(words[0], high[0], 4, 0x0F0F0F0F)
+            w1, w5 = _merge(words[1], high[1], 4, 0x0F0F0F0F)
+            w2, w6 = _merge(words[2], high[2], 4, 0x0F0F0F0F)
+            w3, w7 = _merge(words[3], high[3], 4, 0x0F0F0F0F)
+            words = (w0, w1, w2, w3, w4, w5, w6, w7)
+        else:
+            words = words + high
         return words
 
 
 @triton.jit
-def _load_slice(first, offsets, stride, BITS: tl.constexpr, RESIDENT: tl.constexpr, FIELD: tl.constexpr):
-    """A slice as words of fields of FIELD bits, ``[units, g, t, i]`` each; ``offsets [units, 128]``."""
+def _load_planes(first, offsets, live, stride, COUNT: tl.constexpr):
+    """The first planes, most significant first, as they lie: ``[units, 128]`` words each, like ``offsets``."""
+    planes = ()
+    for plane in tl.static_range(COUNT):
+        planes = planes + (tl.load(first + plane * stride + offsets, mask=live),)
+    return planes
+
+
+@triton.jit
+def _slice(read, BITS: tl.constexpr, RESIDENT: tl.constexpr, FIELD: tl.constexpr):
+    """A slice as words of fields of FIELD bits, from the planes that were read: those of s = 0, those of s = 1.
+
+    A word is ``[units, g, t, i]``.
+    """
     ROUNDS: tl.constexpr = RESIDENT and BITS < 8
+    UNITS: tl.constexpr = read[0].shape[0]
     planes = ()
     for plane in tl.static_range(BITS):
-        planes = (tl.load(first + plane * stride + offsets),) + planes
+        planes = (read[plane],) + planes
     if ROUNDS:
         full = planes[0]
         for plane in tl.static_range(1, BITS):
             full = full & planes[plane]
-        carry = tl.load(first + BITS * stride + offsets) & ~full
+        carry = read[BITS] & ~full
         rounded = ()
         for plane in tl.static_range(BITS):
             rounded = rounded + (planes[plane] ^ carry,)
             carry = planes[plane] & carry
         planes = rounded
-    for _ in tl.static_range(BITS, 2 if BITS == 2 else (4 if BITS <= 4 else 8)):
-        planes = planes + (tl.zeros_like(planes[0]),)
     cut = ()
     for plane in tl.static_range(len(planes)):
-        cut = cut + (planes[plane].reshape(offsets.shape[0], 8, 4, 4),)
-    return _transpose(cut, FIELD)
+        cut = cut + (planes[plane].reshape(UNITS, 8, 4, 2, 2).permute(0, 1, 2, 4, 3),)
+    words = _transpose(cut, FIELD)
+    left = ()
+    right = ()
+    for word in tl.static_range(len(words)):
+        first, second = tl.split(words[word])
+        left = left + (first,)
+        right = right + (second,)
+    return left, right
 
 
 @triton.jit
@@ -110,7 +176,7 @@ def _pair(
     LOG: tl.constexpr = MANTISSA - BIT + (4 if FACTOR == 16 else 0)
     MASK: tl.constexpr = ((1 << FIELD) - 1) << BIT
     MAGIC: tl.constexpr = (LOG + EXPONENT_BIAS) << MANTISSA
-    both = ((words[PLACE % FIELD] >> (J * FIELD - BIT)) & (MASK * 0x10001)) | (MAGIC * 0x10001)
+    both = _masked_or(words[PLACE % FIELD] >> (J * FIELD - BIT), MASK * 0x10001, MAGIC * 0x10001)
     low = both.to(tl.int16).to(dtype, bitcast=True)
     high = (both >> 16).to(tl.int16).to(dtype, bitcast=True)
     if _INTERPRETED:
@@ -120,7 +186,7 @@ def _pair(
 
 @triton.jit
 def _half(words, U: tl.constexpr, FIELD: tl.constexpr, ZERO: tl.constexpr, FACTOR: tl.constexpr, dtype: tl.constexpr):
-    """32 columns of a chunk, ``[chunks, g, t, i, b, h, e, c]``."""
+    """32 columns of 64, ``[chunks, g, t, i, b, h, e, c]``."""
     columns = ()
     for c in tl.static_range(2):
         h0 = tl.join(
@@ -139,10 +205,10 @@ def _half(words, U: tl.constexpr, FIELD: tl.constexpr, ZERO: tl.constexpr, FACTO
 def _operand(
     words, U: tl.constexpr, FIELD: tl.constexpr, ZERO: tl.constexpr, FACTOR: tl.constexpr, dtype: tl.constexpr
 ):
-    """``[chunks, 64, 32]`` for the tensor cores, columns in the order c, e, t, b or c, t, e, b."""
+    """``[chunks, 32, 32]`` for the tensor cores, columns in the order c, e, t, b or c, t, e, b."""
     half = _half(words, U, FIELD, ZERO, FACTOR, dtype)
     half = half.permute(0, 3, 5, 1, 7, 2, 6, 4) if _PAIRS_FIRST else half.permute(0, 3, 5, 1, 7, 6, 2, 4)
-    return half.reshape(half.shape[0], 64, 32)
+    return half.reshape(half.shape[0], 32, 32)
 
 
 @triton.jit
@@ -154,7 +220,7 @@ def _dot(weights, activations, total):
 
 @triton.jit
 def _multiply(words, activations, total, U: tl.constexpr, BITS: tl.constexpr, FIELD: tl.constexpr):
-    """``total [units, 64, n]`` plus the product of 32 columns with ``activations [n / 8 * units * n % 8, 32]``."""
+    """``total [units, 32, n]`` plus the product of 32 columns with ``activations [n / 8 * units * n % 8, 32]``."""
     dtype: tl.constexpr = activations.dtype
     UNITS: tl.constexpr = total.shape[0]
     cut = activations.reshape(total.shape[2] // 8, UNITS, 8, 4, 2, 2, 2)  # n / 8, units, n % 8, t, c, e, b
@@ -168,47 +234,151 @@ def _multiply(words, activations, total, U: tl.constexpr, BITS: tl.constexpr, FI
 
 
 @triton.jit
-def _group(half, columns, GROUP_HALVES: tl.constexpr):
-    """The group of each half of a chunk; the padding behind the last column belongs to the last group."""
+def _groups(columns, GROUP_HALVES: tl.constexpr):
+    """Groups of a row."""
     if GROUP_HALVES == 0:
-        return half * 0
+        return 1
     else:
-        return tl.minimum(half // GROUP_HALVES, columns // (32 * GROUP_HALVES) - 1)
+        return columns // (32 * GROUP_HALVES)
 
 
 @triton.jit
-def _load_scales(scales, block, blocks, group):
+def _group(chunk, part, columns, PARTS: tl.constexpr, GROUP_HALVES: tl.constexpr):
+    """The group of a part of a chunk; the padding behind the last column belongs to the last group."""
+    if GROUP_HALVES % 4 == 0:
+        return chunk // (GROUP_HALVES // 4)
+    else:
+        return tl.minimum((PARTS * chunk + part) * (4 // PARTS) // GROUP_HALVES, columns // (32 * GROUP_HALVES) - 1)
+
+
+@triton.jit
+def _load_scales(scales, block, groups, group, live):
     """``[units * g * t, 2 * i + h]``: the scales of ``block`` and ``group``, which name each thread's own.
 
     The four threads t of a row read the same ones.
     """
     g = tl.arange(0, block.shape[0]) // 4 % 8
-    offsets = (group * blocks + block) * 64 + g * 8
-    return tl.load(scales + offsets[:, None] + tl.arange(0, 8)[None, :])
+    offsets = (block * groups + group) * 32 + g * 4
+    return tl.load(scales + offsets[:, None] + tl.arange(0, 4)[None, :], mask=live)
 
 
 @triton.jit
 def _apply_scales(total, scale):
-    """``total [units, 64, n]`` times the scales of its rows, as they were loaded."""
+    """``total [units, 32, n]`` times the scales of its rows, as they were loaded."""
     UNITS: tl.constexpr = total.shape[0]
     TILES: tl.constexpr = total.shape[2] // 8
-    rows = scale.to(tl.float32).reshape(UNITS, 8, 4, 4, 2).permute(0, 3, 4, 1, 2)  # units, i, h, g, t
-    rows = rows.reshape(UNITS, 4, 2, 8, 1, 4, 1)
-    return (total.reshape(UNITS, 4, 2, 8, TILES, 4, 2) * rows).reshape(UNITS, 64, TILES * 8)
+    rows = scale.to(tl.float32).reshape(UNITS, 8, 4, 2, 2).permute(0, 3, 4, 1, 2)  # units, i, h, g, t
+    rows = rows.reshape(UNITS, 2, 2, 8, 1, 4, 1)
+    return (total.reshape(UNITS, 2, 2, 8, TILES, 4, 2) * rows).reshape(UNITS, 32, TILES * 8)
+
+
+@triton.jit
+def _read(
+    planes,
+    scales,
+    program,
+    start,
+    last,
+    blocks,
+    chunks,
+    stride,
+    columns,
+    UNITS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP_HALVES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """What the step at chunk ``start`` takes of the weight: its planes, and the scales of each part that has its own.
+
+    Chunks past the last are read as the last. With MASKED, a step past it reads nothing.
+    """
+    w_unit = tl.arange(0, UNITS)
+    s_unit = tl.arange(0, UNITS * 32) // 32
+    w_block = tl.minimum(program * BLOCKS + w_unit % BLOCKS, blocks - 1)
+    s_block = tl.minimum(program * BLOCKS + s_unit % BLOCKS, blocks - 1)
+    w_chunk = tl.minimum(start + w_unit // BLOCKS, last - 1)
+    s_chunk = tl.minimum(start + s_unit // BLOCKS, last - 1)
+    w_live = None
+    s_live = None
+    if MASKED:
+        w_live = (start + w_unit * 0 < last)[:, None]
+        s_live = (start + s_unit * 0 < last)[:, None]
+    offsets = (w_block * chunks + w_chunk)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    read = _load_planes(planes, offsets, w_live, stride, COUNT)
+    for part in tl.static_range(PARTS):
+        group = _group(s_chunk, part, columns, PARTS, GROUP_HALVES)
+        read = read + (_load_scales(scales, s_block, _groups(columns, GROUP_HALVES), group, s_live),)
+    return read
+
+
+@triton.jit
+def _load_activations(x, n, x_chunk, columns, live, HALF: tl.constexpr, RAGGED: tl.constexpr):
+    """32 columns of each chunk; zeros where there are none."""
+    column = x_chunk[:, None] * 128 + 32 * HALF + tl.arange(0, 32)[None, :]
+    if RAGGED:
+        live = live & (column < columns)
+    return tl.load(x + (n * columns)[:, None] + column, mask=live, other=0.0)
 
 
 @triton.jit
 def _sum_units(sums, BLOCKS: tl.constexpr):
-    """``[units, 64, n]`` as ``[BLOCKS * 64, n]``, summed over the units of a block in one exchange between warps.
+    """``[units, 32, n]`` as ``[BLOCKS * 32, n]``, summed over the units of a block in one exchange between warps.
 
     tl.sum would exchange register by register, with a barrier for each.
     """
     if sums.shape[0] == BLOCKS:
-        return sums.reshape(BLOCKS * 64, sums.shape[2])
+        return sums.reshape(BLOCKS * 32, sums.shape[2])
     else:
-        halves = sums.reshape(2, sums.shape[0] // 2, 64, sums.shape[2])
+        halves = sums.reshape(2, sums.shape[0] // 2, 32, sums.shape[2])
         first, second = tl.split(halves.permute(1, 2, 3, 0))
         return _sum_units(first + second, BLOCKS)
+
+
+@triton.jit
+def _deliver(
+    result,
+    scales,
+    bias,
+    out,
+    partial,
+    arrived,
+    rows,
+    batch,
+    split,
+    splits,
+    BITS: tl.constexpr,
+    GROUP_HALVES: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """Add the splits up, if there are several, and store ``result [rows of the program, n]``."""
+    tile, program = tl.program_id(0), tl.program_id(1)
+    M: tl.constexpr = result.shape[0]
+    N: tl.constexpr = result.shape[1]
+    PIECE: tl.constexpr = N if N < 16 else 16  # columns added up at a time, so that the parts of all fit in registers
+    if splits > 1:
+        slot = program * tl.num_programs(0) + tile
+        m = tl.arange(0, M)[:, None]
+        lane = tl.arange(0, N)[None, :]
+        own = partial + slot * (M * N) + m
+        stretch = tl.num_programs(1) * tl.num_programs(0) * (M * N)
+        tl.store(own + lane * M + split * stretch, result, mask=lane < batch)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + slot, 1) == splits - 1:
+            # The last to arrive adds all parts up, in their order, so that the result does not depend on who it is.
+            tl.store(arrived + slot, 0)
+            for first in range(0, N, PIECE):
+                piece = first + tl.arange(0, PIECE)[None, :]
+                total = tl.zeros((M, PIECE), tl.float32)
+                for start in range(0, splits, 8):
+                    for other in tl.static_range(8):  # eight loads on their way at a time
+                        present = piece < tl.where(start + other < splits, batch, 0)
+                        part = own + piece * M + (start + other) * stretch
+                        total += tl.load(part, mask=present, other=0.0, cache_modifier=".cg")
+                _finish(total, first, scales, bias, out, program, rows, batch, BITS, GROUP_HALVES, BIASED)
+    else:
+        _finish(result, 0, scales, bias, out, program, rows, batch, BITS, GROUP_HALVES, BIASED)
 
 
 # Sizes that vary from call to call and say nothing about alignment must not each cost a compilation.
@@ -237,6 +407,8 @@ def fused(
     TILES: tl.constexpr,
     RAGGED: tl.constexpr,
     BIASED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """``out [batch, rows] = x [batch, columns] @ w^T + bias``.
 
@@ -246,6 +418,12 @@ def fused(
     """
     N: tl.constexpr = 8 * TILES
     CHUNKS: tl.constexpr = UNITS // BLOCKS
+    PLANES: tl.constexpr = BITS + 1 if RESIDENT and BITS < 8 else BITS
+    # Parts of a chunk with scales of their own.
+    PARTS: tl.constexpr = (
+        0 if GROUP_HALVES == 0 else (1 if GROUP_HALVES % 4 == 0 else (2 if GROUP_HALVES % 2 == 0 else 4))
+    )
+    PIECES: tl.constexpr = 1 if PARTS == 0 else PARTS
     # Eight bits do not fit the mantissa of a bfloat16, which has seven: they are multiplied as two nibbles.
     WHOLE: tl.constexpr = BITS < 8 or x.dtype.element_ty == tl.float16
     FIELD: tl.constexpr = 2 if BITS == 2 else (8 if BITS > 4 and WHOLE else 4)
@@ -254,74 +432,59 @@ def fused(
     out += tile.to(tl.int64) * N * rows
     batch -= tile * N
 
-    # The unit of each thread's words, activations and scales. What threads load has two axes, the second of neighbours:
-    # of more axes, compilers differ in which one goes to threads.
-    w_unit = tl.arange(0, UNITS)
-    x_unit = tl.arange(0, TILES * UNITS * 8) // 8 % UNITS
-    s_unit = tl.arange(0, UNITS * 32) // 32
-    w_block = tl.minimum(program * BLOCKS + w_unit % BLOCKS, blocks - 1)
-    s_block = tl.minimum(program * BLOCKS + s_unit % BLOCKS, blocks - 1)
-    n = tl.arange(0, TILES * UNITS * 8) // (8 * UNITS) * 8 + tl.arange(0, TILES * UNITS * 8) % 8
-    k = tl.arange(0, 32)[None, :]
-    within = tl.arange(0, 128)[None, :]
+    # The unit of each thread's activations. What threads load has two axes, the second of neighbours: of more axes,
+    # compilers differ in which one goes to threads.
+    x_unit = tl.arange(0, N * UNITS) // 8 % UNITS
+    n = tl.arange(0, N * UNITS) // (8 * UNITS) * 8 + tl.arange(0, N * UNITS) % 8
     first = split * steps * CHUNKS
     last = tl.minimum(first + steps * CHUNKS, chunks)
-    sums = tl.zeros((UNITS, 64, N), tl.float32)
+    sums = tl.zeros((UNITS, 32, N), tl.float32)
+    if AHEAD:
+        read = _read(
+            *(planes, scales, program, first, last, blocks, chunks, stride, columns),
+            *(UNITS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
+        )
+    if OVERLAPS:  # what comes before may still run until here; it does not write weights
+        gdc_launch_dependents()
+        gdc_wait()
     for start in range(first, last, CHUNKS):
-        # Chunks past the end read the last one again and multiply it by activations of zero.
-        w_chunk = tl.minimum(start + w_unit // BLOCKS, last - 1)
+        # Activations of chunks past the end are zeros.
         x_chunk = tl.minimum(start + x_unit // BLOCKS, last - 1)
-        s_chunk = tl.minimum(start + s_unit // BLOCKS, last - 1)
-        offsets = (w_block * chunks + w_chunk)[:, None] * 128 + within
-        words = _load_slice(planes, offsets, stride, BITS, RESIDENT, FIELD)
-        column = x_chunk[:, None] * 64 + k
-        live = ((start + x_unit // BLOCKS < last) & (n < batch))[:, None]
-        place = x + (n * columns)[:, None] + column
-        if RAGGED:
-            x0 = tl.load(place, mask=live & (column < columns), other=0.0)
-            x1 = tl.load(place + 32, mask=live & (column + 32 < columns), other=0.0)
+        x_live = ((start + x_unit // BLOCKS < last) & (n < batch))[:, None]
+        halves = ()
+        if TILES < 4:  # the registers hold the activations of a whole step, so they may be on their way early
+            for half in tl.static_range(4):
+                halves = halves + (_load_activations(x, n, x_chunk, columns, x_live, half, RAGGED),)
+        if AHEAD:
+            taken = read
+            read = _read(
+                *(planes, scales, program, start + CHUNKS, last, blocks, chunks, stride, columns),
+                *(UNITS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
+            )
         else:
-            x0 = tl.load(place, mask=live, other=0.0)
-            x1 = tl.load(place + 32, mask=live, other=0.0)
-        if GROUP_HALVES == 0:
-            sums = _multiply(words, x1, _multiply(words, x0, sums, 0, BITS, FIELD), 1, BITS, FIELD)
-        elif GROUP_HALVES % 2 == 0:
-            scale = _load_scales(scales, s_block, blocks, s_chunk // (GROUP_HALVES // 2))
-            part = _multiply(words, x0, tl.zeros((UNITS, 64, N), tl.float32), 0, BITS, FIELD)
-            sums += _apply_scales(_multiply(words, x1, part, 1, BITS, FIELD), scale)
-        else:
-            scale0 = _load_scales(scales, s_block, blocks, _group(2 * s_chunk, columns, GROUP_HALVES))
-            scale1 = _load_scales(scales, s_block, blocks, _group(2 * s_chunk + 1, columns, GROUP_HALVES))
-            sums += _apply_scales(_multiply(words, x0, tl.zeros((UNITS, 64, N), tl.float32), 0, BITS, FIELD), scale0)
-            sums += _apply_scales(_multiply(words, x1, tl.zeros((UNITS, 64, N), tl.float32), 1, BITS, FIELD), scale1)
+            taken = _read(
+                *(planes, scales, program, start, last, blocks, chunks, stride, columns),
+                *(UNITS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
+            )
+        sides = _slice(taken, BITS, RESIDENT, FIELD)
+        for piece in tl.static_range(PIECES):
+            part = sums if PARTS == 0 else tl.zeros((UNITS, 32, N), tl.float32)
+            for half in tl.static_range(piece * 4 // PIECES, (piece + 1) * 4 // PIECES):
+                if TILES < 4:
+                    activations = halves[half]
+                else:
+                    activations = _load_activations(x, n, x_chunk, columns, x_live, half, RAGGED)
+                part = _multiply(sides[half // 2], activations, part, half % 2, BITS, FIELD)
+            sums = part if PARTS == 0 else sums + _apply_scales(part, taken[PLANES + piece])
 
     result = _sum_units(sums, BLOCKS)
-    if splits > 1:
-        SIZE: tl.constexpr = BLOCKS * 64 * N
-        GATHER: tl.constexpr = 4096 // SIZE if SIZE < 4096 else 1
-        slot = program * tl.num_programs(0) + tile
-        lane = tl.arange(0, N)[None, :]
-        own = partial + slot * SIZE + lane * (BLOCKS * 64) + tl.arange(0, BLOCKS * 64)[:, None]
-        stretch = tl.num_programs(1) * tl.num_programs(0) * SIZE
-        tl.store(own + split * stretch, result, mask=lane < batch)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + slot, 1) == splits - 1:
-            # The last to arrive adds all parts up, in their order, so that the result does not depend on who it is.
-            tl.store(arrived + slot, 0)
-            result = tl.zeros((BLOCKS * 64, N), tl.float32)
-            for start in range(0, splits, GATHER):
-                for other in tl.static_range(GATHER):  # several loads on their way at a time
-                    present = lane < tl.where(start + other < splits, batch, 0)
-                    part = own + (start + other) * stretch
-                    result += tl.load(part, mask=present, other=0.0, cache_modifier=".cg")
-            _finish(result, scales, bias, out, program, rows, batch, BITS, GROUP_HALVES, BIASED)
-    else:
-        _finish(result, scales, bias, out, program, rows, batch, BITS, GROUP_HALVES, BIASED)
+    _deliver(result, scales, bias, out, partial, arrived, rows, batch, split, splits, BITS, GROUP_HALVES, BIASED)
 
 
 @triton.jit
 def _finish(
     result,
+    first,
     scales,
     bias,
     out,
@@ -332,17 +495,117 @@ def _finish(
     GROUP_HALVES: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """Scale, add the bias and store ``result [rows of the program, n]``."""
+    """Scale, add the bias and store ``result [rows of the program, n]``, rows of x from ``first`` on."""
     row = program * result.shape[0] + tl.arange(0, result.shape[0])
-    n = tl.arange(0, result.shape[1])[None, :]
+    n = first + tl.arange(0, result.shape[1])[None, :]
     live = row < rows
     result *= 1 << (8 - BITS)
     if GROUP_HALVES == 0:
-        scale = tl.load(scales + row // 64 * 64 + row % 8 * 8 + row % 64 // 8, mask=live, other=0.0)
+        scale = tl.load(scales + row // 32 * 32 + row % 8 * 4 + row % 32 // 8, mask=live, other=0.0)
         result *= scale.to(tl.float32)[:, None]
     if BIASED:
         result += tl.load(bias + row, mask=live, other=0.0).to(tl.float32)[:, None]
     tl.store(out + n * rows + row[:, None], result.to(out.dtype.element_ty), mask=live[:, None] & (n < batch))
+
+
+@triton.jit(do_not_specialize=["batch", "blocks", "chunks", "steps", "splits"])
+def staged(
+    x,
+    planes,
+    scales,
+    bias,
+    out,
+    partial,
+    arrived,
+    rows,
+    columns,
+    batch,
+    blocks,
+    chunks,
+    stride,
+    steps,
+    splits,
+    BITS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    GROUP_HALVES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BIASED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """``out [batch, rows] = x [batch, columns] @ w^T + bias``, for many rows of x.
+
+    Weights are unpacked once, scaled and rounded to the dtype of x, as the reference's are, and multiplied from shared
+    memory, where all warps find them. A program computes BLOCKS blocks of rows for 8 * TILES rows of x.
+    """
+    N: tl.constexpr = 8 * TILES
+    M: tl.constexpr = 32 * BLOCKS
+    FIELD: tl.constexpr = 2 if BITS == 2 else (4 if BITS <= 4 else 8)
+    PLANES: tl.constexpr = BITS + 1 if RESIDENT and BITS < 8 else BITS
+    PARTS: tl.constexpr = (
+        0 if GROUP_HALVES == 0 else (1 if GROUP_HALVES % 4 == 0 else (2 if GROUP_HALVES % 2 == 0 else 4))
+    )
+    dtype: tl.constexpr = x.dtype.element_ty
+    tile, program, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    x += tile.to(tl.int64) * N * columns
+    out += tile.to(tl.int64) * N * rows
+    batch -= tile * N
+    n = tl.arange(0, N)[:, None]
+    k = tl.arange(0, 128)[None, :]
+    first = split * steps
+    last = tl.minimum(first + steps, chunks)
+    sums = tl.zeros((M, N), tl.float32)
+    if AHEAD:
+        read = _read(
+            *(planes, scales, program, first, last, blocks, chunks, stride, columns),
+            *(BLOCKS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
+        )
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
+    for chunk in range(first, last):
+        column = chunk * 128 + k
+        live = n < batch
+        if RAGGED:
+            live = live & (column < columns)
+        activations = tl.load(x + n * columns + column, mask=live, other=0.0)
+        if AHEAD:
+            taken = read
+            read = _read(
+                *(planes, scales, program, chunk + 1, last, blocks, chunks, stride, columns),
+                *(BLOCKS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
+            )
+        else:
+            taken = _read(
+                *(planes, scales, program, chunk, last, blocks, chunks, stride, columns),
+                *(BLOCKS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
+            )
+        sides = _slice(taken, BITS, RESIDENT, FIELD)
+        quarters = ()
+        for half in tl.static_range(4):
+            weights = _half(sides[half // 2], half % 2, FIELD, 1 << (BITS - 1), 1, tl.float16)
+            if PARTS > 0:
+                weights = _scaled(weights, taken[PLANES + half * PARTS // 4], 1 << (8 - BITS), dtype)
+            weights = weights.to(dtype).permute(0, 3, 5, 1, 2, 7, 6, 4)  # units, i, h, g, t, c, e, b
+            quarters = quarters + (weights.reshape(M, 32),)
+        both = tl.join(tl.join(quarters[0], quarters[1]), tl.join(quarters[2], quarters[3]))  # k, u, s
+        sums = _dot(both.permute(0, 3, 2, 1).reshape(M, 128), activations.trans(1, 0), sums)
+    if PARTS > 0:
+        sums *= 1.0 / (1 << (8 - BITS))  # _finish multiplies by it; both are exact
+    _deliver(sums, scales, bias, out, partial, arrived, rows, batch, split, splits, BITS, GROUP_HALVES, BIASED)
+
+
+@triton.jit
+def _scaled(levels, scale, FACTOR: tl.constexpr, dtype: tl.constexpr):
+    """Levels ``[units, g, t, i, b, h, e, c]`` times FACTOR and the scales of their rows, rounded once."""
+    scale = (scale.to(tl.float32) * FACTOR).reshape(levels.shape[0], 8, 4, 2, 2)
+    scale = scale.reshape(levels.shape[0], 8, 4, 2, 1, 2, 1, 1)
+    if dtype == tl.float16:
+        return levels * scale.to(tl.float16)
+    else:
+        return (levels.to(tl.float32) * scale).to(dtype)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "blocks", "chunks"])
@@ -362,25 +625,31 @@ def dequantize(
     UNITS: tl.constexpr,
 ):
     """``out [rows, columns]``: weights from block ``first`` on; a program takes UNITS chunks of a block of rows."""
+    PLANES: tl.constexpr = BITS + 1 if RESIDENT and BITS < 8 else BITS
     FIELD: tl.constexpr = 2 if BITS == 2 else (4 if BITS <= 4 else 8)
+    PARTS: tl.constexpr = 4 if GROUP_HALVES % 4 else 1
     start = tl.program_id(1) * UNITS
     block = first + tl.program_id(0)
     w_chunk = tl.minimum(start + tl.arange(0, UNITS), chunks - 1)
     s_chunk = tl.minimum(start + tl.arange(0, UNITS * 32) // 32, chunks - 1)
     offsets = (block * chunks + w_chunk)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    words = _load_slice(planes, offsets, stride, BITS, RESIDENT, FIELD)
+    sides = _slice(_load_planes(planes, offsets, None, stride, PLANES), BITS, RESIDENT, FIELD)
     # As for loads, two axes: 2 * i + h, units and g in one, so that threads store what they hold.
-    line = tl.arange(0, UNITS * 64)
+    line = tl.arange(0, UNITS * 32)
     row = line // (UNITS * 8) * 8 + line % 8
-    column = (start + line // 8 % UNITS) * 64
-    live = (tl.program_id(0) * 64 + row < rows)[:, None]
-    out += tl.program_id(0).to(tl.int64) * 64 * columns
-    for u in tl.static_range(2):
-        group = _group(2 * s_chunk + u, columns, GROUP_HALVES)
-        scale = _load_scales(scales, block + s_chunk * 0, blocks, group).to(tl.float32) * (1 << (8 - BITS))
-        scale = scale.reshape(UNITS, 8, 4, 4, 2).permute(3, 4, 0, 1, 2).reshape(4, 2, UNITS, 8, 4, 1, 1, 1)
-        levels = _half(words, u, FIELD, 1 << (BITS - 1), 1, tl.float16)
+    column = (start + line // 8 % UNITS) * 128
+    live = (tl.program_id(0) * 32 + row < rows)[:, None]
+    out += tl.program_id(0).to(tl.int64) * 32 * columns
+    for half in tl.static_range(4):
+        group = s_chunk * 0
+        if GROUP_HALVES > 0:
+            group = _group(s_chunk, half if PARTS == 4 else 0, columns, PARTS, GROUP_HALVES)
+        scale = _load_scales(scales, block + s_chunk * 0, _groups(columns, GROUP_HALVES), group, None).to(
+            tl.float32
+        ) * (1 << (8 - BITS))
+        scale = scale.reshape(UNITS, 8, 4, 2, 2).permute(3, 4, 0, 1, 2).reshape(2, 2, UNITS, 8, 4, 1, 1, 1)
+        levels = _half(sides[half // 2], half % 2, FIELD, 1 << (BITS - 1), 1, tl.float16)
         levels = levels.permute(3, 5, 0, 1, 2, 7, 6, 4).to(tl.float32)  # i, h, units, g, t, c, e, b
-        weights = (levels * scale).to(out.dtype.element_ty).reshape(UNITS * 64, 32)
-        k = column[:, None] + 32 * u + tl.arange(0, 32)[None, :]
+        weights = (levels * scale).to(out.dtype.element_ty).reshape(UNITS * 32, 32)
+        k = column[:, None] + 32 * half + tl.arange(0, 32)[None, :]
         tl.store(out + (row * columns)[:, None] + k, weights, mask=live & (k < columns))

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import os
+import statistics
 
 import torch
 import triton
@@ -20,6 +21,8 @@ from matgptq.gpu.tuning import Launch, Tuner, candidate_launches, default_launch
 
 _DEQUANTIZE_WARPS = 4
 _INTERPRETED_PROCESSORS = 1
+_MEASUREMENTS = 5
+_MOST_COPIES = 64  # of a small weight, when its product is timed
 _launches: dict[tuple[int, int, torch.dtype, int], Launch] = {}  # chosen already; asked for with every product
 
 
@@ -82,8 +85,9 @@ def interpreted() -> bool:
 def _launch(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
     _, blocks, chunks, _ = weight.planes.shape
     grid = launch.grid(weight, len(x))
-    parts = grid[0] * grid[1] * grid[2] * launch.blocks * BLOCK_ROWS * 8 * launch.tiles if launch.splits > 1 else 1
-    product_kernels.fused[grid](
+    parts = math.prod(grid) * launch.blocks * BLOCK_ROWS * 8 * launch.tiles if launch.splits > 1 else 1
+    overlaps = _overlaps(x.device)
+    arguments = (
         x,
         weight.planes,
         weight.scales[bits],
@@ -99,18 +103,30 @@ def _launch(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, out:
         weight.planes.stride(0),
         launch.steps(weight),
         launch.splits,
-        BITS=bits,
-        RESIDENT=weight.resident,
-        GROUP_HALVES=_group_halves(weight),
-        UNITS=launch.units,
-        BLOCKS=launch.blocks,
-        TILES=launch.tiles,
-        RAGGED=weight.in_features % CHUNK_COLUMNS != 0,
-        BIASED=bias is not None,
-        num_warps=launch.warps,
-        num_stages=1,
-        enable_fp_fusion=True,
     )
+    constants = {
+        "BITS": bits,
+        "RESIDENT": weight.resident,
+        "GROUP_HALVES": _group_halves(weight),
+        "BLOCKS": launch.blocks,
+        "TILES": launch.tiles,
+        "RAGGED": weight.in_features % CHUNK_COLUMNS != 0,
+        "BIASED": bias is not None,
+        "AHEAD": launch.ahead,
+        "OVERLAPS": overlaps,
+    }
+    options = {"num_warps": launch.warps, "num_stages": launch.stages or 1, "enable_fp_fusion": True}
+    if overlaps:
+        options["launch_pdl"] = True
+    if launch.stages:
+        product_kernels.staged[grid](*arguments, **constants, **options)
+    else:
+        product_kernels.fused[grid](*arguments, UNITS=launch.units, **constants, **options)
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it still runs: from compute capability 9.0 on."""
+    return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _choose(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None) -> Launch:
@@ -136,20 +152,51 @@ def _choose(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None) -> L
 @functools.cache
 def _tuner(device: int) -> tuple[Tuner, int]:
     properties = torch.cuda.get_device_properties(device)
-    version = f"triton {triton.__version__} {product_kernels.fused.cache_key[:16]}"
+    sources = product_kernels.fused.cache_key[:16] + product_kernels.staged.cache_key[:16]
+    version = f"triton {triton.__version__} {sources}"
     return Tuner(version, properties.name), properties.multi_processor_count
 
 
 def _seconds(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, launch: Launch) -> float:
-    """Time of a launch with a cold cache, as weights are in a model."""
+    """Time of a launch with a cold cache, as weights are in a model, and close behind another, as in a CUDA graph."""
     out = x.new_empty(len(x), weight.out_features)
-    try:
-        time = triton.testing.do_bench(
-            lambda: _launch(x, weight, bits, bias, out, launch), warmup=5, rep=20, return_mode="median"
+    copies = _copies(weight, bits, 2 * torch.cuda.get_device_properties(x.device).L2_cache_size)
+    stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(x.device))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    times: list[float] = []
+    with torch.cuda.stream(stream):
+        try:
+            _launch(x, copies[0], bits, bias, out, launch)  # compiles
+        except triton.OutOfResources:
+            return math.inf
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for copy in copies:
+                _launch(x, copy, bits, bias, out, launch)
+        for _ in range(_MEASUREMENTS):
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / len(copies))
+    torch.cuda.current_stream(x.device).wait_stream(stream)
+    return statistics.median(times)
+
+
+def _copies(weight: PlaneWeight, bits: int, total: int) -> list[PlaneWeight]:
+    """The weight so many times that they are about ``total`` bytes, the planes that are read only."""
+    scales = weight.scales[bits]
+    return [
+        PlaneWeight(
+            weight.planes[: weight.planes_read(bits)].clone(),
+            {bits: scales.clone()},
+            (weight.out_features, weight.in_features),
+            weight.group_size,
+            resident=weight.resident,
         )
-    except triton.OutOfResources:
-        return math.inf
-    return float(time)
+        for _ in range(min(_MOST_COPIES, max(1, math.ceil(total / weight.bytes_read(bits)))))
+    ]
 
 
 def _group_halves(weight: PlaneWeight) -> int:

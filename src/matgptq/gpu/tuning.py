@@ -30,6 +30,9 @@ class Launch:
         blocks: blocks of rows per program; divides ``units``.
         tiles: rows of x per program, in eights.
         splits: parts that the columns are cut into.
+        ahead: whether the weights of a step are on their way while the one before is multiplied.
+        stages: 0 to multiply from registers; else weights go through shared memory, and what they are made of is
+            loaded so many steps ahead. Then ``units`` is ``blocks``.
     """
 
     warps: int
@@ -37,6 +40,8 @@ class Launch:
     blocks: int
     tiles: int
     splits: int
+    ahead: bool = False
+    stages: int = 0
 
     def grid(self, weight: PlaneWeight, batch: int) -> tuple[int, int, int]:
         """Programs over the rows of x, the rows of the weight and the splits."""
@@ -77,18 +82,48 @@ def candidate_launches(weight: PlaneWeight, batch: int, processors: int) -> list
 
 
 def _shapes(batch: int) -> list[tuple[Launch, int]]:
-    """Launches without splits, and how many such programs a multiprocessor holds at a time (by their registers)."""
+    """Launches without splits, and how many such programs a multiprocessor holds at a time (by their registers).
+
+    Those that were fastest for some width, form or shape on an H100.
+    """
     if batch <= 8:
         return [
-            (Launch(4, 8, 1, 1, 1), 3),
-            (Launch(4, 4, 1, 1, 1), 5),
-            (Launch(8, 8, 1, 1, 1), 2),
-            (Launch(16, 16, 1, 1, 1), 1),
+            (Launch(16, 16, 1, 1, 1, ahead=True), 1),
+            (Launch(16, 32, 1, 1, 1, ahead=True), 1),
+            (Launch(8, 8, 1, 1, 1, ahead=True), 2),
+            (Launch(4, 8, 1, 1, 1, ahead=True), 3),
+            (Launch(4, 8, 1, 1, 1), 4),
+            (Launch(4, 4, 1, 1, 1, ahead=True), 5),
         ]
     if batch <= 16:
-        return [(Launch(4, 4, 1, 2, 1), 4), (Launch(4, 4, 2, 2, 1), 4), (Launch(8, 8, 2, 2, 1), 2)]
-    # Many rows of x: programs of several blocks, which find each other's activations in their cache.
-    return [(Launch(4, 4, 4, 4, 1), 2), (Launch(4, 4, 2, 4, 1), 2), (Launch(4, 4, 4, 2, 1), 4)]
+        return [
+            (Launch(8, 8, 2, 2, 1), 2),
+            (Launch(8, 8, 1, 2, 1), 2),
+            (Launch(8, 8, 1, 2, 1, ahead=True), 2),
+        ]
+    if batch <= 32:
+        return [
+            (Launch(8, 8, 2, 4, 1, ahead=True), 1),
+            (Launch(4, 4, 2, 4, 1, ahead=True), 2),
+            (_through_shared_memory(4, 4, 4, ahead=True), 3),
+            (_through_shared_memory(8, 4, 4, ahead=True), 2),
+        ]
+    if batch <= 64:
+        return [
+            (_through_shared_memory(8, 4, 8, ahead=True), 2),
+            (_through_shared_memory(4, 4, 8, stages=3), 2),
+            (Launch(8, 8, 4, 4, 1, ahead=True), 1),
+            (Launch(4, 4, 2, 4, 1, ahead=True), 2),
+        ]
+    return [
+        (_through_shared_memory(4, 2, 16, ahead=True), 2),
+        (_through_shared_memory(4, 4, 8, stages=3), 2),
+        (_through_shared_memory(4, 4, 16), 2),
+    ]
+
+
+def _through_shared_memory(warps: int, blocks: int, tiles: int, *, ahead: bool = False, stages: int = 1) -> Launch:
+    return Launch(warps, blocks, blocks, tiles, 1, ahead, stages)
 
 
 def _wanted_splits(weight: PlaneWeight, batch: int, shape: Launch, programs: int, processors: int) -> int:

@@ -402,3 +402,17 @@ def test_chat_templates_beyond_the_first_go_along(tmp_path, make_checkpoint):
     matgptq.quantize(source, tmp_path / "out", method="rtn", group_size=32)
     assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
     assert not (tmp_path / "out" / "original").exists()
+
+
+def test_gguf_is_loaded_quickly_as_transformers_loads_it(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    write_gguf(tmp_path / "model.gguf", "llama")
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map
+    source = open_source(tmp_path / "model.gguf")
+    ours = source.load_model(torch.float32).state_dict()
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == originals
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    assert ours.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.state_dict().items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert source.load_tokenizer().get_vocab() == tokenizer.get_vocab()

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -318,6 +318,7 @@ class _Run:
         self.work = work
         self.clock = clock
         self.progress = progress
+        self.loaded_tokenizer: Any = None
 
     def quantize(
         self, destination: Path, default_bits: int, wandb_project: str | None, *, force: bool, shard_bytes: int
@@ -335,7 +336,7 @@ class _Run:
                 return Report(str(destination), recipe.to_dict(), calibration, [*self._quantize_blocks(windows)])
         with CheckpointWriter(destination, force=force, shard_bytes=shard_bytes, staging=work.staging) as writer:
             # before the long part: what cannot be read is better known now
-            _copy_side_files(writer, self.source, self.network)
+            _copy_side_files(writer, self.source, self.network, self._tokenizer)
             windows, calibration = self._calibration_windows()
             self.clock.lap("calibration text")
             report = Report(str(destination), recipe.to_dict(), calibration)
@@ -391,6 +392,12 @@ class _Run:
         }
         return kept["tokens"], record
 
+    def _tokenizer(self) -> Any:
+        """The source's; from a GGUF file it takes seconds, so it is loaded once."""
+        if self.loaded_tokenizer is None:
+            self.loaded_tokenizer = self.source.load_tokenizer()
+        return self.loaded_tokenizer
+
     def _load_windows(self, dataset: str | Path | Tensor) -> Windows:
         plan = self.plan
         self.progress.start("calibration text", plan.nsamples)
@@ -408,7 +415,7 @@ class _Run:
             network = self.source.load_model(network.dtype, network.device)  # writing text takes the whole model
         return load_windows(
             dataset,
-            None if isinstance(dataset, Tensor) else self.source.load_tokenizer(),
+            None if isinstance(dataset, Tensor) else self._tokenizer(),
             nsamples=plan.nsamples,
             seqlen=plan.seqlen,
             seed=self.recipe.seed,
@@ -678,10 +685,10 @@ def _settings(
     )
 
 
-def _copy_side_files(writer: CheckpointWriter, source: ModelSource, network: Any) -> None:
+def _copy_side_files(writer: CheckpointWriter, source: ModelSource, network: Any, tokenizer: Callable[[], Any]) -> None:
     """Tokenizer, chat template, generation config and whatever else lies beside the weights."""
     if source.gguf_file:
-        source.load_tokenizer().save_pretrained(writer.staging)
+        tokenizer().save_pretrained(writer.staging)
         if network.generation_config is not None:
             network.generation_config.save_pretrained(writer.staging)
     for name, file in source.side_files().items():

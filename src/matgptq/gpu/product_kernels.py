@@ -1,8 +1,8 @@
-"""GPU code of products with packed weights, in Triton. ``gpu_layout`` says how the weights lie; read it first.
+"""GPU code of products with packed weights, in Triton. ``gpu.layout`` says how the weights lie; read it first.
 
-Everything a thread needs of the weight it loads itself, 128 bits at a time, into the registers from which its tensor
-core multiplies: no shared memory, no barriers, until the parts of a sum meet at the end. On the way from planes to
-operands, per weight:
+For few rows of x (``fused``), everything a thread needs of the weight it loads itself, 128 bits at a time, into the
+registers from which its tensor core multiplies: no shared memory, no barriers, until the parts of a sum meet at the
+end. On the way from planes to operands, per weight:
 
     slicing     on whole planes, 32 weights per instruction: the bit that rounds is added like a carry, and dropped
                 where all bits above it are set, for there the slice saturates
@@ -12,7 +12,11 @@ operands, per weight:
                 subtracted: exact, and no conversion instruction
     multiply    integers by activations, summed in float32; the group's scale multiplies the sum
 
-So nothing is rounded but the activations as they came, the float32 sums and the result.
+So nothing is rounded but the activations as they came, the float32 sums and the result. For many rows (``staged``), all
+warps of a program share what one of them unpacked, through shared memory: scaled, and rounded to the dtype of x.
+
+Where a kernel may start before the one ahead of it has ended (OVERLAPS), it reads nothing but weights until it may read
+all: those were written long before.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ def _alone(bits: int, quality: str, but: str = "", **changed: Any) -> Row:
 # What was best before there was channel scaling.
 UNSCALED = {"channel_scaling": 0.0, "tuning_steps": 96}
 UNSCALED_WEIGHTS = {"bits": (2, 3, 4, 6, 8), "bit_weights": (6, 16, 24, 36, 400)}
+# With less weight on 8 bits: the best there is for 2 to 4.
+LOW_WEIGHTS = {"bits": (2, 3, 4, 6, 8), "bit_weights": (7, 24, 44, 44, 350)}
 
 ROWS = [
     Row("rtn", {"method": "rtn"}),
@@ -49,7 +51,8 @@ ROWS = [
     *(_alone(bits, "best") for bits in (3, 4, 2)),
     *(_alone(bits, "balanced") for bits in (3, 4, 2)),
     *(_alone(bits, "balanced", "no channel scaling", channel_scaling=0.0) for bits in (3, 4)),
-    Row("best, not rotated", {"quality": "best", "rotate": False}),
+    Row("best, less weight on 8 bits", {"quality": "best", **LOW_WEIGHTS}),
+    Row("best, less weight on 8 bits, not rotated", {"quality": "best", "rotate": False, **LOW_WEIGHTS}),
     Row("best, not scaled", {"quality": "best", **UNSCALED, **UNSCALED_WEIGHTS}),
     Row("best, not scaled, seed 1", {"quality": "best", **UNSCALED, **UNSCALED_WEIGHTS}, seed=1),
     *(_alone(bits, "best", "not scaled", **UNSCALED) for bits in (3, 4)),

@@ -86,7 +86,7 @@ def _launch(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, out:
     _, blocks, chunks, _ = weight.planes.shape
     grid = launch.grid(weight, len(x))
     parts = math.prod(grid) * launch.blocks * BLOCK_ROWS * 8 * launch.tiles if launch.splits > 1 else 1
-    overlaps = _overlaps(x.device)
+    overlaps = x.is_cuda and _overlaps(x.device.index)
     arguments = (
         x,
         weight.planes,
@@ -124,9 +124,10 @@ def _launch(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, out:
         product_kernels.fused[grid](*arguments, UNITS=launch.units, **constants, **options)
 
 
-def _overlaps(device: torch.device) -> bool:
+@functools.cache
+def _overlaps(device: int) -> bool:
     """Whether a kernel may start while the one before it still runs: from compute capability 9.0 on."""
-    return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+    return not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _choose(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None) -> Launch:
@@ -185,18 +186,23 @@ def _seconds(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, lau
 
 
 def _copies(weight: PlaneWeight, bits: int, total: int) -> list[PlaneWeight]:
-    """The weight so many times that they are about ``total`` bytes, the planes that are read only."""
+    """The weight so many times that they are about ``total`` bytes, the planes that are read only.
+
+    Where memory does not suffice, fewer: at least the weight itself.
+    """
     scales = weight.scales[bits]
-    return [
-        PlaneWeight(
-            weight.planes[: weight.planes_read(bits)].clone(),
-            {bits: scales.clone()},
-            (weight.out_features, weight.in_features),
-            weight.group_size,
-            resident=weight.resident,
-        )
-        for _ in range(min(_MOST_COPIES, max(1, math.ceil(total / weight.bytes_read(bits)))))
-    ]
+    copies: list[PlaneWeight] = []
+    with contextlib.suppress(torch.OutOfMemoryError):
+        for _ in range(min(_MOST_COPIES, max(1, math.ceil(total / weight.bytes_read(bits))))):
+            copy = PlaneWeight(
+                weight.planes[: weight.planes_read(bits)].clone(),
+                {bits: scales.clone()},
+                (weight.out_features, weight.in_features),
+                weight.group_size,
+                resident=weight.resident,
+            )
+            copies.append(copy)
+    return copies or [weight]
 
 
 def _group_halves(weight: PlaneWeight) -> int:

@@ -10,7 +10,7 @@ import torch
 from test_kernels import make_weight
 
 from matgptq.errors import ConfigurationError
-from matgptq.gpu.layout import PlaneWeight, dequantize, pack_parent, pack_slice, unpack
+from matgptq.gpu.layout import PlaneWeight, dequantize, fields, pack_parent, pack_slice, unpack
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS, slice_codes
 
@@ -57,6 +57,27 @@ def test_bits_are_where_the_layout_says():
         assert sum(int(bit) << (7 - plane) for plane, bit in enumerate(bits)) == weight.codes[row, column]
         scale = parent.scales[5][block, column // 64, 4 * g + 2 * i + h]
         assert scale == weight.scales[5][row, column // 64]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_fields_of_a_slice_are_where_the_layout_says(bits):
+    weight = make_weight(32, 128, 1, seed=bits)
+    codes = slice_codes(weight.codes, bits)
+    words = pack_slice(weight.codes, weight.scales[bits], bits).planes[:, 0, 0].long() & 0xFFFFFFFF
+    top = bits
+    for first in range(0, bits, 4):  # parts of four planes
+        size = min(4, bits - first)
+        field = {4: 4, 3: 2, 2: 2, 1: 1}[size]
+        part = words[top - size : top].flip(0)[:field]
+        top -= size
+        for row, column in ((0, 0), (7, 45), (8, 1), (31, 127), (21, 94)):
+            i, h, g = row // 16, row // 8 % 2, row % 8
+            s, u, t = column // 64, column // 32 % 2, column // 8 % 4
+            word = 4 * (4 * g + t) + 2 * s + i
+            place = 16 * (column % 2) + 8 * u + 4 * (column // 4 % 2) + 2 * (column // 2 % 2) + h
+            found = int(part[place % field, word]) >> (place // field * field) & (2**field - 1)
+            assert found == int(codes[row, column]) >> first & (2**field - 1)
+    assert torch.equal(fields(fields(words.int(), bits), bits), words.int())
 
 
 def test_what_it_costs():

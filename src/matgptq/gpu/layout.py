@@ -15,6 +15,9 @@ bit b apart by 16, so that the two neighbours that share a register unpack as th
 columns lets a thread load its activations as 16 neighbouring bytes. Scales lie as ``[blocks, groups, g, 2 * i + h]``
 for the same reason. Blocks are low, so that matrices of a few thousand rows give every multiprocessor one of its own
 and no sum has to be split.
+
+Nothing is rounded any more in a packed slice, so what kernels would make of its planes with every product is made when
+it is packed: words of fields in place of planes, as ``fields`` says.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ class PlaneWeight:
     """A weight packed for the Triton kernels, made by ``pack_parent`` or ``pack_slice``.
 
     Attributes:
-        planes: int32 ``[planes, blocks, chunks, 128]``, most significant plane first, laid out as this file says.
+        planes: int32 ``[planes, blocks, chunks, 128]``, most significant plane first, laid out as this file says; of a
+            packed slice, as many words of fields.
         scales: ``{width: [blocks, groups, 32]}`` float16, for the widths that it serves; in units of the parent's grid.
         out_features, in_features: shape of the weight.
         group_size: input columns per scale.
@@ -134,14 +138,51 @@ def pack_slice(codes: Tensor, scales: Tensor, bits: int) -> PlaneWeight:
 
 def unpack(weight: PlaneWeight) -> Tensor:
     """The codes that were packed: the parent's uint8 ``[out, in]``, or those of the slice."""
-    _, blocks, chunks, _ = weight.planes.shape
+    count, blocks, chunks, _ = weight.planes.shape
+    planes = weight.planes if weight.resident else fields(weight.planes, count)
     sliced = torch.zeros(blocks, chunks, 8, 4, 2, 2, 2, 2, 2, 2, 2, dtype=torch.uint8, device=weight.device)
     shifts = torch.arange(32, device=weight.device, dtype=torch.int32)
-    for words in weight.planes:
+    for words in planes:
         bits = ((words.unsqueeze(-1) >> shifts) & 1).to(torch.uint8)
         sliced = (sliced << 1) | bits.view(sliced.shape)
     codes = sliced.permute(_FROM_WORDS).reshape(blocks * BLOCK_ROWS, chunks * CHUNK_COLUMNS)
     return codes[: weight.out_features, : weight.in_features].contiguous()
+
+
+def fields(planes: Tensor, bits: int) -> Tensor:
+    """Planes of a slice as words of fields, and back.
+
+    Args:
+        planes: int32 ``[bits, ...]``, most significant first.
+        bits: width of the slice.
+
+    Returns:
+        As many, in the same order. Every four planes, from the least significant on, become the words w0 to w3, of
+        which nibble j of wm is the weight at place 4 * j + m. Of two or three planes left over, the lower two become
+        words of fields of two bits; a single one stays. Both steps undo themselves and one may go before the other, so
+        doing it twice changes nothing.
+    """
+    done = planes.clone()
+    for stop in range(bits, 0, -4):  # parts of four planes, the least significant ones first
+        part = done[max(0, stop - 4) : stop].flip(0)  # a copy, least significant first
+        if len(part) > 1:
+            _exchange(part[0], part[1], 1, 0x55555555)
+        if len(part) == 4:
+            _exchange(part[2], part[3], 1, 0x55555555)
+            _exchange(part[0], part[2], 2, 0x33333333)
+            _exchange(part[1], part[3], 2, 0x33333333)
+        done[max(0, stop - 4) : stop] = part.flip(0)
+    return done
+
+
+def _exchange(low: Tensor, high: Tensor, size: int, mask: int) -> None:
+    """Fields of ``size`` bits as fields of twice that, those at even places and those at odd ones, in place.
+
+    Done twice it changes nothing.
+    """
+    even = (low & mask) | ((high << size) & ~mask)
+    high.copy_(((low >> size) & mask) | (high & ~mask))
+    low.copy_(even)
 
 
 def dequantize(weight: PlaneWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -191,6 +232,8 @@ def _pack(codes: Tensor, stored: Tensor, count: int, scales: Mapping[int, Tensor
     for scale in scales.values():
         if id(scale) not in placed:
             placed[id(scale)] = _place_scales(scale, out_features, groups, blocks)
+    if not resident:
+        planes = fields(planes, count)
     return PlaneWeight(
         planes.view(count, blocks, chunks, CHUNK_WORDS),
         {bits: placed[id(scale)] for bits, scale in scales.items()},

@@ -79,38 +79,49 @@ def _spread(word, SIZE: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def _quads(planes):
-    """One to four planes, least significant first, as words whose nibbles are every fourth weight's."""
-    if len(planes) == 1:
-        a0, a1 = _spread(planes[0], 1, 0x55555555)
+def _nibbles(planes, FIELDS: tl.constexpr):
+    """One to four planes, least significant first, as words whose nibbles are every fourth weight's.
+
+    With FIELDS, they are what ``layout.fields`` makes of planes.
+    """
+    if len(planes) == 4 and FIELDS:
+        return planes
     else:
-        a0, a1 = _merge(planes[0], planes[1], 1, 0x55555555)
-    if len(planes) <= 2:
-        w0, w2 = _spread(a0, 2, 0x33333333)
-        w1, w3 = _spread(a1, 2, 0x33333333)
-    else:
-        if len(planes) == 3:
-            b0, b1 = _spread(planes[2], 1, 0x55555555)
+        if len(planes) == 1:
+            a0, a1 = _spread(planes[0], 1, 0x55555555)
+        elif FIELDS:
+            a0, a1 = planes[0], planes[1]
         else:
-            b0, b1 = _merge(planes[2], planes[3], 1, 0x55555555)
-        w0, w2 = _merge(a0, b0, 2, 0x33333333)
-        w1, w3 = _merge(a1, b1, 2, 0x33333333)
-    return w0, w1, w2, w3
+            a0, a1 = _merge(planes[0], planes[1], 1, 0x55555555)
+        if len(planes) <= 2:
+            w0, w2 = _spread(a0, 2, 0x33333333)
+            w1, w3 = _spread(a1, 2, 0x33333333)
+        else:
+            if len(planes) == 3:
+                b0, b1 = _spread(planes[2], 1, 0x55555555)
+            else:
+                b0, b1 = _merge(planes[2], planes[3], 1, 0x55555555)
+            w0, w2 = _merge(a0, b0, 2, 0x33333333)
+            w1, w3 = _merge(a1, b1, 2, 0x33333333)
+        return w0, w1, w2, w3
 
 
 @triton.jit
-def _transpose(planes, FIELD: tl.constexpr):
+def _transpose(planes, FIELD: tl.constexpr, FIELDS: tl.constexpr):
     """2 to 8 planes, least significant first, as words of fields: field j of word m is the weight at FIELD * j + m.
 
     With more planes than FIELD, the words of the low nibbles come first, then those of the high ones.
     """
     if FIELD == 2:
-        return _merge(planes[0], planes[1], 1, 0x55555555)
+        if FIELDS:
+            return planes
+        else:
+            return _merge(planes[0], planes[1], 1, 0x55555555)
     elif len(planes) <= 4:
-        return _quads(planes)
+        return _nibbles(planes, FIELDS)
     else:
-        words = _quads(planes[:4])
-        high = _quads(planes[4:])
+        words = _nibbles(planes[:4], FIELDS)
+        high = _nibbles(planes[4:], FIELDS)
         if FIELD == 8:
             w0, w4 = _merge(words[0], high[0], 4, 0x0F0F0F0F)
             w1, w5 = _merge(words[1], high[1], 4, 0x0F0F0F0F)
@@ -155,7 +166,7 @@ def _slice(read, BITS: tl.constexpr, RESIDENT: tl.constexpr, FIELD: tl.constexpr
     cut = ()
     for plane in tl.static_range(len(planes)):
         cut = cut + (planes[plane].reshape(UNITS, 8, 4, 2, 2).permute(0, 1, 2, 4, 3),)
-    words = _transpose(cut, FIELD)
+    words = _transpose(cut, FIELD, not RESIDENT)
     left = ()
     right = ()
     for word in tl.static_range(len(words)):

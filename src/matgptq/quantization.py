@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -318,7 +319,6 @@ class _Run:
         self.work = work
         self.clock = clock
         self.progress = progress
-        self.loaded_tokenizer: Any = None
 
     def quantize(
         self, destination: Path, default_bits: int, wandb_project: str | None, *, force: bool, shard_bytes: int
@@ -336,7 +336,7 @@ class _Run:
                 return Report(str(destination), recipe.to_dict(), calibration, [*self._quantize_blocks(windows)])
         with CheckpointWriter(destination, force=force, shard_bytes=shard_bytes, staging=work.staging) as writer:
             # before the long part: what cannot be read is better known now
-            _copy_side_files(writer, self.source, self.network, self._tokenizer)
+            self._copy_side_files(writer)
             windows, calibration = self._calibration_windows()
             self.clock.lap("calibration text")
             report = Report(str(destination), recipe.to_dict(), calibration)
@@ -392,11 +392,19 @@ class _Run:
         }
         return kept["tokens"], record
 
+    @functools.cached_property
     def _tokenizer(self) -> Any:
         """The source's; from a GGUF file it takes seconds, so it is loaded once."""
-        if self.loaded_tokenizer is None:
-            self.loaded_tokenizer = self.source.load_tokenizer()
-        return self.loaded_tokenizer
+        return self.source.load_tokenizer()
+
+    def _copy_side_files(self, writer: CheckpointWriter) -> None:
+        """Tokenizer, chat template, generation config and whatever else lies beside the weights."""
+        if self.source.gguf_file:
+            self._tokenizer.save_pretrained(writer.staging)
+            if self.network.generation_config is not None:
+                self.network.generation_config.save_pretrained(writer.staging)
+        for name, file in self.source.side_files().items():
+            writer.copy_file(name, file)
 
     def _load_windows(self, dataset: str | Path | Tensor) -> Windows:
         plan = self.plan
@@ -415,7 +423,7 @@ class _Run:
             network = self.source.load_model(network.dtype, network.device)  # writing text takes the whole model
         return load_windows(
             dataset,
-            None if isinstance(dataset, Tensor) else self._tokenizer(),
+            None if isinstance(dataset, Tensor) else self._tokenizer,
             nsamples=plan.nsamples,
             seqlen=plan.seqlen,
             seed=self.recipe.seed,
@@ -683,16 +691,6 @@ def _settings(
         calibration=dict(calibration),
         source=str(origin.resolve()) if origin.exists() else source.name,
     )
-
-
-def _copy_side_files(writer: CheckpointWriter, source: ModelSource, network: Any, tokenizer: Callable[[], Any]) -> None:
-    """Tokenizer, chat template, generation config and whatever else lies beside the weights."""
-    if source.gguf_file:
-        tokenizer().save_pretrained(writer.staging)
-        if network.generation_config is not None:
-            network.generation_config.save_pretrained(writer.staging)
-    for name, file in source.side_files().items():
-        writer.copy_file(name, file)
 
 
 def _write_config(

@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from matgptq.gpu import product_kernels, sweep_kernel
+from matgptq.gpu import product_kernels, sweep_kernel, unpack_kernel
 from matgptq.gpu.layout import pack_slice
 from matgptq.gpu.tuning import Launch, candidate_launches, default_launch
 from matgptq.slicing import WIDTHS
@@ -143,7 +143,7 @@ def product(bits: int, dtype: str, resident: bool, launch: Launch, group_size: i
 def dequantization(bits: int, dtype: str, target: int) -> dict[str, Any]:
     types = {"planes": "*i32", "scales": "*fp16", "out": f"*{dtype}"}
     constants = {"BITS": bits, "RESIDENT": True, "GROUP_HALVES": 2, "UNITS": 4}
-    made = build(product_kernels.dequantize, types, constants, target, 4)
+    made = build(unpack_kernel.dequantize, types, constants, target, 4)
     return {"kernel": "dequantize", "bits": bits, "dtype": dtype, "form": "parent", **made}
 
 

@@ -99,6 +99,16 @@ class PlaneWeight:
         """Bytes that one product of that width reads."""
         return self.planes[0].nbytes * self.planes_read(bits) + self.scales[bits].nbytes
 
+    def copy_of(self, bits: int) -> PlaneWeight:
+        """Another copy in memory of what products of one width read."""
+        return PlaneWeight(
+            self.planes[: self.planes_read(bits)].clone(),
+            {bits: self.scales[bits].clone()},
+            (self.out_features, self.in_features),
+            self.group_size,
+            resident=self.resident,
+        )
+
     def __deepcopy__(self, memo: object) -> PlaneWeight:
         """The same weight: it never changes, so copies of a model may share it."""
         return self

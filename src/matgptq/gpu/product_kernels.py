@@ -1,19 +1,12 @@
-"""GPU code of products with packed weights, in Triton. ``gpu.layout`` says how the weights lie; read it first.
+"""GPU code of products with packed weights, in Triton; ``unpack_kernel`` makes numbers of them.
 
 For few rows of x (``fused``), everything a thread needs of the weight it loads itself, 128 bits at a time, into the
 registers from which its tensor core multiplies: no shared memory, no barriers, until the parts of a sum meet at the
-end. On the way from planes to operands, per weight:
+end. Integers are multiplied by activations and summed in float32, and the group's scale multiplies the sum. So nothing
+is rounded but the activations as they came, the float32 sums and the result.
 
-    slicing     on whole planes, 32 weights per instruction: the bit that rounds is added like a carry, and dropped
-                where all bits above it are set, for there the slice saturates
-    transpose   planes of one bit become fields of 2, 4 or 8, half a register of each pair of neighbours: log2(field)
-                exchanges between words, half an instruction per weight for 4 bits
-    convert     the field is put into the mantissa of a float of known exponent, both halves at once, and the centre
-                subtracted: exact, and no conversion instruction
-    multiply    integers by activations, summed in float32; the group's scale multiplies the sum
-
-So nothing is rounded but the activations as they came, the float32 sums and the result. For many rows (``staged``), all
-warps of a program share what one of them unpacked, through shared memory: scaled, and rounded to the dtype of x.
+For many rows (``staged``), all warps of a program share what one of them unpacked, through shared memory: scaled, and
+rounded to the dtype of x.
 
 Where a kernel may start before the one ahead of it has ended (OVERLAPS), it reads nothing but weights until it may read
 all: those were written long before.
@@ -21,199 +14,15 @@ all: those were written long before.
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Triton's interpreter takes the bits of a bfloat16 for an integer, so there the same numbers are computed in float32.
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from matgptq.gpu.unpack_kernel import INTERPRETED, convert_half, read_step, slice_planes
+
 # The compiler hands neighbours in pairs to the threads of a tensor core, or, up to 3.7, two pairs each where tensors
 # are joined. The order of columns is free as long as weights and activations agree: it is the one that moves nothing.
 _PAIRS_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8))
-
-
-@triton.jit
-def _choose(first, second, MASK: tl.constexpr):
-    """The bits of ``first`` where MASK has ones, those of ``second`` elsewhere; one instruction."""
-    if _INTERPRETED:
-        return (first & MASK) | (second & (-1 - MASK))
-    else:
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xe4;",
-            "=r,r,r,r",
-            [first, second, tl.full(first.shape, MASK, tl.int32)],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
-def _masked_or(word, MASK: tl.constexpr, ONES: tl.constexpr):
-    """``word & MASK | ONES``; one instruction, of which the compiler would make two, as both are constants."""
-    if _INTERPRETED:
-        return (word & MASK) | ONES
-    else:
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xea;",
-            "=r,r,r,r",
-            [word, tl.full(word.shape, MASK, tl.int32), tl.full(word.shape, ONES, tl.int32)],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
-def _merge(low, high, SIZE: tl.constexpr, MASK: tl.constexpr):
-    """Fields of SIZE bits as fields of twice that size: those at even places, those at odd places."""
-    return _choose(low, high << SIZE, MASK), _choose(low >> SIZE, high, MASK)
-
-
-@triton.jit
-def _spread(word, SIZE: tl.constexpr, MASK: tl.constexpr):
-    """``_merge`` with zeros above."""
-    return word & MASK, (word >> SIZE) & MASK
-
-
-@triton.jit
-def _nibbles(planes, FIELDS: tl.constexpr):
-    """One to four planes, least significant first, as words whose nibbles are every fourth weight's.
-
-    With FIELDS, they are what ``layout.fields`` makes of planes.
-    """
-    if len(planes) == 4 and FIELDS:
-        return planes
-    else:
-        if len(planes) == 1:
-            a0, a1 = _spread(planes[0], 1, 0x55555555)
-        elif FIELDS:
-            a0, a1 = planes[0], planes[1]
-        else:
-            a0, a1 = _merge(planes[0], planes[1], 1, 0x55555555)
-        if len(planes) <= 2:
-            w0, w2 = _spread(a0, 2, 0x33333333)
-            w1, w3 = _spread(a1, 2, 0x33333333)
-        else:
-            if len(planes) == 3:
-                b0, b1 = _spread(planes[2], 1, 0x55555555)
-            else:
-                b0, b1 = _merge(planes[2], planes[3], 1, 0x55555555)
-            w0, w2 = _merge(a0, b0, 2, 0x33333333)
-            w1, w3 = _merge(a1, b1, 2, 0x33333333)
-        return w0, w1, w2, w3
-
-
-@triton.jit
-def _transpose(planes, FIELD: tl.constexpr, FIELDS: tl.constexpr):
-    """2 to 8 planes, least significant first, as words of fields: field j of word m is the weight at FIELD * j + m.
-
-    With more planes than FIELD, the words of the low nibbles come first, then those of the high ones.
-    """
-    if FIELD == 2:
-        if FIELDS:
-            return planes
-        else:
-            return _merge(planes[0], planes[1], 1, 0x55555555)
-    elif len(planes) <= 4:
-        return _nibbles(planes, FIELDS)
-    else:
-        words = _nibbles(planes[:4], FIELDS)
-        high = _nibbles(planes[4:], FIELDS)
-        if FIELD == 8:
-            w0, w4 = _merge(words[0], high[0], 4, 0x0F0F0F0F)
-            w1, w5 = _merge(words[1], high[1], 4, 0x0F0F0F0F)
-            w2, w6 = _merge(words[2], high[2], 4, 0x0F0F0F0F)
-            w3, w7 = _merge(words[3], high[3], 4, 0x0F0F0F0F)
-            words = (w0, w1, w2, w3, w4, w5, w6, w7)
-        else:
-            words = words + high
-        return words
-
-
-@triton.jit
-def _load_planes(first, offsets, live, stride, COUNT: tl.constexpr):
-    """The first planes, most significant first, as they lie: ``[units, 128]`` words each, like ``offsets``."""
-    planes = ()
-    for plane in tl.static_range(COUNT):
-        planes = planes + (tl.load(first + plane * stride + offsets, mask=live),)
-    return planes
-
-
-@triton.jit
-def _slice(read, BITS: tl.constexpr, RESIDENT: tl.constexpr, FIELD: tl.constexpr):
-    """A slice as words of fields of FIELD bits, from the planes that were read: those of s = 0, those of s = 1.
-
-    A word is ``[units, g, t, i]``.
-    """
-    ROUNDS: tl.constexpr = RESIDENT and BITS < 8
-    UNITS: tl.constexpr = read[0].shape[0]
-    planes = ()
-    for plane in tl.static_range(BITS):
-        planes = (read[plane],) + planes
-    if ROUNDS:
-        full = planes[0]
-        for plane in tl.static_range(1, BITS):
-            full = full & planes[plane]
-        carry = read[BITS] & ~full
-        rounded = ()
-        for plane in tl.static_range(BITS):
-            rounded = rounded + (planes[plane] ^ carry,)
-            carry = planes[plane] & carry
-        planes = rounded
-    cut = ()
-    for plane in tl.static_range(len(planes)):
-        cut = cut + (planes[plane].reshape(UNITS, 8, 4, 2, 2).permute(0, 1, 2, 4, 3),)
-    words = _transpose(cut, FIELD, not RESIDENT)
-    left = ()
-    right = ()
-    for word in tl.static_range(len(words)):
-        first, second = tl.split(words[word])
-        left = left + (first,)
-        right = right + (second,)
-    return left, right
-
-
-@triton.jit
-def _pair(
-    words, PLACE: tl.constexpr, FIELD: tl.constexpr, ZERO: tl.constexpr, FACTOR: tl.constexpr, dtype: tl.constexpr
-):
-    """``FACTOR * (u - ZERO)`` of the two neighbours at one place, along a new last axis of 2."""
-    MANTISSA: tl.constexpr = 10 if dtype == tl.float16 else 7
-    EXPONENT_BIAS: tl.constexpr = 15 if dtype == tl.float16 else 127
-    # As many fields as the mantissa holds are taken where they are, each with an exponent of its own.
-    PER_SHIFT: tl.constexpr = MANTISSA // FIELD if MANTISSA >= FIELD else 1
-    J: tl.constexpr = PLACE // FIELD
-    BIT: tl.constexpr = J % PER_SHIFT * FIELD
-    ONE: tl.constexpr = 1 << (MANTISSA - BIT)  # the float's implicit one, in units of u
-    LOG: tl.constexpr = MANTISSA - BIT + (4 if FACTOR == 16 else 0)
-    MASK: tl.constexpr = ((1 << FIELD) - 1) << BIT
-    MAGIC: tl.constexpr = (LOG + EXPONENT_BIAS) << MANTISSA
-    both = _masked_or(words[PLACE % FIELD] >> (J * FIELD - BIT), MASK * 0x10001, MAGIC * 0x10001)
-    low = both.to(tl.int16).to(dtype, bitcast=True)
-    high = (both >> 16).to(tl.int16).to(dtype, bitcast=True)
-    if _INTERPRETED:
-        low, high = low.to(tl.float32), high.to(tl.float32)
-    return tl.join((low - FACTOR * (ONE + ZERO)).to(dtype), (high - FACTOR * (ONE + ZERO)).to(dtype))
-
-
-@triton.jit
-def _half(words, U: tl.constexpr, FIELD: tl.constexpr, ZERO: tl.constexpr, FACTOR: tl.constexpr, dtype: tl.constexpr):
-    """32 columns of 64, ``[chunks, g, t, i, b, h, e, c]``."""
-    columns = ()
-    for c in tl.static_range(2):
-        h0 = tl.join(
-            _pair(words, 8 * U + 4 * c, FIELD, ZERO, FACTOR, dtype),
-            _pair(words, 8 * U + 4 * c + 1, FIELD, ZERO, FACTOR, dtype),
-        )
-        h1 = tl.join(
-            _pair(words, 8 * U + 4 * c + 2, FIELD, ZERO, FACTOR, dtype),
-            _pair(words, 8 * U + 4 * c + 3, FIELD, ZERO, FACTOR, dtype),
-        )
-        columns = columns + (tl.join(h0, h1),)
-    return tl.join(columns[0], columns[1])
 
 
 @triton.jit
@@ -221,14 +30,14 @@ def _operand(
     words, U: tl.constexpr, FIELD: tl.constexpr, ZERO: tl.constexpr, FACTOR: tl.constexpr, dtype: tl.constexpr
 ):
     """``[chunks, 32, 32]`` for the tensor cores, columns in the order c, e, t, b or c, t, e, b."""
-    half = _half(words, U, FIELD, ZERO, FACTOR, dtype)
+    half = convert_half(words, U, FIELD, ZERO, FACTOR, dtype)
     half = half.permute(0, 3, 5, 1, 7, 2, 6, 4) if _PAIRS_FIRST else half.permute(0, 3, 5, 1, 7, 6, 2, 4)
     return half.reshape(half.shape[0], 32, 32)
 
 
 @triton.jit
 def _dot(weights, activations, total):
-    if _INTERPRETED:
+    if INTERPRETED:
         weights, activations = weights.to(tl.float32), activations.to(tl.float32)
     return tl.dot(weights, activations, total)
 
@@ -249,35 +58,6 @@ def _multiply(words, activations, total, U: tl.constexpr, BITS: tl.constexpr, FI
 
 
 @triton.jit
-def _groups(columns, GROUP_HALVES: tl.constexpr):
-    """Groups of a row."""
-    if GROUP_HALVES == 0:
-        return 1
-    else:
-        return columns // (32 * GROUP_HALVES)
-
-
-@triton.jit
-def _group(chunk, part, columns, PARTS: tl.constexpr, GROUP_HALVES: tl.constexpr):
-    """The group of a part of a chunk; the padding behind the last column belongs to the last group."""
-    if GROUP_HALVES % 4 == 0:
-        return chunk // (GROUP_HALVES // 4)
-    else:
-        return tl.minimum((PARTS * chunk + part) * (4 // PARTS) // GROUP_HALVES, columns // (32 * GROUP_HALVES) - 1)
-
-
-@triton.jit
-def _load_scales(scales, block, groups, group, live):
-    """``[units * g * t, 2 * i + h]``: the scales of ``block`` and ``group``, which name each thread's own.
-
-    The four threads t of a row read the same ones.
-    """
-    g = tl.arange(0, block.shape[0]) // 4 % 8
-    offsets = (block * groups + group) * 32 + g * 4
-    return tl.load(scales + offsets[:, None] + tl.arange(0, 4)[None, :], mask=live)
-
-
-@triton.jit
 def _apply_scales(total, scale):
     """``total [units, 32, n]`` times the scales of its rows, as they were loaded."""
     UNITS: tl.constexpr = total.shape[0]
@@ -285,47 +65,6 @@ def _apply_scales(total, scale):
     rows = scale.to(tl.float32).reshape(UNITS, 8, 4, 2, 2).permute(0, 3, 4, 1, 2)  # units, i, h, g, t
     rows = rows.reshape(UNITS, 2, 2, 8, 1, 4, 1)
     return (total.reshape(UNITS, 2, 2, 8, TILES, 4, 2) * rows).reshape(UNITS, 32, TILES * 8)
-
-
-@triton.jit
-def _read(
-    planes,
-    scales,
-    program,
-    start,
-    last,
-    blocks,
-    chunks,
-    stride,
-    columns,
-    UNITS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    COUNT: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP_HALVES: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """What the step at chunk ``start`` takes of the weight: its planes, and the scales of each part that has its own.
-
-    Chunks past the last are read as the last. With MASKED, a step past it reads nothing.
-    """
-    w_unit = tl.arange(0, UNITS)
-    s_unit = tl.arange(0, UNITS * 32) // 32
-    w_block = tl.minimum(program * BLOCKS + w_unit % BLOCKS, blocks - 1)
-    s_block = tl.minimum(program * BLOCKS + s_unit % BLOCKS, blocks - 1)
-    w_chunk = tl.minimum(start + w_unit // BLOCKS, last - 1)
-    s_chunk = tl.minimum(start + s_unit // BLOCKS, last - 1)
-    w_live = None
-    s_live = None
-    if MASKED:
-        w_live = (start + w_unit * 0 < last)[:, None]
-        s_live = (start + s_unit * 0 < last)[:, None]
-    offsets = (w_block * chunks + w_chunk)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    read = _load_planes(planes, offsets, w_live, stride, COUNT)
-    for part in tl.static_range(PARTS):
-        group = _group(s_chunk, part, columns, PARTS, GROUP_HALVES)
-        read = read + (_load_scales(scales, s_block, _groups(columns, GROUP_HALVES), group, s_live),)
-    return read
 
 
 @triton.jit
@@ -455,7 +194,7 @@ def fused(
     last = tl.minimum(first + steps * CHUNKS, chunks)
     sums = tl.zeros((UNITS, 32, N), tl.float32)
     if AHEAD:
-        read = _read(
+        read = read_step(
             *(planes, scales, program, first, last, blocks, chunks, stride, columns),
             *(UNITS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
         )
@@ -472,16 +211,16 @@ def fused(
                 halves = halves + (_load_activations(x, n, x_chunk, columns, x_live, half, RAGGED),)
         if AHEAD:
             taken = read
-            read = _read(
+            read = read_step(
                 *(planes, scales, program, start + CHUNKS, last, blocks, chunks, stride, columns),
                 *(UNITS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
             )
         else:
-            taken = _read(
+            taken = read_step(
                 *(planes, scales, program, start, last, blocks, chunks, stride, columns),
                 *(UNITS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
             )
-        sides = _slice(taken, BITS, RESIDENT, FIELD)
+        sides = slice_planes(taken, BITS, RESIDENT, FIELD)
         for piece in tl.static_range(PIECES):
             part = sums if PARTS == 0 else tl.zeros((UNITS, 32, N), tl.float32)
             for half in tl.static_range(piece * 4 // PIECES, (piece + 1) * 4 // PIECES):
@@ -573,7 +312,7 @@ def staged(
     last = tl.minimum(first + steps, chunks)
     sums = tl.zeros((M, N), tl.float32)
     if AHEAD:
-        read = _read(
+        read = read_step(
             *(planes, scales, program, first, last, blocks, chunks, stride, columns),
             *(BLOCKS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
         )
@@ -588,19 +327,19 @@ def staged(
         activations = tl.load(x + n * columns + column, mask=live, other=0.0)
         if AHEAD:
             taken = read
-            read = _read(
+            read = read_step(
                 *(planes, scales, program, chunk + 1, last, blocks, chunks, stride, columns),
                 *(BLOCKS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
             )
         else:
-            taken = _read(
+            taken = read_step(
                 *(planes, scales, program, chunk, last, blocks, chunks, stride, columns),
                 *(BLOCKS, BLOCKS, PLANES, PARTS, GROUP_HALVES, AHEAD),
             )
-        sides = _slice(taken, BITS, RESIDENT, FIELD)
+        sides = slice_planes(taken, BITS, RESIDENT, FIELD)
         quarters = ()
         for half in tl.static_range(4):
-            weights = _half(sides[half // 2], half % 2, FIELD, 1 << (BITS - 1), 1, tl.float16)
+            weights = convert_half(sides[half // 2], half % 2, FIELD, 1 << (BITS - 1), 1, tl.float16)
             if PARTS > 0:
                 weights = _scaled(weights, taken[PLANES + half * PARTS // 4], 1 << (8 - BITS), dtype)
             weights = weights.to(dtype).permute(0, 3, 5, 1, 2, 7, 6, 4)  # units, i, h, g, t, c, e, b
@@ -621,50 +360,3 @@ def _scaled(levels, scale, FACTOR: tl.constexpr, dtype: tl.constexpr):
         return levels * scale.to(tl.float16)
     else:
         return (levels.to(tl.float32) * scale).to(dtype)
-
-
-@triton.jit(do_not_specialize=["first", "rows", "blocks", "chunks"])
-def dequantize(
-    planes,
-    scales,
-    out,
-    first,
-    rows,
-    columns,
-    blocks,
-    chunks,
-    stride,
-    BITS: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    GROUP_HALVES: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """``out [rows, columns]``: weights from block ``first`` on; a program takes UNITS chunks of a block of rows."""
-    PLANES: tl.constexpr = BITS + 1 if RESIDENT and BITS < 8 else BITS
-    FIELD: tl.constexpr = 2 if BITS == 2 else (4 if BITS <= 4 else 8)
-    PARTS: tl.constexpr = 4 if GROUP_HALVES % 4 else 1
-    start = tl.program_id(1) * UNITS
-    block = first + tl.program_id(0)
-    w_chunk = tl.minimum(start + tl.arange(0, UNITS), chunks - 1)
-    s_chunk = tl.minimum(start + tl.arange(0, UNITS * 32) // 32, chunks - 1)
-    offsets = (block * chunks + w_chunk)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    sides = _slice(_load_planes(planes, offsets, None, stride, PLANES), BITS, RESIDENT, FIELD)
-    # As for loads, two axes: 2 * i + h, units and g in one, so that threads store what they hold.
-    line = tl.arange(0, UNITS * 32)
-    row = line // (UNITS * 8) * 8 + line % 8
-    column = (start + line // 8 % UNITS) * 128
-    live = (tl.program_id(0) * 32 + row < rows)[:, None]
-    out += tl.program_id(0).to(tl.int64) * 32 * columns
-    for half in tl.static_range(4):
-        group = s_chunk * 0
-        if GROUP_HALVES > 0:
-            group = _group(s_chunk, half if PARTS == 4 else 0, columns, PARTS, GROUP_HALVES)
-        scale = _load_scales(scales, block + s_chunk * 0, _groups(columns, GROUP_HALVES), group, None).to(
-            tl.float32
-        ) * (1 << (8 - BITS))
-        scale = scale.reshape(UNITS, 8, 4, 2, 2).permute(3, 4, 0, 1, 2).reshape(2, 2, UNITS, 8, 4, 1, 1, 1)
-        levels = _half(sides[half // 2], half % 2, FIELD, 1 << (BITS - 1), 1, tl.float16)
-        levels = levels.permute(3, 5, 0, 1, 2, 7, 6, 4).to(tl.float32)  # i, h, units, g, t, c, e, b
-        weights = (levels * scale).to(out.dtype.element_ty).reshape(UNITS * 32, 32)
-        k = column[:, None] + 32 * half + tl.arange(0, 32)[None, :]
-        tl.store(out + (row * columns)[:, None] + k, weights, mask=live & (k < columns))

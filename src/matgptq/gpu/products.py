@@ -1,4 +1,4 @@
-"""Products with packed weights on a GPU: how the kernels of ``product_kernels`` are called.
+"""Products with packed weights on a GPU: how the kernels of ``product_kernels`` and ``unpack_kernel`` are called.
 
 Importing this module imports Triton; ``kernels`` does so when a product needs it.
 """
@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from matgptq.gpu import product_kernels
+from matgptq.gpu import product_kernels, unpack_kernel
 from matgptq.gpu.layout import BLOCK_ROWS, CHUNK_COLUMNS, GROUP_UNIT, PlaneWeight
 from matgptq.gpu.tuning import Launch, Tuner, candidate_launches, default_launch, describe
 
@@ -58,7 +58,7 @@ def dequantize_blocks(weight: PlaneWeight, bits: int, first: int, out: Tensor) -
     _, blocks, chunks, _ = weight.planes.shape
     grid = (triton.cdiv(len(out), BLOCK_ROWS), triton.cdiv(chunks, _DEQUANTIZE_WARPS))
     with _on(out.device):
-        product_kernels.dequantize[grid](
+        unpack_kernel.dequantize[grid](
             weight.planes,
             weight.scales[bits],
             out,
@@ -186,22 +186,11 @@ def _seconds(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, lau
 
 
 def _copies(weight: PlaneWeight, bits: int, total: int) -> list[PlaneWeight]:
-    """The weight so many times that they are about ``total`` bytes, the planes that are read only.
-
-    Where memory does not suffice, fewer: at least the weight itself.
-    """
-    scales = weight.scales[bits]
+    """So many copies that they are about ``total`` bytes; where memory is short, fewer, or the weight itself."""
     copies: list[PlaneWeight] = []
     with contextlib.suppress(torch.OutOfMemoryError):
         for _ in range(min(_MOST_COPIES, max(1, math.ceil(total / weight.bytes_read(bits))))):
-            copy = PlaneWeight(
-                weight.planes[: weight.planes_read(bits)].clone(),
-                {bits: scales.clone()},
-                (weight.out_features, weight.in_features),
-                weight.group_size,
-                resident=weight.resident,
-            )
-            copies.append(copy)
+            copies.append(weight.copy_of(bits))
     return copies or [weight]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from matgptq.evaluation import Evaluation, Result
-from matgptq.task_evaluation import Score, TaskEvaluation, TaskResult
+from matgptq.evaluation_results import Evaluation, Result, Score, TaskEvaluation, TaskResult
 
 SETTINGS = {"dtype": "float32", "activations": "exact", "head_bits": None}
 

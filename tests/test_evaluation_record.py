@@ -16,9 +16,8 @@ from matgptq.allocation import Allocation
 from matgptq.allocation_store import DIRECTORY, save_allocation
 from matgptq.checkpoint import RECORD_NAME, open_checkpoint
 from matgptq.errors import CheckpointError
-from matgptq.evaluation import Evaluation
 from matgptq.evaluation_record import Record, read_record, record_evaluation
-from matgptq.task_evaluation import TaskEvaluation
+from matgptq.evaluation_results import Evaluation, TaskEvaluation
 
 
 def perplexities(entry) -> dict[Any, float]:

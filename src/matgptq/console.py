@@ -28,7 +28,7 @@ from matgptq.allocation_scales import KEY as SCALES
 from matgptq.allocation_search import Search
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import ConfigurationError
-from matgptq.evaluation import Evaluation
+from matgptq.evaluation_results import Evaluation, TaskEvaluation
 from matgptq.figures import megabytes
 from matgptq.integrity import Integrity
 from matgptq.nested_weight import scale_source
@@ -38,7 +38,6 @@ from matgptq.report import LayerReport, Report
 from matgptq.requirements import Requirements
 from matgptq.slicing import WIDTHS
 from matgptq.speed import Speed
-from matgptq.task_evaluation import TaskEvaluation
 from matgptq.verification import Verification
 
 

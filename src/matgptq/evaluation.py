@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from matgptq.calibration import SELF, TextProtocol, Windows, check_cut, evaluati
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import ConfigurationError, SourceError
+from matgptq.evaluation_results import Evaluation, Result
 from matgptq.kernels import Activations
 from matgptq.loading import load, load_config
 from matgptq.progress import Progress, Silent
@@ -29,52 +30,6 @@ DEFAULT_SEQLEN = 2048
 CPU_WINDOWS = 4
 CPU_SELF_SEQLEN = 512
 _POSITIONS = 256  # compared at a time; full float64 copies of all logits would dominate memory
-
-
-@dataclass(frozen=True)
-class Result:
-    """One width or allocation.
-
-    Attributes:
-        bits: width of the codes; for an allocation the average over the weights.
-        bits_per_weight: with all scales that serving reads.
-        bytes: size of the whole model as served, everything that is not quantized included.
-        perplexity: exp of the mean negative log-likelihood in nats per token.
-        kl: mean ``KL(full || slice)`` in nats per token; None without a reference.
-        top1: share of positions where both models prefer the same token; None without a reference.
-        allocation: the name of a stored allocation, or of its file; None for a width.
-    """
-
-    bits: float
-    bits_per_weight: float
-    bytes: int
-    perplexity: float
-    kl: float | None
-    top1: float | None
-    allocation: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results of several widths on the same text.
-
-    Attributes:
-        results: in the order asked for.
-        protocol: how the text became windows.
-        reference: the full-precision model compared with, if any.
-        reference_perplexity: its perplexity on the same windows.
-        settings: of the quantized model: what else changes its figures.
-    """
-
-    results: list[Result]
-    protocol: str
-    reference: str | None = None
-    reference_perplexity: float | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -20,9 +20,8 @@ from matgptq.allocation_store import stored_allocations
 from matgptq.atomic_files import write_text
 from matgptq.checkpoint import RECORD_NAME, Checkpoint
 from matgptq.errors import CheckpointError, SourceError
-from matgptq.evaluation import Evaluation
+from matgptq.evaluation_results import Evaluation, TaskEvaluation
 from matgptq.source import public_name, read_json
-from matgptq.task_evaluation import TaskEvaluation
 
 Record = dict[str, list[dict[str, Any]]]
 _KINDS = ("texts", "tasks")

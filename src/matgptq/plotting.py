@@ -9,7 +9,7 @@ from typing import Any
 
 from matgptq.allocation_search import Search
 from matgptq.errors import ConfigurationError
-from matgptq.evaluation import Result
+from matgptq.evaluation_results import Result
 from matgptq.slicing import MIN_BITS, PARENT_BITS, WIDTHS
 
 MEGABYTE = 1_000_000

@@ -7,7 +7,7 @@ import gc
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import CalibrationError, ConfigurationError
 from matgptq.evaluation import CandidateModels, choose_candidates, served_settings
+from matgptq.evaluation_results import Score, Scores, TaskEvaluation, TaskResult
 from matgptq.kernels import Activations
 from matgptq.progress import Progress, Silent
 from matgptq.source import load_tokenizer, open_source
@@ -26,75 +27,6 @@ DEFAULT_BATCH_SIZE = 8
 # Resampling gives the standard errors of the few metrics that have no formula for it. The harness takes 100,000, which
 # can cost more than the model; the error of the error is 2 percent here.
 _BOOTSTRAP_SAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric of one task.
-
-    Attributes:
-        value: as the harness reports it: a share for accuracies, not a percentage.
-        stderr: its standard error; None where the harness gives none.
-        shots: worked examples in front of each question.
-        documents: questions asked.
-    """
-
-    value: float
-    stderr: float | None
-    shots: int
-    documents: int
-
-
-# {task: {metric: score}}; a metric is called as in the harness, with its filter in brackets if it has one.
-Scores = dict[str, dict[str, Score]]
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """All tasks at one width or allocation.
-
-    Attributes:
-        bits: width of the codes; for an allocation the average over the weights.
-        bits_per_weight: with all scales that serving reads.
-        bytes: size of the whole model as served.
-        scores: of all tasks and groups of tasks that ran, those inside a group included.
-        allocation: the name of a stored allocation, or of its file; None for a width.
-    """
-
-    bits: float
-    bits_per_weight: float
-    bytes: int
-    scores: Scores
-    allocation: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class TaskEvaluation:
-    """Results of several widths on the same tasks.
-
-    Attributes:
-        results: in the order asked for.
-        shown: the tasks and groups that were asked for; the others are parts of them.
-        protocol: harness, documents, batches.
-        settings: of the quantized model: what else changes its figures.
-        reference: the full-precision model, if it was measured too.
-        reference_scores: its scores.
-    """
-
-    results: list[TaskResult]
-    shown: tuple[str, ...]
-    protocol: str
-    settings: Mapping[str, Any]
-    reference: str | None = None
-    reference_scores: Scores | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
 
 
 def evaluate_tasks(

@@ -26,8 +26,7 @@ from matgptq.commands.options import (
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
-    from matgptq.evaluation import Evaluation
-    from matgptq.task_evaluation import TaskEvaluation
+    from matgptq.evaluation_results import Evaluation, TaskEvaluation
 
 EPILOG = examples(
     "matgptq eval out",

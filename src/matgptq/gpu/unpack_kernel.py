@@ -54,22 +54,22 @@ def _field_floats(word, MASK: tl.constexpr, MAGIC: tl.constexpr, CENTRE: tl.cons
         mask = tl.full(word.shape, MASK, tl.int32)
         magic = tl.full(word.shape, MAGIC, tl.int32)
         if dtype == tl.float16:
+            centre = tl.full(word.shape, CENTRE, tl.int32)
             low, high = tl.inline_asm_elementwise(
                 "{ .reg .b32 t; lop3.b32 t, $2, $3, $4, 0xea; sub.rn.f16x2 t, t, $5; mov.b32 {$0, $1}, t; }",
                 "=h,=h,r,r,r,r",
-                [word, mask, magic, tl.full(word.shape, CENTRE, tl.int32)],
+                [word, mask, magic, centre],
                 dtype=(tl.int16, tl.int16),
                 is_pure=True,
                 pack=1,
             )
         else:  # there is no difference of two pairs before compute capability 9.0
+            one = tl.full(word.shape, 0x3F803F80, tl.int32)
+            negative = tl.full(word.shape, CENTRE - 0x7FFF8000, tl.int32)  # the signs of both halves changed
             low, high = tl.inline_asm_elementwise(
                 "{ .reg .b32 t; lop3.b32 t, $2, $3, $4, 0xea; fma.rn.bf16x2 t, t, $5, $6; mov.b32 {$0, $1}, t; }",
                 "=h,=h,r,r,r,r,r",
-                [
-                    *(word, mask, magic, tl.full(word.shape, 0x3F803F80, tl.int32)),
-                    tl.full(word.shape, CENTRE - 0x7FFF8000, tl.int32),  # both signs changed, as an int32
-                ],
+                [word, mask, magic, one, negative],
                 dtype=(tl.int16, tl.int16),
                 is_pure=True,
                 pack=1,

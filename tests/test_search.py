@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from fractions import Fraction
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,8 +28,10 @@ from matgptq.source import open_source
 from matgptq.teacher import observe
 from matgptq.width_search import scoring
 from matgptq.width_search.block_runner import BlockRunner, block_modules
+from matgptq.width_search.evolution import EvolutionSettings
 from matgptq.width_search.layer_groups import group_layers
 from matgptq.width_search.scoring import Scorer
+from matgptq.width_search.settings import Method, make_settings
 
 TEXT = token_ids(24, 16, seed=3)
 SMALL: dict[str, Any] = {"dataset": TEXT, "tokens": 256, "seqlen": 16, "generations": 2, "offspring": 4}
@@ -180,7 +183,7 @@ def test_the_ends_of_the_range_terminate(checkpoint: Path, method: str) -> None:
         assert found.bytes == opened.served_bytes(bits)
     with pytest.raises(AllocationError, match="bits per weight cannot be reached"):
         search(checkpoint, 2.0, method=method)
-    assert search(checkpoint, 8.0, method=method).found[0].slack_bits >= 0
+    assert search(checkpoint, Fraction(8), method=method).found[0].slack_bits >= 0
 
 
 def test_sweep_beside_uniform_widths(checkpoint: Path) -> None:
@@ -198,6 +201,22 @@ def test_sweep_beside_uniform_widths(checkpoint: Path) -> None:
     assert set(stored_allocations(open_checkpoint(checkpoint))) == {found.name for found in result.found}
     # Better than what uniform widths of about the same size give.
     assert result.found[0].loss < losses[0]
+
+
+def test_many_budgets_are_refined_less_unless_asked() -> None:
+    def made(budgets: int, method: Method = "sensitivity", **asked: int | None) -> EvolutionSettings:
+        options: dict[str, Any] = {"offspring": None, "generations": None, **asked}
+        return make_settings(
+            method=method, fitness="kl", fuse="serving", widths=WIDTHS, seed=0, tokens=16384, seqlen=512,
+            budgets=budgets, **options,
+        ).evolution  # fmt: skip
+
+    single, many = made(1), made(16)
+    assert many.offspring < single.offspring
+    assert many.patience < single.patience
+    assert [stage.keep for stage in many.stages] == [many.offspring // 4, 1]
+    assert made(16, offspring=24, generations=8).stages == single.stages
+    assert made(16, "evolution") == made(1, "evolution")
 
 
 def test_evolution_starts_near_uniform_and_needs_no_table(checkpoint: Path) -> None:

@@ -43,6 +43,7 @@ from matgptq.width_search.run import SearchRun
 from matgptq.width_search.scoring import Fitness, Scorer
 from matgptq.width_search.settings import DEFAULT_SEQLEN, DEFAULT_TOKENS, Fuse, Method, SearchSettings, make_settings
 
+Target = float | str | Fraction
 DIRECTORY = "search"  # in the checkpoint: tables, states and the log
 # Calibration takes the plain seed; the search should not meet the same documents first.
 _SEED_OFFSET = 0x53454152
@@ -102,7 +103,7 @@ class Search:
 
 def search(
     path: str | Path,
-    target_bits: float | str | Iterable[float | str | Fraction] | None = None,
+    target_bits: Target | Iterable[Target] | None = None,
     *,
     target_size: int | str | None = None,
     widths: Iterable[int] = WIDTHS,
@@ -137,7 +138,7 @@ def search(
         dataset: text to search on, as for ``quantize``.
         tokens: size of the pool; half as many are held out in addition.
         seqlen: tokens in a window; default 512 or the model's context.
-        generations, offspring: of the evolution; default by method.
+        generations, offspring: of the evolution; default by method, and fewer for each of several budgets.
         seed: of the text and the evolution. The same seed gives the same answer on the same machine.
         save: name of the allocation, with several budgets the beginning of their names; default by budget.
         resume: go on with an interrupted search of the same settings. Tables are taken up in any case.
@@ -155,14 +156,18 @@ def search(
     progress = progress or Silent()
     clock = _Clock()
     checkpoint = open_checkpoint(path)
+    targets = _targets(target_bits, target_size)
     settings = make_settings(
         method=method, fitness=fitness, fuse=fuse, widths=widths, seed=seed, tokens=tokens,
         seqlen=_seqlen(checkpoint, seqlen), generations=generations, offspring=offspring,
+        budgets=len(targets),
     )  # fmt: skip
     family = find_family(str(checkpoint.config.get("model_type")))
     groups = group_layers(checkpoint.layers, family, fuse=fuse == "serving")
     space = SearchSpace(groups, settings.widths, checkpoint.other_bytes)
-    budgets = _budgets(space, target_bits, target_size)
+    budgets = [bits_budget(space, target) for target in targets]
+    if target_size is not None:
+        budgets = [size_budget(space, target_size)]
     names = _names(budgets, save)
     source = _reference_source(checkpoint, reference, trust_remote_code) if fitness == "kl" else None
     check_wandb(wandb_project)
@@ -236,20 +241,16 @@ def _seqlen(checkpoint: Checkpoint, seqlen: int | None) -> int:
     return min(DEFAULT_SEQLEN, longest) if seqlen is None else seqlen
 
 
-def _budgets(
-    space: SearchSpace,
-    target_bits: float | str | Iterable[float | str | Fraction] | None,
-    target_size: int | str | None,
-) -> list[Budget]:
+def _targets(target_bits: Target | Iterable[Target] | None, target_size: int | str | None) -> list[Target]:
+    """The budgets in bits per weight; none if there is a size instead."""
     if (target_bits is None) == (target_size is None):
         raise ConfigurationError("give a target: either bits per weight or a size")
-    if target_size is not None:
-        return [size_budget(space, target_size)]
-    assert target_bits is not None
-    targets = [target_bits] if isinstance(target_bits, int | float | str) else list(target_bits)
+    if target_bits is None:
+        return []
+    targets = [target_bits] if isinstance(target_bits, int | float | str | Fraction) else list(target_bits)
     if not targets:
         raise ConfigurationError("give at least one target")
-    return [bits_budget(space, target) for target in targets]
+    return targets
 
 
 def _names(budgets: Sequence[Budget], save: str | None) -> list[str]:

@@ -18,8 +18,15 @@ DEFAULT_SEQLEN = 512
 # Shares of the pool: what a table and the first round of a generation are scored on, what the last round is scored
 # on, and how much text is held out beside the pool.
 _FIRST_SHARE, _LAST_SHARE, _HELD_OUT_SHARE = 8, 2, 2
+_FINALISTS = 4  # of so many candidates one goes on to the last round
 _EVOLUTIONS: dict[str, dict[str, int]] = {
     "sensitivity": {"offspring": 24, "generations": 8, "patience": 2, "drawn": 8},
+    "sweep": {
+        "offspring": 12,
+        "generations": 4,
+        "patience": 1,
+        "drawn": 8,
+    },  # the curve is wanted, not its last percent
     "evolution": {"offspring": 24, "generations": 40, "patience": 40, "drawn": 1},
 }
 
@@ -70,10 +77,12 @@ def make_settings(
     seqlen: int,
     generations: int | None,
     offspring: int | None,
+    budgets: int = 1,
 ) -> SearchSettings:
     """Settings with the defaults of a method.
 
     Args:
+        budgets: how many are searched; several are refined less, each.
         tokens: size of the pool.
         generations, offspring: None for the method's default; the others as in ``SearchSettings``.
 
@@ -93,14 +102,15 @@ def make_settings(
         raise ConfigurationError(
             f"{tokens} tokens are too few to search on: {_FIRST_SHARE} windows of {seqlen} take {_FIRST_SHARE * seqlen}"
         )
-    numbers = dict(_EVOLUTIONS[method])
+    numbers = dict(_EVOLUTIONS["sweep" if method == "sensitivity" and budgets > 1 else method])
     if offspring is not None:
         numbers["offspring"] = offspring
     if generations is not None:
         numbers["generations"] = generations
     if numbers["offspring"] < 1 or numbers["generations"] < 0:
         raise ConfigurationError("offspring must be at least 1, and generations at least 0")
-    stages = (Stage(pool // _FIRST_SHARE, 6), Stage(pool // _LAST_SHARE, 1))
+    finalists = max(1, numbers["offspring"] // _FINALISTS)
+    stages = (Stage(pool // _FIRST_SHARE, finalists), Stage(pool // _LAST_SHARE, 1))
     return SearchSettings(
         method, fitness, fuse, check_widths(widths), seed, pool, seqlen, EvolutionSettings(stages, **numbers)
     )

@@ -36,7 +36,7 @@ from matgptq.families import find_family
 from matgptq.plotting import plot_search
 from matgptq.slicing import WIDTHS
 from matgptq.source import load_tokenizer
-from matgptq.width_search.budget import SearchSpace, bits_budget
+from matgptq.width_search.budget import SearchSpace, bits_budget, parse_sweep
 from matgptq.width_search.layer_groups import group_layers
 from matgptq.width_search.optimum import optimum
 from matgptq.width_search.sensitivity import read_table
@@ -107,7 +107,9 @@ def main() -> None:
     )
     parser.add_argument("--fuse", nargs="*", default=["serving", "none"], choices=["serving", "none"])
     parser.add_argument("--generations", type=int, help="of refinement at most; default: while it pays")
-    parser.add_argument("--steps", type=int, default=64, help="of tuning; 0: none")
+    parser.add_argument("--steps", type=int, default=128, help="of tuning; 0: none")
+    parser.add_argument("--nsamples", type=int, default=128, help="windows to tune on")
+    parser.add_argument("--sweep", default="2.25:6:0.25", help="bits per weight; empty: none")
     parser.add_argument("--work", type=Path, help="where the searches are kept, to go on from; default: nowhere")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("-o", "--output", type=Path)
@@ -142,17 +144,18 @@ class Benchmark:
             single = self.part(f"fuse {fuse}, one budget", partial(self.one_budget, fuse))
             self.part(f"fuse {fuse}, if losses only added up", partial(additive, self.checkpoint, fuse))
             self.part(f"fuse {fuse}, more budgets from the same table", partial(self.more_budgets, fuse))
+            for budget in BUDGETS if self.arguments.steps else ():
+                self.part(f"fuse {fuse}, {budget}, scales tuned", partial(self.tuned, fuse, budget))
             if fuse != "serving":
                 continue
-            if self.arguments.steps:
-                for budget in (COMPARED, *(budget for budget in BUDGETS if budget != COMPARED)):
-                    self.part(f"{budget}, scales tuned", partial(self.tuned, budget))
+            if self.arguments.sweep:
+                self.part("sweep", self.sweep)
             for factor in self.arguments.evolution:
                 tokens = factor * single["tokens_scored"]
                 name = f"evolution from uniform widths, serving, {factor:g} x the tokens"
                 self.part(name, partial(self.evolve, tokens))
-            if self.arguments.steps:
-                self.part("uniform widths, scales tuned", self.tuned_uniform)
+        if self.arguments.steps:
+            self.part("uniform widths, scales tuned", self.tuned_uniform)
 
     def part(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Print and write each part as soon as it is known: the whole takes an hour."""
@@ -172,11 +175,26 @@ class Benchmark:
     def more_budgets(self, fuse: str) -> dict[str, Any]:
         """The others, in one run."""
         others = [budget for budget in BUDGETS if budget != COMPARED]
-        run, found, cost = self.searched(others, fuse, **self.how(fuse))
-        if self.arguments.plot and fuse == "serving":
-            plot_search(run, self.arguments.plot, f"{self.record['model']}: a width for every layer")
+        _, found, cost = self.searched(others, fuse, **self.how(fuse))
         results = {budget: self.compared(each, budget) for budget, each in zip(others, found, strict=True)}
         return {**results, **cost}
+
+    def sweep(self) -> dict[str, Any]:
+        """Many budgets in one run, which takes up the table of the first; losses on the search's own held-out text."""
+        started = time.perf_counter()
+        run = matgptq.search(self.checkpoint, parse_sweep(self.arguments.sweep), save="sweep", **self.options)
+        seconds = time.perf_counter() - started
+        if self.arguments.plot:
+            plot_search(run, self.arguments.plot, f"{self.record['model']}: a width for every layer")
+        table = self.record["fuse serving, one budget"]["stages"]["table"]
+        return {
+            "budgets": self.arguments.sweep,
+            "seconds": round(seconds + table, 1),  # with the table, as if it came first
+            "stages": {**run.seconds, "table": table},
+            "tokens_scored": run.tokens_scored,
+            "found": [[round(each.bits, 4), each.bytes, round(each.loss, 5)] for each in run.found],
+            "uniform": [[each.bits, each.bytes, round(each.loss, 5)] for each in run.uniform],
+        }
 
     def tuned_uniform(self) -> dict[str, Any]:
         """Uniform widths tuned as long, in a copy: allocations belong to scales as they were found."""
@@ -188,20 +206,24 @@ class Benchmark:
         seconds = round(time.perf_counter() - started, 1)
         found = {bits: round(value, 5) for bits, value in kl(copy, self.text).items()}
         ratios = {
-            budget: round(self.record[f"{budget}, scales tuned"]["kl"] / line(found, float(budget)), 3)
-            for budget in BUDGETS
+            fuse: {
+                budget: round(self.record[f"fuse {fuse}, {budget}, scales tuned"]["kl"] / line(found, float(budget)), 3)
+                for budget in BUDGETS
+            }
+            for fuse in self.arguments.fuse
         }
         return {"steps": self.arguments.steps, "seconds": seconds, "kl": found, "ratios of tuned allocations": ratios}
 
-    def tuned(self, budget: str) -> dict[str, Any]:
+    def tuned(self, fuse: str, budget: str) -> dict[str, Any]:
         """An allocation with scales of its own, beside uniform widths as they are."""
-        name = "serving" if budget == COMPARED else f"serving-{self.label(budget)}"
+        name = fuse if budget == COMPARED else f"{fuse}-{self.label(budget)}"
+        how = {"steps": self.arguments.steps, "nsamples": self.arguments.nsamples}
         started = time.perf_counter()
-        matgptq.refine(self.checkpoint, allocation=name, steps=self.arguments.steps, **self.options)
+        matgptq.refine(self.checkpoint, allocation=name, **how, **self.options)
         seconds = round(time.perf_counter() - started, 1)
         value = round(kl(self.checkpoint, self.text, name)[name], 5)
         ratio = round(value / line(self.uniform, float(budget)), 3)
-        return {"kl": value, "ratio": ratio, "target": TARGETS[budget], "seconds": seconds}
+        return {"kl": value, "ratio": ratio, "target": TARGETS[budget], **how, "seconds": seconds}
 
     def label(self, budget: str) -> str:
         """What the search calls a budget."""

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from matgptq import calibration, self_text, text_sources
-from matgptq.calibration import Windows, evaluation_windows, load_windows, pack_windows
+from matgptq.calibration import Windows, evaluation_windows, load_windows, pack_windows, takes_self
 from matgptq.errors import CalibrationError, ConfigurationError
 from matgptq.self_text import generate_windows
 from matgptq.text_sources import Document
@@ -244,6 +244,50 @@ def test_progress_reaches_the_total(tmp_path, tokenizer, documents):
     load_windows(tmp_path / "a.txt", tokenizer, nsamples=4, seqlen=32, seed=0, progress=lambda *at: calls.append(at))
     assert calls[-1] == (128, 128)
     assert calls == sorted(calls)
+
+
+@pytest.mark.parametrize("nsamples", [3, 4, 7, None])
+def test_several_texts_take_turns(tmp_path, tokenizer, documents, nsamples):
+    paths = [
+        write_json_lines(tmp_path / f"{name}.jsonl", [{"text": text} for text in documents])
+        for name in ("one", "two", "three")
+    ]
+    reports: list[tuple[int, int]] = []
+    mixed = load_windows(
+        ", ".join(map(str, paths)), tokenizer, nsamples=nsamples, seqlen=32, seed=3,
+        progress=lambda *report: reports.append(report),
+    )  # fmt: skip
+    alone = load_windows(paths[0], tokenizer, nsamples=None, seqlen=32, seed=3).tokens  # all three say the same
+    count = len(mixed.tokens)
+    assert count == (nsamples or 3 * len(alone))
+    for place, window in enumerate(mixed.tokens):
+        assert torch.equal(window, alone[place // 3])
+    assert "in turns from 3 texts" in mixed.protocol
+    assert all(path.name in mixed.protocol for path in paths)
+    if nsamples:
+        assert reports[-1] == (nsamples * 32, nsamples * 32)
+        assert reports == sorted(reports)
+
+
+def test_a_mix_is_refused_before_the_model_writes(tmp_path, tokenizer, documents, model):
+    path = write_json_lines(tmp_path / "one.jsonl", [{"text": text} for text in documents])
+    with pytest.raises(CalibrationError, match=r"missing\.txt: no such file"):
+        load_windows(f"self,{path},missing.txt", tokenizer, nsamples=6, seqlen=8, seed=0)  # without a model for self
+    with pytest.raises(CalibrationError, match="before and after every comma"):
+        load_windows(f"{path},", tokenizer, nsamples=6, seqlen=8, seed=0)
+    with pytest.raises(ConfigurationError, match="3 texts need at least 3 windows"):
+        load_windows(f"{path},{path},self", tokenizer, nsamples=2, seqlen=8, seed=0)
+    with pytest.raises(CalibrationError, match="'self' has no end"):
+        load_windows(f"{path},self", tokenizer, nsamples=None, seqlen=8, seed=0, model=model)
+    assert takes_self(f"{path}, self")
+    assert not takes_self("self.txt,other.txt")
+
+
+def test_a_comma_in_the_name_of_a_file(tmp_path, tokenizer, documents, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json_lines(tmp_path / "a,self.jsonl", [{"text": text} for text in documents])
+    for name in ("a,self.jsonl", Path("a,self.jsonl")):
+        assert "texts" not in load_windows(name, tokenizer, nsamples=2, seqlen=8, seed=0).protocol
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

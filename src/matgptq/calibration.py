@@ -1,6 +1,6 @@
 """Text to token windows, for calibration and for evaluation.
 
-    ``load_windows``        calibration: documents shuffled by seed, packed without padding
+    ``load_windows``        calibration: documents shuffled by seed, packed without padding; several texts in turns
     ``evaluation_windows``  evaluation: windows from the start of the text, no special tokens added
     ``first_tokens``        calibration: tokens that a sequence may begin with
 
@@ -14,10 +14,11 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import heappop, heappush
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -87,6 +88,7 @@ def load_windows(
         dataset: a file (``.txt``, ``.jsonl``, ``.jsonl.gz``, ``.json.gz``, ``.parquet``), a data set by name
             (``wikitext2``, ``c4``, ``fineweb-edu``, ``owner/name`` on the Hugging Face Hub), ``self`` for text that
             ``model`` generates, or token ids ready for use, integers ``[windows, seqlen]``, taken in their order.
+            Several names with commas between them give equally many windows each, in turns.
         tokenizer: the model's tokenizer.
         nsamples: number of windows, or ``None`` for all that the text fills (not with ``self``).
         seqlen: tokens in a window.
@@ -97,11 +99,15 @@ def load_windows(
 
     Raises:
         CalibrationError: the text cannot be read, is malformed or too short, or the ids do not fit the model.
-        ConfigurationError: ``nsamples`` or ``seqlen`` is not positive.
+        ConfigurationError: ``nsamples`` or ``seqlen`` is not positive, or there are fewer windows than texts.
     """
     check_counts(nsamples, seqlen)
     if not isinstance(dataset, (str, Path)):
         return _given_windows(dataset, tokenizer, nsamples, seqlen, model)
+    names = text_names(dataset)
+    if len(names) > 1:
+        load = partial(load_windows, tokenizer=tokenizer, seqlen=seqlen, seed=seed, model=model, cache_dir=cache_dir)
+        return _mixed_windows(names, load, nsamples, seqlen, progress)
     if dataset == SELF:
         return _self_windows(tokenizer, nsamples, seqlen, seed, model, cache_dir, progress)
 
@@ -116,6 +122,54 @@ def load_windows(
         tokens,
         f"{len(tokens)} windows of {seqlen} tokens from {source.title}: documents shuffled with seed {seed}, the "
         f"tokenizer's special tokens, {joins}, packed without padding",
+    )
+
+
+def text_names(dataset: str | Path) -> list[str | Path]:
+    """The texts that a data set consists of: those between commas, unless there is a file of the whole name."""
+    if isinstance(dataset, Path) or "," not in dataset or Path(dataset).exists():
+        return [dataset]
+    names = [name.strip() for name in dataset.split(",")]
+    if not all(names):
+        raise CalibrationError(f"{dataset}: there must be the name of a text before and after every comma")
+    return list(names)
+
+
+def takes_self(dataset: str | Path) -> bool:
+    """Whether the model has to write some of the text."""
+    return SELF in map(str, text_names(dataset))
+
+
+def _mixed_windows(
+    names: Sequence[str | Path],
+    load: Callable[..., Windows],
+    nsamples: int | None,
+    seqlen: int,
+    progress: Progress | None,
+) -> Windows:
+    """Windows of several texts in turns; the first texts give one more where they cannot all give as many."""
+    if nsamples is not None and nsamples < len(names):
+        raise ConfigurationError(f"{len(names)} texts need at least {len(names)} windows, not {nsamples}")
+    for name in names:  # refused before the model writes its own, which takes long
+        if name != SELF:
+            open_source(name, split="train")
+    parts: list[Windows] = []
+    for index, name in enumerate(names):
+        if nsamples is None:
+            parts.append(load(name, nsamples=None))
+            continue
+        before = sum(len(part.tokens) for part in parts) * seqlen
+
+        def report(tokens: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + tokens, nsamples * seqlen)
+
+        share = nsamples // len(names) + (index < nsamples % len(names))
+        parts.append(load(name, nsamples=share, progress=report))
+    turns = zip_longest(*(part.tokens for part in parts))
+    tokens = torch.stack([window for turn in turns for window in turn if window is not None])
+    return Windows(
+        tokens, f"{len(tokens)} windows in turns from {len(parts)} texts: " + "; ".join(part.protocol for part in parts)
     )
 
 

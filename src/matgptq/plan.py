@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matgptq.blocks import Block, find_blocks
-from matgptq.calibration import SELF
+from matgptq.calibration import takes_self
 from matgptq.errors import ConfigurationError
 from matgptq.families import find_family
 from matgptq.grid import resolve_group_size
@@ -138,7 +138,7 @@ def _calibration_size(
             notes.append(f"no GPU: calibrating on {nsamples} windows instead of {DEFAULT_NSAMPLES} (--nsamples)")
     longest = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if seqlen is None:
-        wanted = CPU_SELF_SEQLEN if on_cpu and str(request.dataset) == SELF else DEFAULT_SEQLEN
+        wanted = CPU_SELF_SEQLEN if on_cpu and takes_self(request.dataset) else DEFAULT_SEQLEN
         seqlen = min(wanted, longest or wanted)
         if seqlen < DEFAULT_SEQLEN:
             reason = "no GPU" if seqlen == wanted else "the model's context ends there"

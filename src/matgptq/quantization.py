@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from matgptq.activations import Boundaries, Placement, check_placement
 from matgptq.block_hessians import collect_hessians
 from matgptq.blocks import Block, BlockInputs, capture_inputs, propagate
-from matgptq.calibration import SELF, Windows, first_tokens, load_windows
+from matgptq.calibration import SELF, Windows, first_tokens, load_windows, takes_self
 from matgptq.channel_scaling import scale_channels, scaled_tensors
 from matgptq.checkpoint import (
     DEFAULT_SHARD_BYTES,
@@ -268,7 +268,7 @@ def prepare(
         streamed=streamed,
         activations=activations,
         device=device,
-        whole_for_text=str(request.dataset) == SELF,
+        whole_for_text=not isinstance(request.dataset, Tensor) and takes_self(request.dataset),
     )
     residency = Streamed(network, source, family.blocks, device) if streamed else Whole(network)
     return Prepared(source, residency, plan, kept, needs, device)
@@ -419,7 +419,7 @@ class _Run:
                 done = reached
 
         network = self.network
-        if str(dataset) == SELF and isinstance(self.residency, Streamed):
+        if not isinstance(dataset, Tensor) and takes_self(dataset) and isinstance(self.residency, Streamed):
             network = self.source.load_model(network.dtype, network.device)  # writing text takes the whole model
         return load_windows(
             dataset,

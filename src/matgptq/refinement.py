@@ -26,7 +26,7 @@ from matgptq.allocation_scales import find_scales, save_scales, widths_scales
 from matgptq.allocation_store import find_allocation, stored_allocations
 from matgptq.block_tuning import tune_blocks
 from matgptq.blocks import Block, capture_inputs, complete
-from matgptq.calibration import SELF, Windows, load_windows
+from matgptq.calibration import SELF, Windows, load_windows, takes_self
 from matgptq.checkpoint import Checkpoint, open_checkpoint, replace_scales
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
@@ -457,7 +457,7 @@ def _load_text(
             return read(name, nsamples + HELD_OUT)
         if isinstance(name, Tensor):
             return read(name, None)
-        if name == SELF:
+        if takes_self(name):
             return read(name, SELF_NSAMPLES + HELD_OUT)
         try:
             return read(name, DEFAULT_NSAMPLES + HELD_OUT)
@@ -468,7 +468,7 @@ def _load_text(
         return read_enough(dataset)
     recorded = checkpoint.settings.calibration.get("dataset")
     try:
-        if isinstance(recorded, str) and recorded not in (SELF, "token ids"):
+        if isinstance(recorded, str) and recorded != "token ids" and not takes_self(recorded):
             return read_enough(recorded)
     except CalibrationError as error:
         progress.note(

@@ -48,7 +48,10 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="Input columns per scale; -1 for a whole row.")] = 128,
     method: Annotated[str, typer.Option(help="matgptq, paper, gptq (one width) or rtn.")] = "matgptq",
     dataset: Annotated[
-        str, typer.Option(metavar="FILE|HUB-ID|self", help="Calibration text; self: the model writes its own.")
+        str,
+        typer.Option(
+            metavar="FILE|HUB-ID|self", help="Calibration text; self: the model writes its own; a,b,self: in turns."
+        ),
     ] = "self",
     nsamples: Annotated[int | None, typer.Option(help="Calibration windows. (default: 128; 16 on a CPU)")] = None,
     seqlen: Annotated[

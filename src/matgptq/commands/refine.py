@@ -40,7 +40,10 @@ def refine(
     ] = "model",
     dataset: Annotated[
         str | None,
-        typer.Option(metavar="FILE|HUB-ID|self", help="Text. (default: that of the calibration, or else self)"),
+        typer.Option(
+            metavar="FILE|HUB-ID|self",
+            help="Text; a,b,self: in turns. (default: that of the calibration, or else self)",
+        ),
     ] = None,
     nsamples: Annotated[int | None, typer.Option(help="Windows to train on. (default: 128; 32 for self)")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512)")] = None,

@@ -47,7 +47,10 @@ def search(
         Literal["sensitivity", "evolution"], typer.Option(help="evolution: the published one, for comparison.")
     ] = "sensitivity",
     dataset: Annotated[
-        str, typer.Option(metavar="FILE|HUB-ID|self", help="Text to search on; self: the full model writes it.")
+        str,
+        typer.Option(
+            metavar="FILE|HUB-ID|self", help="Text to search on; self: the full model writes it; a,b,self: in turns."
+        ),
     ] = "self",
     tokens: Annotated[int, typer.Option(help="Size of that text; half as much is held out in addition.")] = 16384,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window. (default: 512)")] = None,

@@ -7,7 +7,8 @@ text that no search saw, and compared with the straight line between the neighbo
 whole number of bits: with that uniform width). The published search, evolution from uniform widths, gets one of the
 budgets, and as many tokens as ours took, then several times as many.
 
-What was found then gets scales of its own (``matgptq refine --allocation``), beside uniform widths tuned as long.
+What was found then gets scales of its own (``matgptq refine --allocation``), beside uniform widths tuned as long. A
+sweep of many budgets is timed and plotted. The whole takes hours; with ``--work`` it goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class Benchmark:
             self.part("uniform widths, scales tuned", self.tuned_uniform)
 
     def part(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Print and write each part as soon as it is known: the whole takes an hour."""
+        """Print and write each part as soon as it is known."""
         if name not in self.record:
             self.record[name] = measure()
             if self.arguments.output:

@@ -135,9 +135,9 @@ def text_names(dataset: str | Path) -> list[str | Path]:
     return list(names)
 
 
-def takes_self(dataset: str | Path) -> bool:
+def takes_self(dataset: str | Path | TokenRows) -> bool:
     """Whether the model has to write some of the text."""
-    return SELF in map(str, text_names(dataset))
+    return isinstance(dataset, (str, Path)) and SELF in map(str, text_names(dataset))
 
 
 def _mixed_windows(

@@ -268,7 +268,7 @@ def prepare(
         streamed=streamed,
         activations=activations,
         device=device,
-        whole_for_text=not isinstance(request.dataset, Tensor) and takes_self(request.dataset),
+        whole_for_text=takes_self(request.dataset),
     )
     residency = Streamed(network, source, family.blocks, device) if streamed else Whole(network)
     return Prepared(source, residency, plan, kept, needs, device)
@@ -419,7 +419,7 @@ class _Run:
                 done = reached
 
         network = self.network
-        if not isinstance(dataset, Tensor) and takes_self(dataset) and isinstance(self.residency, Streamed):
+        if takes_self(dataset) and isinstance(self.residency, Streamed):
             network = self.source.load_model(network.dtype, network.device)  # writing text takes the whole model
         return load_windows(
             dataset,

@@ -21,12 +21,8 @@ _FIRST_SHARE, _LAST_SHARE, _HELD_OUT_SHARE = 8, 2, 2
 _FINALISTS = 4  # of so many candidates one goes on to the last round
 _EVOLUTIONS: dict[str, dict[str, int]] = {
     "sensitivity": {"offspring": 24, "generations": 8, "patience": 2, "drawn": 8},
-    "sweep": {
-        "offspring": 12,
-        "generations": 4,
-        "patience": 1,
-        "drawn": 8,
-    },  # the curve is wanted, not its last percent
+    # Of several budgets the curve is wanted, not the last percent of each.
+    "sweep": {"offspring": 12, "generations": 4, "patience": 1, "drawn": 8},
     "evolution": {"offspring": 24, "generations": 40, "patience": 40, "drawn": 1},
 }
 

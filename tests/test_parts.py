@@ -10,9 +10,10 @@ from tiny_models import build_model, save_model, token_ids
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import matgptq
-from matgptq.errors import UnsupportedModelError
+from matgptq.errors import ConfigurationError, UnsupportedModelError
 from matgptq.nested_linear import NestedLinear
 from matgptq.source import read_headers, read_tensor
+from matgptq.speed import measure_speed
 from matgptq.tensor_names import match_names
 
 
@@ -80,6 +81,22 @@ def test_one_width_as_a_plain_model(gemma3, tmp_path):
         stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense", dtype=torch.float32)
         expected = matgptq.load(out, bits=4)(**image_and_text()).logits
         torch.testing.assert_close(stock(**image_and_text()).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda out: matgptq.evaluate(out, (8,), seqlen=65),
+        lambda out: matgptq.refine(out, (2,), seqlen=65),
+        lambda out: matgptq.search(out, 3.5, seqlen=65),
+        lambda out: measure_speed(out, (8,), prompt=60, new_tokens=5),
+    ],
+    ids=["evaluate", "refine", "search", "bench"],
+)
+def test_windows_longer_than_the_context_are_refused(gemma3, measure):
+    """Its length is in the section of the language model."""
+    with pytest.raises(ConfigurationError, match="context of 64"):
+        measure(gemma3[1])
 
 
 @pytest.mark.parametrize(

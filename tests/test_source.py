@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import matgptq
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import SourceError, UnsupportedModelError
-from matgptq.families import attention_options
+from matgptq.model_config import attention_options
 from matgptq.nested_linear import nested_layers
 from matgptq.source import DTYPE_BITS, open_source, read_header, read_headers, read_json, read_tensor
 

@@ -88,6 +88,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                 "sliding_window": 8,
                 "query_pre_attn_scalar": 16,
                 "layer_types": ["sliding_attention", "full_attention"],
+                "max_position_embeddings": 64,
             },
             "vision_config": {
                 "hidden_size": 32,

@@ -11,7 +11,6 @@ the rest is held out, and only winners are measured on it.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,12 +27,15 @@ from matgptq.calibration import SELF, Windows, load_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import multiplies_bfloat16, resolve_device, resolve_dtype
 from matgptq.errors import ConfigurationError
-from matgptq.families import find_family, language_config
+from matgptq.families import find_family
 from matgptq.loading import load
+from matgptq.model_config import check_window, longest_window
 from matgptq.progress import Progress, Silent
+from matgptq.reference_model import find_reference
 from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.slicing import WIDTHS
-from matgptq.source import ModelSource, load_tokenizer, open_source
+from matgptq.source import load_tokenizer
+from matgptq.stage_clock import StageClock
 from matgptq.teacher import observe
 from matgptq.width_search.block_runner import block_modules
 from matgptq.width_search.budget import Budget, SearchSpace, bits_budget, size_budget
@@ -154,13 +156,14 @@ def search(
         MatGPTQError: other subclasses for checkpoint, reference and text.
     """
     progress = progress or Silent()
-    clock = _Clock()
+    clock = StageClock()
     checkpoint = open_checkpoint(path)
     targets = _targets(target_bits, target_size)
+    seqlen = min(DEFAULT_SEQLEN, longest_window(checkpoint.config) or DEFAULT_SEQLEN) if seqlen is None else seqlen
+    check_window(checkpoint.config, seqlen)
     settings = make_settings(
-        method=method, fitness=fitness, fuse=fuse, widths=widths, seed=seed, tokens=tokens,
-        seqlen=_seqlen(checkpoint, seqlen), generations=generations, offspring=offspring,
-        budgets=len(targets),
+        method=method, fitness=fitness, fuse=fuse, widths=widths, seed=seed, tokens=tokens, seqlen=seqlen,
+        generations=generations, offspring=offspring, budgets=len(targets),
     )  # fmt: skip
     family = find_family(str(checkpoint.config.get("model_type")))
     groups = group_layers(checkpoint.layers, family, fuse=fuse == "serving")
@@ -169,7 +172,11 @@ def search(
     if target_size is not None:
         budgets = [size_budget(space, target_size)]
     names = _names(budgets, save)
-    source = _reference_source(checkpoint, reference, trust_remote_code) if fitness == "kl" else None
+    source = None
+    if fitness == "kl":
+        source = find_reference(
+            checkpoint, reference, trust_remote_code=trust_remote_code, instead=", or --fitness ppl"
+        )
     check_wandb(wandb_project)
     run_device = resolve_device(device)
     run_dtype = _scoring_dtype(dtype, run_device, checkpoint)
@@ -223,24 +230,6 @@ def search(
     )
 
 
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = round(now - self._last, 3)
-        self._last = now
-
-
-def _seqlen(checkpoint: Checkpoint, seqlen: int | None) -> int:
-    longest = int(language_config(checkpoint.config).get("max_position_embeddings") or DEFAULT_SEQLEN)
-    if seqlen is not None and seqlen > longest:
-        raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
-    return min(DEFAULT_SEQLEN, longest) if seqlen is None else seqlen
-
-
 def _targets(target_bits: Target | Iterable[Target] | None, target_size: int | str | None) -> list[Target]:
     """The budgets in bits per weight; none if there is a size instead."""
     if (target_bits is None) == (target_size is None):
@@ -259,18 +248,11 @@ def _names(budgets: Sequence[Budget], save: str | None) -> list[str]:
     return [check_name(f"{save}-{budget.label}" if save is not None else budget.label) for budget in budgets]
 
 
-def _reference_source(checkpoint: Checkpoint, reference: str | Path | None, trust_remote_code: bool) -> ModelSource:
-    named = reference if reference is not None else checkpoint.settings.source
-    if named is None:
-        raise ConfigurationError("the checkpoint does not name its full model: --reference MODEL, or --fitness ppl")
-    return open_source(named, trust_remote_code=trust_remote_code)
-
-
 def _scoring_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     """bfloat16 where a CPU multiplies it several times as fast: it ranks allocations as float32 does."""
     if dtype == "auto" and device.type == "cpu" and multiplies_bfloat16(device):
         return torch.bfloat16
-    return resolve_dtype(dtype, device, checkpoint.config.get("dtype"))
+    return resolve_dtype(dtype, device, checkpoint.stored_dtype)
 
 
 def _windows(

@@ -37,6 +37,7 @@ from matgptq.format import (
     parse_settings,
     scales_name,
 )
+from matgptq.model_config import stored_dtype
 from matgptq.nested_weight import NestedWeight, scale_source
 from matgptq.size import layer_bits
 from matgptq.slicing import MIN_BITS, WIDTHS
@@ -310,6 +311,11 @@ class Checkpoint:
             return WIDTHS
         held = {layer: self.settings.bits_of(layer) for layer in self.layers}
         return (next(iter(held.values())) if len(set(held.values())) == 1 else held,)
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """The dtype that ``config.json`` names for what is not quantized, if it names one."""
+        return stored_dtype(self.config)
 
     @property
     def quantized_weights(self) -> int:

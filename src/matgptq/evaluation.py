@@ -15,14 +15,15 @@ from matgptq.allocation_scales import has_own_scales
 from matgptq.allocation_store import find_allocation
 from matgptq.calibration import SELF, TextProtocol, Windows, check_cut, evaluation_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
-from matgptq.devices import resolve_device, resolve_dtype
-from matgptq.errors import ConfigurationError, SourceError
+from matgptq.devices import resolve_device
 from matgptq.evaluation_results import Evaluation, Result
 from matgptq.kernels import Activations
 from matgptq.loading import load, load_config
+from matgptq.model_config import check_window, longest_window
 from matgptq.progress import Progress, Silent
+from matgptq.reference_model import load_optional_reference
 from matgptq.slicing import check_widths
-from matgptq.source import load_tokenizer, open_source
+from matgptq.source import load_tokenizer
 from matgptq.text_sources import open_source as open_text
 
 DEFAULT_WIDTHS = (2, 3, 4, 6, 8)
@@ -121,9 +122,12 @@ def evaluate(
         device=run_device, dtype=dtype, activations=activations, head_bits=head_bits,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    full, reference_name = _load_reference(checkpoint, reference, run_device, dtype, trust_remote_code, progress)
+    full, reference_name = load_optional_reference(
+        checkpoint, reference, "KL and top-1 agreement are not measured", progress,
+        device=run_device, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     progress.start("evaluation text", 1)
-    tokens = chosen.read(path, full if full is not None else models.first)
+    tokens = chosen.read(path, full if full is not None else models.first, trust_remote_code)
 
     sums = [Divergence() for _ in candidates]
     full_sum = Divergence()
@@ -148,7 +152,7 @@ def evaluate(
         results,
         tokens.protocol,
         reference_name,
-        full_sum.perplexity if reference_name is not None else None,
+        full_sum.perplexity if full is not None else None,
         served_settings(models.first, activations, head_bits),
     )
 
@@ -248,30 +252,6 @@ def _result(checkpoint: Checkpoint, candidate: Candidate, divergence: Divergence
     )
 
 
-def _load_reference(
-    checkpoint: Checkpoint,
-    reference: str | Path | None,
-    device: torch.device,
-    dtype: str | torch.dtype,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> tuple[Any, str | None]:
-    """The full-precision model and its name, or (None, None) when nobody named one and the recorded one is gone."""
-    name = reference if reference is not None else checkpoint.settings.source
-    if name is None:
-        progress.note("no reference model: KL and top-1 agreement are not measured (--reference MODEL)")
-        return None, None
-    try:
-        source = open_source(name, trust_remote_code=trust_remote_code)
-        stored = source.stored_dtype or checkpoint.config.get("dtype")
-        return source.load_model(resolve_dtype(dtype, device, stored), device), source.name
-    except SourceError as error:
-        if reference is not None:
-            raise
-        progress.note(f"the original model cannot be opened, so KL is not measured (--reference MODEL): {error}")
-        return None, None
-
-
 @dataclass(frozen=True)
 class _Text:
     """What to measure on, every default settled."""
@@ -282,9 +262,11 @@ class _Text:
     stride: int | None
     protocol: TextProtocol
 
-    def read(self, path: str | Path, model: Any) -> Windows:
+    def read(self, path: str | Path, model: Any, trust_remote_code: bool) -> Windows:
         """The windows; ``model`` writes the text if it is ``self``."""
-        tokenizer = None if isinstance(self.dataset, Tensor) else load_tokenizer(path)
+        tokenizer = None
+        if not isinstance(self.dataset, Tensor):
+            tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         return evaluation_windows(
             self.dataset,
             tokenizer,
@@ -312,12 +294,10 @@ def _settle_text(
         seqlen = seqlen or dataset.shape[-1]
     else:
         on_cpu = device.type == "cpu"
-        longest = getattr(config, "max_position_embeddings", None)
         if seqlen is None:
             wanted = CPU_SELF_SEQLEN if on_cpu and str(dataset) == SELF else DEFAULT_SEQLEN
-            seqlen = min(wanted, longest or wanted)
-        elif longest is not None and seqlen > longest:
-            raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
+            seqlen = min(wanted, longest_window(config) or wanted)
+        check_window(config, seqlen)
         if windows is None and (str(dataset) == SELF or (on_cpu and protocol == "plain")):
             count = CPU_WINDOWS
             progress.note(f"{count} windows of {seqlen} tokens (--windows, --seqlen)")

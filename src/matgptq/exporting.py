@@ -153,5 +153,4 @@ def _widths(
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
-    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-    return resolve_dtype(dtype, torch.device("meta"), str(stored))
+    return resolve_dtype(dtype, torch.device("meta"), checkpoint.stored_dtype or "float32")

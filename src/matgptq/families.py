@@ -364,21 +364,6 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a parsed ``config.json`` says about the language model: a model of several parts has a section for it."""
-    section = config.get("text_config")
-    return {**config, **section} if isinstance(section, Mapping) else config
-
-
-def attention_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of ``from_pretrained`` and ``from_config`` by which transformers computes attention as the model asks.
-
-    Some versions that we support (5.19) run Gemma 2 with an attention that leaves out its bound on scores.
-    """
-    bounded = language_config(config).get("attn_logit_softcapping") is not None
-    return {"attn_implementation": "eager"} if bounded else {}
-
-
 def check_parts(config: Mapping[str, Any]) -> None:
     """Refuse a model of several parts whose language model we do not know how to quantize alone.
 

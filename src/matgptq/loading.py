@@ -24,9 +24,10 @@ from matgptq.errors import (
     SourceError,
     UnsupportedModelError,
 )
-from matgptq.families import attention_options, find_family
+from matgptq.families import find_family
 from matgptq.format import Settings, parse_settings
 from matgptq.kernels import Activations
+from matgptq.model_config import attention_options
 from matgptq.nested_linear import nested_layers, pack_layers
 from matgptq.output_head import pack_head
 from matgptq.slicing import check_bits

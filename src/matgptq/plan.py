@@ -16,6 +16,7 @@ from matgptq.calibration import takes_self
 from matgptq.errors import ConfigurationError
 from matgptq.families import find_family
 from matgptq.grid import resolve_group_size
+from matgptq.model_config import check_window, longest_window
 from matgptq.recipe import PER_CHANNEL, Recipe
 from matgptq.size import SCALE_BITS
 
@@ -136,7 +137,7 @@ def _calibration_size(
         nsamples = CPU_NSAMPLES if on_cpu else DEFAULT_NSAMPLES
         if on_cpu:
             notes.append(f"no GPU: calibrating on {nsamples} windows instead of {DEFAULT_NSAMPLES} (--nsamples)")
-    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_window(network.config)
     if seqlen is None:
         wanted = CPU_SELF_SEQLEN if on_cpu and takes_self(request.dataset) else DEFAULT_SEQLEN
         seqlen = min(wanted, longest or wanted)
@@ -145,8 +146,7 @@ def _calibration_size(
             notes.append(f"{reason}: windows of {seqlen} tokens instead of {DEFAULT_SEQLEN} (--seqlen)")
     if nsamples < 1 or seqlen < 2:
         raise ConfigurationError(f"calibration needs at least 1 window of 2 tokens, not {nsamples} of {seqlen}")
-    if longest is not None and seqlen > longest:
-        raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
+    check_window(network.config, seqlen)
     return nsamples, seqlen, notes
 
 

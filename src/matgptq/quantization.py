@@ -54,6 +54,7 @@ from matgptq.saliency import token_saliency, token_weights
 from matgptq.slicing import check_bits
 from matgptq.solver import solve
 from matgptq.source import ModelSource, open_source, read_header, read_tensor
+from matgptq.stage_clock import StageClock
 from matgptq.work_directory import WorkDirectory
 from matgptq.workers import INLINE, one_thread_each
 
@@ -97,7 +98,7 @@ def quantize(
         out: directory to create; appears whole or not at all.
         method: ``matgptq``, ``paper``, ``gptq`` (one width) or ``rtn``.
         bits: target widths, default 2,3,4,8.
-        bit_weights: lambda, ``{width: weight}`` or in the order of ``bits``; default 2^width.
+        bit_weights: lambda, ``{width: weight}`` or in the order of ``bits``; default by ``quality``.
         quality: ``fast``, ``balanced`` (default) or ``best``: how much time the method matgptq takes.
         group_size: input columns per scale, -1 for a whole row.
         dataset: calibration text: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a hub data set, ``self`` (the model
@@ -137,7 +138,7 @@ def quantize(
     if not committed:
         check_destination(destination, force=force)
     check_wandb(wandb_project)
-    clock = _Clock()
+    clock = StageClock()
     source = open_source(model, trust_remote_code=trust_remote_code)
     request = CalibrationRequest(dataset, nsamples, seqlen)
     run_dtype = resolve_dtype(dtype, run_device, source.stored_dtype)
@@ -302,7 +303,7 @@ class _Run:
         request: CalibrationRequest,
         work: WorkDirectory,
         together: Processes,
-        clock: _Clock,
+        clock: StageClock,
         progress: Progress,
     ) -> None:
         self.device = prepared.device
@@ -658,17 +659,6 @@ class _Run:
             else:
                 for name, value in read_kept(self.source, self.network, [tensor]):
                     writer.add(name, value)
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = round(now - self._last, 3)
-        self._last = now
 
 
 def _settings(

@@ -28,12 +28,14 @@ from matgptq.block_tuning import tune_blocks
 from matgptq.blocks import Block, capture_inputs, complete
 from matgptq.calibration import SELF, Windows, load_windows, takes_self
 from matgptq.checkpoint import Checkpoint, open_checkpoint, replace_scales
-from matgptq.devices import resolve_device, resolve_dtype
+from matgptq.devices import resolve_device
 from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.families import find_family
 from matgptq.loading import load
+from matgptq.model_config import check_window, longest_window
 from matgptq.nested_linear import nested_layers
 from matgptq.progress import Progress, Silent
+from matgptq.reference_model import find_reference, reference_dtype
 from matgptq.scale_tuning import (
     ModelObjective,
     ScaleVector,
@@ -45,7 +47,7 @@ from matgptq.scale_tuning import (
 )
 from matgptq.self_text import model_fingerprint
 from matgptq.slicing import check_widths, slice_levels
-from matgptq.source import load_tokenizer, open_source, read_json
+from matgptq.source import load_tokenizer, read_json
 from matgptq.teacher import Teacher, observe, output_head
 from matgptq.workers import Workers, one_thread_each
 
@@ -147,16 +149,13 @@ def refine(
         raise ConfigurationError(f"scope must be model or block, not {scope!r}")
     steps = DEFAULT_STEPS[scope] if steps is None else steps
     schedules = [Schedule(steps, goal.rate if learning_rate is None else learning_rate, seed=seed) for goal in goals]
-    name = reference if reference is not None else checkpoint.settings.source
-    if name is None:
-        raise ConfigurationError(f"{path}: does not say what model it was made from; name it (--reference MODEL)")
+    source = find_reference(checkpoint, reference, trust_remote_code=trust_remote_code)
     run_device = resolve_device(device)
+    run_dtype = reference_dtype(source, checkpoint, run_device, dtype)
     progress.start("load the full model", 1)
-    source = open_source(name, trust_remote_code=trust_remote_code)
-    run_dtype = resolve_dtype(dtype, run_device, source.stored_dtype or checkpoint.config.get("dtype"))
     home = run_device if scope == "model" else torch.device("cpu")
     full = source.load_model(run_dtype, home)
-    text = _load_text(checkpoint, full, dataset, nsamples, seqlen, seed, progress)
+    text = _load_text(checkpoint, full, dataset, nsamples, seqlen, seed, trust_remote_code, progress)
 
     options = {
         "goals": [goal.key for goal in goals],
@@ -424,15 +423,17 @@ def _load_text(
     nsamples: int | None,
     seqlen: int | None,
     seed: int,
+    trust_remote_code: bool,
     progress: Progress,
 ) -> Windows:
     """Windows to train on, and after them those that are held out."""
-    longest = getattr(full.config, "max_position_embeddings", None)
     if seqlen is None:
-        seqlen = dataset.shape[-1] if isinstance(dataset, Tensor) else min(DEFAULT_SEQLEN, longest or DEFAULT_SEQLEN)
-    if longest is not None and seqlen > longest:
-        raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
-    tokenizer = None if isinstance(dataset, Tensor) else load_tokenizer(checkpoint.path)
+        longest = longest_window(full.config) or DEFAULT_SEQLEN
+        seqlen = dataset.shape[-1] if isinstance(dataset, Tensor) else min(DEFAULT_SEQLEN, longest)
+    check_window(full.config, seqlen)
+    tokenizer = None
+    if not isinstance(dataset, Tensor):
+        tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
 
     def read(name: str | Path | Tensor, count: int | None) -> Windows:
         done = 0

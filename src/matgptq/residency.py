@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from matgptq.blocks import Block
 from matgptq.errors import SourceError
-from matgptq.families import attention_options
 from matgptq.finiteness import all_finite
+from matgptq.model_config import attention_options
 from matgptq.source import ModelSource, TensorInfo, read_tensor
 from matgptq.tensor_names import match_names
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from matgptq import cache
 from matgptq.errors import CalibrationError, ConfigurationError
 from matgptq.finiteness import all_finite
+from matgptq.model_config import longest_window
 from matgptq.workers import one_thread_each
 
 if TYPE_CHECKING:
@@ -90,12 +91,12 @@ def generate_windows(
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigurationError(f"top_p must be in (0, 1], not {top_p}")
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = longest_window(config)
     length = min(document_tokens, seqlen)
     if positions is not None and length > positions:
         raise CalibrationError(
-            f"the model has {positions} positions and cannot generate documents of {length} tokens; "
-            f"set document_tokens to at most {positions}"
+            f"the model has {positions} positions and cannot write documents of {length} tokens; "
+            "name a text instead of 'self', or a shorter --seqlen"
         )
     documents = math.ceil(nsamples * seqlen / length)
 

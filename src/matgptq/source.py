@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from matgptq.errors import SourceError, UnsupportedModelError
-from matgptq.families import attention_options
 from matgptq.finiteness import all_finite
+from matgptq.model_config import attention_options, stored_dtype
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -165,8 +165,7 @@ class ModelSource:
     @property
     def stored_dtype(self) -> str | None:
         """The dtype that ``config.json`` names, if it names one."""
-        value = self.config.get("dtype") or self.config.get("torch_dtype")
-        return value if isinstance(value, str) else None
+        return stored_dtype(self.config)
 
     def load_model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
         """The causal language model in eval mode, with every weight checked to be there and finite.

@@ -15,14 +15,15 @@ from torch import Tensor
 from matgptq import native
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device
-from matgptq.errors import ConfigurationError, SourceError
+from matgptq.errors import ConfigurationError
 from matgptq.kernels import Activations
 from matgptq.loading import load
+from matgptq.model_config import longest_window
 from matgptq.nested_linear import NestedLinear, nested_layers
 from matgptq.output_head import OutputHead
 from matgptq.progress import Progress, Silent
+from matgptq.reference_model import load_optional_reference
 from matgptq.slicing import check_widths
-from matgptq.source import open_source
 
 DEFAULT_WIDTHS = (2, 3, 4, 8)
 REFERENCE_BITS = 16
@@ -96,6 +97,7 @@ def measure_speed(
     progress = progress or Silent()
     widths = check_widths(bits)
     target = resolve_device(device)
+    checkpoint = open_checkpoint(path, slices=True)
     if prompt < 1 or new_tokens < 1 or not batches or min(batches) < 1:
         raise ConfigurationError("prompt, new_tokens and batches must be at least 1")
     progress.start("load the models", 1)
@@ -107,10 +109,12 @@ def measure_speed(
         slices = {width: load(path, width, device=target, resident=False, **options) for width in widths}
         contestants = {width: _at_width(model, width) for width, model in slices.items()}
         model = slices[widths[0]]
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest_window(model.config)
     if longest is not None and prompt + new_tokens > longest:
         raise ConfigurationError(f"{prompt} + {new_tokens} tokens do not fit the model's context of {longest}")
-    full = _load_full(path, reference, target, progress)
+    full, _ = load_optional_reference(
+        checkpoint, reference, "it is left out", progress, device=target, dtype=torch.bfloat16
+    )
     if full is not None:
         contestants[REFERENCE_BITS] = lambda: full
     bandwidth = _read_bandwidth(target)
@@ -160,20 +164,6 @@ def _at_width(model: Any, width: int) -> Callable[[], Any]:
         return model
 
     return switch
-
-
-def _load_full(path: str | Path, reference: str | Path | None, device: torch.device, progress: Progress) -> Any:
-    name = reference if reference is not None else open_checkpoint(path, slices=True).settings.source
-    if name is None:
-        progress.note("no full model to compare with (--reference MODEL)")
-        return None
-    try:
-        return open_source(name).load_model(torch.bfloat16, device)
-    except SourceError as error:
-        if reference is not None:
-            raise
-        progress.note(f"the full model cannot be opened and is left out (--reference MODEL): {error}")
-        return None
 
 
 def _synchronize(device: torch.device) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from matgptq.checkpoint import open_checkpoint
-from matgptq.devices import resolve_device, resolve_dtype
+from matgptq.devices import resolve_device
 from matgptq.errors import CalibrationError, ConfigurationError
 from matgptq.evaluation import CandidateModels, choose_candidates, served_settings
 from matgptq.evaluation_results import Score, Scores, TaskEvaluation, TaskResult
 from matgptq.kernels import Activations
 from matgptq.progress import Progress, Silent
+from matgptq.reference_model import load_reference
 from matgptq.source import load_tokenizer, open_source
 
 DEFAULT_BATCH_SIZE = 8
@@ -106,8 +107,7 @@ def evaluate_tasks(
         if run_device.type == "cuda":
             torch.cuda.empty_cache()
         progress.start("load the full-precision model", 1)
-        stored = source.stored_dtype or checkpoint.config.get("dtype")
-        full = source.load_model(resolve_dtype(dtype, run_device, stored), run_device)
+        full = load_reference(source, checkpoint, run_device, dtype)
         progress.start("tasks at full precision", 1)
         reference_scores, shown = _run(_runner(full, tokenizer, batch_size), chosen, **options)
     documents = "all documents" if limit is None else f"the first {limit} documents"

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from matgptq.checkpoint import LayerInfo
-from matgptq.families import find_family, language_config
+from matgptq.families import find_family
+from matgptq.model_config import language_config
 
 
 def shard_obstacle(in_features: int, group_size: int, ranks: int) -> str | None:

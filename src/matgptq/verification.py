@@ -17,7 +17,7 @@ from matgptq.devices import resolve_dtype
 from matgptq.errors import AllocationError, ExportError, SourceError
 from matgptq.exports.gguf_file import ARCHITECTURES, FILE_NAME, context_length
 from matgptq.exports.target import Target
-from matgptq.families import attention_options
+from matgptq.model_config import attention_options, stored_dtype
 from matgptq.nested_linear import NestedLinear
 from matgptq.progress import Progress, Silent
 from matgptq.source import read_headers, read_json, read_tensor
@@ -128,8 +128,8 @@ def _read_record(directory: Path, against: Path) -> tuple[Target, str]:
         raise ExportError(str(error)) from error
     except AllocationError as error:
         raise ExportError(f"{directory}: not made from {against}: {error}") from error
-    dtype = config.get("torch_dtype") or config.get("dtype")
-    return Target(checkpoint, widths, resolve_dtype(str(dtype), torch.device("meta"), None), own_scales), str(format)
+    dtype = resolve_dtype(str(stored_dtype(config)), torch.device("meta"), None)
+    return Target(checkpoint, widths, dtype, own_scales), str(format)
 
 
 def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def quantize(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Checkpoint directory to create.")],
     bits: Annotated[str | None, typer.Option(help="Target widths. (default: 2,3,4,8)")] = None,
     bit_weights: Annotated[
-        str | None, typer.Option(help="Importance of each width: 4,8,16,256 or 2=4,8=256. (default: 2^width)")
+        str | None, typer.Option(help="Importance of each width: 4,8,16,256 or 2=4,8=256. (default: by quality)")
     ] = None,
     quality: Annotated[
         str | None,
@@ -63,7 +63,7 @@ def quantize(
     damp: Annotated[float, typer.Option(help="Damping, as a fraction of the mean Hessian diagonal.")] = 0.01,
     sink_weight: Annotated[
         float | None,
-        typer.Option(help="Weight of first positions in the Hessians; 1: off. (default: 64; 1 for paper and rtn)"),
+        typer.Option(help="Weight of first positions in the Hessians; 1: off. (default: 64 for fast and gptq, else 1)"),
     ] = None,
     rotate: Annotated[
         bool | None,

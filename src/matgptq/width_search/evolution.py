@@ -1,6 +1,6 @@
 """Refinement of an allocation by evolution: nothing over budget is ever made, nothing is tried twice, the best stays.
 
-Pure functions of a scoring function and a seed; models and text live in ``search``.
+Pure functions of a scoring function and a seed; models and text live in ``scoring`` and ``run``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,53 @@
+"""What a model's ``config.json`` says, wherever a model type puts it.
+
+Functions take the parsed file; those that also take a configuration object of transformers say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matgptq.errors import ConfigurationError
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What concerns the language model: a model of several parts has a section for it."""
+    section = config.get("text_config")
+    return {**config, **section} if isinstance(section, Mapping) else config
+
+
+def stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """Name of the dtype that the weights are stored in, if the file names one; older files call it ``torch_dtype``."""
+    value = config.get("dtype") or config.get("torch_dtype")
+    return value if isinstance(value, str) else None
+
+
+def attention_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ``from_pretrained`` and ``from_config`` by which transformers computes attention as the model asks.
+
+    Some versions that we support (5.19) run Gemma 2 with an attention that leaves out its bound on scores.
+    """
+    bounded = language_config(config).get("attn_logit_softcapping") is not None
+    return {"attn_implementation": "eager"} if bounded else {}
+
+
+def longest_window(config: Any) -> int | None:
+    """Tokens that the model can take at a time, None where it does not say; also of a configuration object."""
+    name = "max_position_embeddings"
+    if isinstance(config, Mapping):
+        longest = language_config(config).get(name)
+    else:
+        longest = getattr(config.get_text_config(), name, None)
+    return None if longest is None else int(longest)
+
+
+def check_window(config: Any, seqlen: int) -> None:
+    """Refuse windows that the model cannot take; ``config`` as for ``longest_window``.
+
+    Raises:
+        ConfigurationError: they are longer than its context.
+    """
+    longest = longest_window(config)
+    if longest is not None and seqlen > longest:
+        raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")

@@ -1,0 +1,76 @@
+"""The full-precision model that a checkpoint was made from, or another that it is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matgptq.checkpoint import Checkpoint
+from matgptq.devices import resolve_dtype
+from matgptq.errors import ConfigurationError, SourceError
+from matgptq.progress import Progress
+from matgptq.source import ModelSource, open_source
+
+
+def find_reference(
+    checkpoint: Checkpoint, reference: str | Path | None, *, trust_remote_code: bool, instead: str = ""
+) -> ModelSource:
+    """The model that the user named, or else the one that the checkpoint was made from.
+
+    Args:
+        checkpoint: which records it.
+        reference: what the user named.
+        trust_remote_code: allow code in the model's directory to run.
+        instead: what else the user could do, for the error.
+
+    Raises:
+        ConfigurationError: neither names one.
+        SourceError: it cannot be opened.
+    """
+    named = reference if reference is not None else checkpoint.settings.source
+    if named is None:
+        raise ConfigurationError(
+            f"{checkpoint.path}: does not say what model it was made from; name it (--reference MODEL{instead})"
+        )
+    return open_source(named, trust_remote_code=trust_remote_code)
+
+
+def reference_dtype(
+    source: ModelSource, checkpoint: Checkpoint, device: torch.device, dtype: str | torch.dtype
+) -> torch.dtype:
+    """The precision it runs in; ``auto`` on a GPU is that of its files, or of the checkpoint where they do not say."""
+    return resolve_dtype(dtype, device, source.stored_dtype or checkpoint.stored_dtype)
+
+
+def load_reference(source: ModelSource, checkpoint: Checkpoint, device: torch.device, dtype: str | torch.dtype) -> Any:
+    """Load it, in the precision of ``reference_dtype``."""
+    return source.load_model(reference_dtype(source, checkpoint, device, dtype), device)
+
+
+def load_optional_reference(
+    checkpoint: Checkpoint,
+    reference: str | Path | None,
+    without: str,
+    progress: Progress,
+    *,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    trust_remote_code: bool = False,
+) -> tuple[Any, str | None]:
+    """The model and its name; (None, None) and a note where nobody named one and the recorded one is gone.
+
+    ``without`` says in the note what there will not be.
+    """
+    if reference is None and checkpoint.settings.source is None:
+        progress.note(f"the checkpoint does not say what model it was made from: {without} (--reference MODEL)")
+        return None, None
+    try:
+        source = find_reference(checkpoint, reference, trust_remote_code=trust_remote_code)
+        return load_reference(source, checkpoint, device, dtype), source.name
+    except SourceError as error:
+        if reference is not None:
+            raise
+        progress.note(f"the original model cannot be opened: {without} (--reference MODEL): {error}")
+        return None, None

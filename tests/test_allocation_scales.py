@@ -183,24 +183,30 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     options = {"allocation": NAME, "steps": 3, "dataset": windows, "learning_rate": 1e-2}
     matgptq.refine(other, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(refinement._Workspace, "_replace", _stopping(refinement._Workspace._replace, event))
+        stopping = _stopping(event)
+        for write in (refinement.write_text, refinement.save_tensors):
+            patch.setattr(refinement, write.__name__, stopping(write))
         with pytest.raises(KeyboardInterrupt):
             matgptq.refine(mixed, **options)
     matgptq.refine(mixed, **options)
     assert files(mixed / DIRECTORY) == files(other / DIRECTORY)
 
 
-def _stopping(function: Any, event: int) -> Any:
+def _stopping(event: int) -> Any:
+    """Makes functions that raise after the n-th call of any of them."""
     count = 0
 
-    def wrapper(*arguments: Any) -> None:
-        nonlocal count
-        count += 1
-        function(*arguments)
-        if count == event:
-            raise KeyboardInterrupt
+    def stopping(function: Any) -> Any:
+        def wrapper(*arguments: Any) -> None:
+            nonlocal count
+            count += 1
+            function(*arguments)
+            if count == event:
+                raise KeyboardInterrupt
 
-    return wrapper
+        return wrapper
+
+    return stopping
 
 
 def test_a_new_search_of_that_name_has_none(tuned: Path) -> None:

@@ -22,13 +22,15 @@ from tiny_models import GROUP_SIZE, save_model, token_ids
 from transformers import AutoModelForCausalLM
 
 import matgptq
-from matgptq import checkpoint as checkpoint_module
-from matgptq.checkpoint import CheckpointWriter, check_destination, open_checkpoint, replace_scales
+from matgptq import checkpoint_writer, directories
+from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoint_writer import CheckpointWriter, check_destination
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.format import FORMAT_VERSION, Settings, parse_settings, with_bits
 from matgptq.integrity import check_integrity
 from matgptq.nested_linear import nested_layers
 from matgptq.nested_weight import scale_source
+from matgptq.scale_replacement import replace_scales
 from matgptq.slicing import WIDTHS
 from matgptq.source import read_headers, read_tensor
 
@@ -133,13 +135,13 @@ def test_force_does_not_delete_what_is_not_ours(make_checkpoint, tmp_path):
 def test_a_destination_that_appears_during_the_run_is_not_replaced(make_checkpoint, tmp_path, monkeypatch):
     source, whole = make_checkpoint("llama")
     out = tmp_path / "out"
-    real = checkpoint_module.write_tensors
+    real = checkpoint_writer.write_tensors
 
     def write(*arguments):
         out.mkdir()
         return real(*arguments)
 
-    monkeypatch.setattr(checkpoint_module, "write_tensors", write)
+    monkeypatch.setattr(checkpoint_writer, "write_tensors", write)
     with pytest.raises(CheckpointError, match="exists already"):
         quantize(source, out)
     assert [*out.iterdir()] == []
@@ -176,7 +178,7 @@ def test_a_failing_write_changes_nothing_and_the_same_command_goes_on(
         shutil.copytree(whole, out)
     before = everything_under(tmp_path)
     calls = []
-    real = checkpoint_module.write_tensors
+    real = checkpoint_writer.write_tensors
 
     def write(file, tensors):
         calls.append(file)
@@ -185,7 +187,7 @@ def test_a_failing_write_changes_nothing_and_the_same_command_goes_on(
             raise error
         return real(file, tensors)
 
-    monkeypatch.setattr(checkpoint_module, "write_tensors", write)
+    monkeypatch.setattr(checkpoint_writer, "write_tensors", write)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
         quantize(source, out, force=force, shard_bytes=10_000, method="rtn")
     assert len(calls) == call * 5 + 1
@@ -206,7 +208,7 @@ def test_a_failing_write_changes_nothing_and_the_same_command_goes_on(
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "broken")], ids=["ctrl-c", "io-error"])
 def test_stopped_between_the_two_renames_the_old_checkpoint_comes_back(error, checkpoint, monkeypatch):
     before = everything_under(checkpoint.parent)
-    real = checkpoint_module.os.rename
+    real = directories.os.rename
 
     def rename(old, new):
         if Path(new) == checkpoint and ".partial-" in str(old):
@@ -218,8 +220,8 @@ def test_stopped_between_the_two_renames_the_old_checkpoint_comes_back(error, ch
 
     with CheckpointWriter(checkpoint, force=True) as writer:
         writer.add("a", torch.zeros(2))
-        monkeypatch.setattr(checkpoint_module.ctypes, "CDLL", lambda _: NoExchange)
-        monkeypatch.setattr(checkpoint_module.os, "rename", rename)
+        monkeypatch.setattr(directories.ctypes, "CDLL", lambda _: NoExchange)
+        monkeypatch.setattr(directories.os, "rename", rename)
         with pytest.raises((KeyboardInterrupt, CheckpointError)):
             writer.commit()
     assert everything_under(checkpoint.parent) == before
@@ -710,7 +712,7 @@ def test_replaced_scales(
     exchange: bool, shard_bytes: int, make_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:  # a system that cannot swap two names in one step
-        monkeypatch.setattr("matgptq.checkpoint.ctypes.CDLL", lambda _: object())
+        monkeypatch.setattr("matgptq.directories.ctypes.CDLL", lambda _: object())
     path = tmp_path / "out"
     matgptq.quantize(
         make_checkpoint("llama")[0], path, dataset=token_ids(), group_size=GROUP_SIZE, shard_bytes=shard_bytes
@@ -753,7 +755,10 @@ def test_new_scales_in_a_sharded_checkpoint_are_in_the_index(make_checkpoint, tm
         assert torch.equal(*stored)
 
 
-@pytest.mark.parametrize("place", ["write_tensors", "_exchange", "os.replace", "_sync"])
+@pytest.mark.parametrize(
+    "place",
+    [*(f"matgptq.scale_replacement.{name}" for name in ("write_tensors", "exchange", "sync")), "os.replace"],
+)
 def test_scales_that_cannot_be_written_leave_the_old_ones(
     place: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -762,7 +767,7 @@ def test_scales_that_cannot_be_written_leave_the_old_ones(
 
     before = everything_under(checkpoint)
     with monkeypatch.context() as patch:
-        patch.setattr(f"matgptq.checkpoint.{place}", full)
+        patch.setattr(place, full)
         with pytest.raises(CheckpointError, match="No space left"):
             replace_scales(checkpoint, 2, new_scales(checkpoint), {})
     assert everything_under(checkpoint) == before

@@ -17,11 +17,13 @@ from tiny_models import GROUP_SIZE, token_ids
 from typer.testing import CliRunner
 
 import matgptq
-from matgptq.checkpoint import CheckpointWriter, open_checkpoint, replace_scales
+from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoint_writer import CheckpointWriter
 from matgptq.checksums import CHECKSUMS_NAME, data_starts
 from matgptq.cli import app
 from matgptq.errors import CheckpointError
 from matgptq.integrity import check_integrity
+from matgptq.scale_replacement import replace_scales
 from matgptq.source import read_headers
 from matgptq.tensor_file import write_tensors
 

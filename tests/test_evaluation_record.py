@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from matgptq.allocation import Allocation
 from matgptq.allocation_store import DIRECTORY, save_allocation
-from matgptq.checkpoint import RECORD_NAME, open_checkpoint
+from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import CheckpointError
 from matgptq.evaluation_record import Record, read_record, record_evaluation
 from matgptq.evaluation_results import Evaluation, TaskEvaluation
+from matgptq.format import RECORD_NAME
 
 
 def perplexities(entry) -> dict[Any, float]:

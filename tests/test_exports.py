@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import matgptq
 from matgptq import exporting
 from matgptq.bit_stream import pack_rows, row_bytes, unpack_rows
-from matgptq.checkpoint import EXPORT_NAME, LayerInfo, open_checkpoint
+from matgptq.checkpoint import LayerInfo, open_checkpoint
 from matgptq.cli import app
 from matgptq.errors import (
     AllocationError,
@@ -37,6 +37,7 @@ from matgptq.exports.compressed_tensors import CompressedTensors
 from matgptq.exports.gguf_tokenizer import _PRE_TOKENIZERS
 from matgptq.exports.gptq import GPTQ
 from matgptq.exports.target import Target, kernel_group_size
+from matgptq.format import EXPORT_NAME
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers
 from matgptq.nested_weight import NestedWeight
 from matgptq.sliced_weight import cut, parent_of

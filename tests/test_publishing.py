@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 import matgptq
 from matgptq.allocation import Allocation
 from matgptq.allocation_store import save_allocation
-from matgptq.checkpoint import RECORD_NAME, open_checkpoint
+from matgptq.checkpoint import open_checkpoint
 from matgptq.cli import app
 from matgptq.errors import CheckpointError, ConfigurationError, UploadError
 from matgptq.evaluation_record import record_evaluation
+from matgptq.format import RECORD_NAME
 from matgptq.nested_linear import nested_layers
 
 REPOSITORY = "someone/tiny"

@@ -6,16 +6,15 @@ one is set; their pages are the system's to drop, so that memory holds no more t
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator, MutableSequence
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from matgptq.atomic_files import save_tensors
 from matgptq.errors import CheckpointError, ConfigurationError
 
 Placement = Literal["auto", "memory", "disk"]
@@ -86,13 +85,7 @@ class FileTensors(MutableSequence[Tensor]):
         return self._directory / f"{index:06d}.safetensors"
 
     def _write(self, index: int, tensor: Tensor) -> None:
-        file = self._file(index)
-        beside = file.with_suffix(".new")
-        try:
-            save_file({_NAME: tensor.contiguous()}, beside)
-            os.replace(beside, file)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: cannot be written: {error}") from error
+        save_tensors(self._file(index), {_NAME: tensor}, durable=False)
 
 
 class Boundaries:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from matgptq.allocation_store import allocation_file, write_record
+from matgptq.atomic_files import replacing
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import AllocationError, CheckpointError
 from matgptq.finiteness import all_finite
@@ -95,14 +95,13 @@ def save_scales(
     """
     file = allocation_file(checkpoint, allocation)
     tensors = {layer: scales[layer].detach().cpu().to(torch.float16).contiguous() for layer in checkpoint.layers}
-    beside = file.with_name(f".{file.stem}.new")
+    content = save(tensors)
+    digest = hashlib.sha256(content).hexdigest()
+    own = file.with_name(f"{file.stem}-{digest[:16]}.safetensors")
     try:
-        save_file(tensors, beside)
-        digest = _sha256(beside)
-        own = file.with_name(f"{file.stem}-{digest[:16]}.safetensors")
-        os.replace(beside, own)
-    except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
+        with replacing(own) as beside:
+            beside.write_bytes(content)
+    except OSError as error:
         raise CheckpointError(f"{file.parent}: cannot be written: {error}") from error
     known = json.loads(file.read_text(encoding="utf-8"))
     write_record(file, {**known, "refinement": dict(record), KEY: {"file": own.name, "sha256": digest}})

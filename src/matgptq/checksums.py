@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from matgptq.atomic_files import write_text
 from matgptq.errors import CheckpointError, SourceError
-from matgptq.source import TensorInfo, read_json
+from matgptq.source import TensorInfo, read_headers, read_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -111,3 +112,13 @@ def stored_checksums(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """
     starts = {file: data_starts(file) for file in {info.file for info in tensors.values()}}
     return {name: read_checksum(name, info, starts[info.file][info.name or name]) for name, info in tensors.items()}
+
+
+def write_checksums(directory: Path) -> None:
+    """Give a directory of safetensors files that another program wrote the checksums of what lies there now.
+
+    Raises:
+        SourceError: its files are damaged.
+        CheckpointError: it cannot be written.
+    """
+    write_text(directory / CHECKSUMS_NAME, checksums_text(stored_checksums(read_headers(directory))))

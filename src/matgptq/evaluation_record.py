@@ -18,9 +18,10 @@ from matgptq.allocation import format_lines
 from matgptq.allocation_scales import KEY as SCALES
 from matgptq.allocation_store import stored_allocations
 from matgptq.atomic_files import write_text
-from matgptq.checkpoint import RECORD_NAME, Checkpoint
+from matgptq.checkpoint import Checkpoint
 from matgptq.errors import CheckpointError, SourceError
 from matgptq.evaluation_results import Evaluation, TaskEvaluation
+from matgptq.format import RECORD_NAME
 from matgptq.source import public_name, read_json
 
 Record = dict[str, list[dict[str, Any]]]

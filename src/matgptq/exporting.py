@@ -12,18 +12,8 @@ import torch
 
 from matgptq.allocation_scales import find_scales
 from matgptq.allocation_store import find_allocation
-from matgptq.checkpoint import (
-    CARD_MARK,
-    CARD_NAME,
-    DEFAULT_SHARD_BYTES,
-    EXPORT_NAME,
-    RECORD_NAME,
-    REPORT_NAME,
-    Checkpoint,
-    CheckpointWriter,
-    check_destination,
-    open_checkpoint,
-)
+from matgptq.checkpoint import Checkpoint, open_checkpoint
+from matgptq.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
 from matgptq.checksums import CHECKSUMS_NAME
 from matgptq.devices import resolve_dtype
 from matgptq.errors import ConfigurationError
@@ -33,6 +23,7 @@ from matgptq.exports.gguf_file import GGUF
 from matgptq.exports.gptq import GPTQ
 from matgptq.exports.matgptq_slice import MatGPTQSlice
 from matgptq.exports.target import Export, Target
+from matgptq.format import CARD_MARK, CARD_NAME, EXPORT_NAME, RECORD_NAME, REPORT_NAME
 from matgptq.progress import Progress, Silent
 from matgptq.run_log import LOG_NAME
 from matgptq.slicing import check_bits

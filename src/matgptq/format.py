@@ -24,6 +24,16 @@ SCALE_DTYPE = "F16"
 SLICED_CODES = "sliced_codes"
 SLICED_SCALES = "sliced_scales"
 
+# Files of a checkpoint's directory, or of an export's.
+REPORT_NAME = "report.json"
+RECORD_NAME = "evaluation.json"
+CARD_NAME = "README.md"
+CARD_MARK = "<!-- matgptq: "  # of the part of the card that is ours
+EXPORT_NAME = "matgptq_export.json"  # in the directory of an export: what it is
+
+# What is stored of one layer: {name inside the layer: (safetensors dtype, shape)}.
+Parts = Mapping[str, tuple[str, tuple[int, ...]]]
+
 
 def scales_name(bits: int) -> str:
     """Name of the scales tensor of a width, inside its layer."""
@@ -184,15 +194,13 @@ def slice_settings(settings: Settings, widths: Mapping[str, int], group_sizes: M
     )
 
 
-def check_layer(
-    settings: Settings, layer: str, found: Mapping[str, tuple[str, tuple[int, ...]]], expected: tuple[int, int] | None
-) -> None:
+def check_layer(settings: Settings, layer: str, found: Parts, expected: tuple[int, int] | None) -> None:
     """Check the stored tensors of one layer against the settings.
 
     Args:
         settings: of the checkpoint.
         layer: its full module name.
-        found: ``{name inside the layer: (safetensors dtype, shape)}`` of everything stored there.
+        found: everything that is stored there.
         expected: ``(out_features, in_features)`` of the architecture, or None when it is not known.
 
     Raises:
@@ -236,9 +244,7 @@ def check_layer(
         raise CheckpointError(f"layer {layer}: {stray[0]} is in the files but not among scale_bits of config.json")
 
 
-def _check_sliced_layer(
-    settings: Settings, layer: str, found: Mapping[str, tuple[str, tuple[int, ...]]], expected: tuple[int, int] | None
-) -> None:
+def _check_sliced_layer(settings: Settings, layer: str, found: Parts, expected: tuple[int, int] | None) -> None:
     if SLICED_SCALES not in found:
         raise CheckpointError(f"layer {layer}: the checkpoint has no {layer}.{SLICED_SCALES}")
     dtype, shape = found[SLICED_SCALES]

@@ -11,10 +11,10 @@ import torch
 
 from matgptq.allocation_scales import damage_of
 from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
-from matgptq.checkpoint import EXPORT_NAME, is_checkpoint, open_checkpoint
+from matgptq.checkpoint import is_checkpoint, open_checkpoint
 from matgptq.checksums import data_starts, read_checksum, read_checksums
 from matgptq.errors import CheckpointError, SourceError
-from matgptq.format import is_scales
+from matgptq.format import EXPORT_NAME, is_scales
 from matgptq.progress import Progress, Silent
 from matgptq.source import TensorInfo, read_headers, read_tensor
 

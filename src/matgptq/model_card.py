@@ -15,9 +15,10 @@ from matgptq import figures
 from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
 from matgptq.allocation_store import stored_allocations
 from matgptq.atomic_files import write_text
-from matgptq.checkpoint import CARD_MARK, CARD_NAME, Checkpoint, open_checkpoint
+from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.errors import CheckpointError
 from matgptq.evaluation_record import read_record
+from matgptq.format import CARD_MARK, CARD_NAME
 from matgptq.source import is_hub_id, public_name
 
 _BEGIN = f"{CARD_MARK}from here to the next such line written by `matgptq card`, the rest is kept -->"

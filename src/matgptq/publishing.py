@@ -15,9 +15,10 @@ from matgptq.allocation_scales import scales_file
 from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
 from matgptq.allocation_store import stored_allocations
 from matgptq.atomic_files import write_text
-from matgptq.checkpoint import CARD_NAME, RECORD_NAME, REPORT_NAME, Checkpoint, is_checkpoint, open_checkpoint
+from matgptq.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from matgptq.errors import ConfigurationError, UploadError
 from matgptq.evaluation_record import read_record
+from matgptq.format import CARD_NAME, RECORD_NAME, REPORT_NAME
 from matgptq.model_card import card_text, read_card, without_paths
 from matgptq.run_log import LOG_NAME
 from matgptq.source import CHAT_TEMPLATES, INDEX_NAME, is_hub_id, read_json

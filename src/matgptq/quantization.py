@@ -24,21 +24,14 @@ from matgptq.block_hessians import collect_hessians
 from matgptq.blocks import Block, BlockInputs, capture_inputs, propagate
 from matgptq.calibration import SELF, Windows, first_tokens, load_windows, takes_self
 from matgptq.channel_scaling import scale_channels, scaled_tensors
-from matgptq.checkpoint import (
-    DEFAULT_SHARD_BYTES,
-    REPORT_NAME,
-    CheckpointWriter,
-    check_destination,
-    layer_tensors,
-    read_layer,
-)
+from matgptq.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.distributed import Processes, assign, local_device, processes
 from matgptq.expert_hessians import Coverage, ExpertCalibration
 from matgptq.experts import check_expert_tensors, unfuse_experts
 from matgptq.families import Family, check_parts, find_family
 from matgptq.fingerprint import fingerprint_data, fingerprint_model, fingerprint_software
-from matgptq.format import Settings
+from matgptq.format import REPORT_NAME, Settings
 from matgptq.kept_tensors import ROTATED_DTYPE, KeptTensors, find_kept, read_kept
 from matgptq.nested_weight import NestedWeight
 from matgptq.plan import CalibrationRequest, Plan, make_plan
@@ -55,6 +48,7 @@ from matgptq.slicing import check_bits
 from matgptq.solver import solve
 from matgptq.source import ModelSource, open_source, read_header, read_tensor
 from matgptq.stage_clock import StageClock
+from matgptq.stored_layers import layer_tensors, read_layer
 from matgptq.work_directory import WorkDirectory
 from matgptq.workers import INLINE, one_thread_each
 

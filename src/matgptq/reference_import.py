@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matgptq.checkpoint import DEFAULT_SHARD_BYTES, REPORT_NAME, CheckpointWriter, check_destination
+from matgptq.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
 from matgptq.errors import SourceError
 from matgptq.finiteness import all_finite
-from matgptq.format import Settings
+from matgptq.format import REPORT_NAME, Settings
 from matgptq.grid import storable_scales
 from matgptq.nested_weight import NestedWeight
 from matgptq.progress import Progress, Silent

@@ -9,33 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from matgptq.allocation_scales import find_scales, save_scales, widths_scales
 from matgptq.allocation_store import find_allocation, stored_allocations
+from matgptq.atomic_files import json_text, save_tensors, write_text
 from matgptq.block_tuning import tune_blocks
 from matgptq.blocks import Block, capture_inputs, complete
 from matgptq.calibration import SELF, Windows, load_windows, takes_self
-from matgptq.checkpoint import Checkpoint, open_checkpoint, replace_scales
+from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device
-from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
+from matgptq.errors import CalibrationError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.families import find_family
 from matgptq.loading import load
 from matgptq.model_config import check_window, longest_window
 from matgptq.nested_linear import nested_layers
 from matgptq.progress import Progress, Silent
 from matgptq.reference_model import find_reference, reference_dtype
+from matgptq.scale_replacement import replace_scales
 from matgptq.scale_tuning import (
     ModelObjective,
     ScaleVector,
@@ -509,11 +509,7 @@ class _Workspace:
             progress.note(f"{self.directory} is of another run ({', '.join(changed)} changed): beginning anew")
             self.remove()
         start = {goal.key: digest for goal, digest in present}
-        try:
-            self.directory.mkdir()
-            self._replace("run.json", lambda file: file.write_text(json.dumps({**options, "start": start}, indent=2)))
-        except OSError as error:
-            raise CheckpointError(f"{self.directory}: cannot be written: {error}") from error
+        write_text(self.directory / "run.json", json_text({**options, "start": start}))
 
     def _changed(self, options: Mapping[str, Any], present: Iterable[tuple[_Goal, str]]) -> list[str]:
         try:
@@ -531,30 +527,19 @@ class _Workspace:
                 changed.append(f"scales of {goal.name}")
         return changed
 
-    def _replace(self, name: str, write: Callable[[Path], object]) -> None:
-        beside = self.directory / f"{name}.new"
-        write(beside)
-        os.replace(beside, self.directory / name)
-
-    def _keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        try:
-            self._replace(name, lambda file: save_file(dict(tensors), file))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.directory / name}: cannot be written: {error}") from error
-
     def _kept(self, name: str) -> dict[str, Tensor] | None:
         file = self.directory / name
         return load_file(file) if file.is_file() else None
 
     def keep_teacher_states(self, hidden: Tensor) -> None:
-        self._keep("teacher.safetensors", {"hidden": hidden})
+        save_tensors(self.directory / "teacher.safetensors", {"hidden": hidden})
 
     def teacher_states(self) -> Tensor | None:
         kept = self._kept("teacher.safetensors")
         return None if kept is None else kept["hidden"]
 
     def keep_state(self, goal: _Goal, state: TuningState) -> None:
-        self._keep(f"state-{goal.key}.safetensors", state.to_tensors())
+        save_tensors(self.directory / f"state-{goal.key}.safetensors", state.to_tensors())
 
     def state(self, goal: _Goal) -> TuningState | None:
         kept = self._kept(f"state-{goal.key}.safetensors")

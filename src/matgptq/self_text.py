@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from matgptq import cache
+from matgptq.atomic_files import replacing
 from matgptq.errors import CalibrationError, ConfigurationError
 from matgptq.finiteness import all_finite
 from matgptq.model_config import longest_window
@@ -305,19 +304,12 @@ def _read_cache(path: Path, key: str, nsamples: int, seqlen: int, vocabulary: in
 def _write_cache(path: Path, key: str, tokens: Tensor) -> None:
     from safetensors.torch import save
 
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".self-", suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(save({"tokens": tokens.contiguous()}, metadata={"key": key}))
-        os.replace(temporary, path)
-        temporary = None
+        with replacing(path, durable=False) as beside:
+            beside.write_bytes(save({"tokens": tokens.contiguous()}, metadata={"key": key}))
     except OSError as error:
         logger.warning("generated text cannot be kept in %s (%s); it will be generated again next time", path, error)
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def check_counts(windows: int | None, seqlen: int) -> None:

@@ -17,8 +17,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from matgptq.checkpoint import write_checksums
-from matgptq.checksums import CHECKSUMS_NAME
+from matgptq.checksums import CHECKSUMS_NAME, write_checksums
 from matgptq.errors import CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.experts import Experts, unfuse_experts
 from matgptq.families import Family, find_family
@@ -27,6 +26,7 @@ from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
 from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_header
+from matgptq.stored_layers import parts_of_layers
 from matgptq.tensor_names import match_names
 
 _WEIGHTS = (WEIGHTS_NAME, INDEX_NAME)
@@ -193,10 +193,7 @@ def replace_linears(model: Any, settings: Settings, headers: Mapping[str, Tensor
         unfuse_experts(model, family)
     prefix = f"{model.base_model_prefix}."
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    stored_layers: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
-    for key, info in headers.items():
-        layer, _, leaf = key.rpartition(".")
-        stored_layers.setdefault(layer, {})[leaf] = (info.dtype, info.shape)
+    stored_layers = parts_of_layers(headers)
     replaced = set()
     for name, linear in linears.items():
         # A base model loaded from a causal one's checkpoint has names without the prefix.

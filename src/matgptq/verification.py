@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from matgptq.allocation_scales import find_scales
-from matgptq.checkpoint import EXPORT_NAME, open_checkpoint
+from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_dtype
 from matgptq.errors import AllocationError, ExportError, SourceError
 from matgptq.exports.gguf_file import ARCHITECTURES, FILE_NAME, context_length
 from matgptq.exports.target import Target
+from matgptq.format import EXPORT_NAME
 from matgptq.model_config import attention_options, stored_dtype
 from matgptq.nested_linear import NestedLinear
 from matgptq.progress import Progress, Silent

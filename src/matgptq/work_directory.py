@@ -29,8 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from matgptq.atomic_files import write_text
-from matgptq.checkpoint import disk_errors
+from matgptq.atomic_files import replacing, write_text
+from matgptq.directories import disk_errors
 from matgptq.distributed import ALONE, Processes
 from matgptq.errors import CheckpointError, ConfigurationError
 
@@ -157,13 +157,8 @@ class WorkDirectory:
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a file of tensors, whole or not at all."""
-        file = self.path / name
-        beside = file.with_suffix(".new")
-        with disk_errors(self._destination, self.kept):
+        with disk_errors(self._destination, self.kept), replacing(self.path / name) as beside:
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, beside)
-            with beside.open("rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(beside, file)
 
     def kept_or_made(
         self, name: str, make: Callable[[], Mapping[str, Tensor]], *, together: bool = False

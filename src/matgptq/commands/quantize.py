@@ -156,7 +156,7 @@ def _dry_run(
     ignored: tuple[str, ...], device: str, dtype: str, activations: str, force: bool, trust_remote_code: bool,
 ) -> None:  # fmt: skip
     from matgptq.activations import check_placement
-    from matgptq.checkpoint import check_destination
+    from matgptq.checkpoint_writer import check_destination
     from matgptq.console import plan_table
     from matgptq.devices import resolve_device, resolve_dtype
     from matgptq.plan import CalibrationRequest

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from matgptq.checkpoint import CheckpointWriter, disk_errors
+from matgptq.checkpoint_writer import CheckpointWriter
+from matgptq.directories import disk_errors
 from matgptq.errors import ExportError
 from matgptq.exports.gguf_tokenizer import add_tokenizer
 from matgptq.exports.target import Export, Target, check_untied

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matgptq.checkpoint import Checkpoint, CheckpointWriter
+from matgptq.checkpoint import Checkpoint
+from matgptq.checkpoint_writer import CheckpointWriter
 from matgptq.errors import ExportError, UnsupportedModelError
 from matgptq.families import Family, find_family
 from matgptq.finiteness import all_finite
@@ -21,6 +22,7 @@ from matgptq.format import CODES, GUARD, scales_name
 from matgptq.nested_weight import NestedWeight
 from matgptq.sliced_weight import SlicedWeight, cut
 from matgptq.source import read_tensor
+from matgptq.stored_layers import read_layer
 
 # What Marlin takes, the kernel that stock vLLM runs 4- and 8-bit weights with; whole rows besides.
 KERNEL_GROUP_SIZES = (32, 64, 128)
@@ -96,14 +98,11 @@ class Target:
 
     def read(self, layer: str) -> SlicedWeight:
         """The slice of one layer."""
-        stored = self.checkpoint.tensors
-        names = [CODES, *map(scales_name, self.checkpoint.settings.scale_bits)]
-        codes, *stored_scales = (read_tensor(f"{layer}.{name}", stored[f"{layer}.{name}"]) for name in names)
-        scales = dict(zip(self.checkpoint.settings.scale_bits, stored_scales, strict=True))
+        weight = read_layer(layer, self.checkpoint.tensors, self.checkpoint.settings.scale_bits)
         bits = self.widths[layer]
         if self.own_scales is not None:
-            scales[bits] = self.own_scales[layer]
-        sliced = cut(NestedWeight(codes, scales), bits)
+            weight = NestedWeight(weight.codes, {**weight.scales, bits: self.own_scales[layer]})
+        sliced = cut(weight, bits)
         if not all_finite(sliced.scales) or bool((sliced.scales == 0).any()):
             raise ExportError(f"layer {layer}: a scale is zero, NaN or Inf; the checkpoint is damaged")
         return sliced

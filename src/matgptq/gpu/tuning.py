@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
+from matgptq.atomic_files import replacing
 from matgptq.cache import cache_dir
 from matgptq.gpu.layout import CHUNK_COLUMNS, PlaneWeight
 
@@ -185,7 +183,5 @@ class Tuner:
         text = json.dumps({key: dataclasses.asdict(launch) for key, launch in merged.items()}, indent=1)
         with contextlib.suppress(OSError):  # it is only a cache
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self._path.parent, prefix=".triton-", suffix=".tmp")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(name).replace(self._path)
+            with replacing(self._path, durable=False) as beside:
+                beside.write_text(text, encoding="utf-8")

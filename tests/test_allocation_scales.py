@@ -13,7 +13,7 @@ from tiny_models import VOCAB, token_ids
 from typer.testing import CliRunner
 
 import matgptq
-from matgptq import refinement
+from matgptq import tuning_run, tuning_workspace
 from matgptq.allocation import Allocation
 from matgptq.allocation_scales import find_scales, save_scales, widths_scales
 from matgptq.allocation_store import DIRECTORY, save_allocation
@@ -25,6 +25,7 @@ from matgptq.integrity import check_integrity
 from matgptq.nested_linear import nested_layers
 from matgptq.nested_weight import NestedWeight
 from matgptq.publishing import prepare_upload
+from matgptq.scale_goals import default_learning_rate
 from matgptq.verification import verify
 from matgptq.vllm_plugin.choice import Choice, chosen_layers
 
@@ -114,11 +115,11 @@ def test_layers_move_at_the_rate_of_their_width(
         paces.update({name: layer.pace for name, layer in tuned.items()})
         return tuned
 
-    original = refinement._Run._tunable
-    monkeypatch.setattr(refinement._Run, "_tunable", tunable)
+    original = tuning_run.TuningRun._tunable
+    monkeypatch.setattr(tuning_run.TuningRun, "_tunable", tunable)
     matgptq.refine(mixed, allocation=NAME, steps=1, dataset=windows)
-    rates = {layer: pace * refinement.default_learning_rate(2) for layer, pace in paces.items()}
-    assert rates == {layer: refinement.default_learning_rate(bits) for layer, bits in _layers(mixed).items()}
+    rates = {layer: pace * default_learning_rate(2) for layer, pace in paces.items()}
+    assert rates == {layer: default_learning_rate(bits) for layer, bits in _layers(mixed).items()}
 
 
 def test_it_is_served_and_fixed(tuned: Path) -> None:
@@ -184,8 +185,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     matgptq.refine(other, **options)
     with monkeypatch.context() as patch:
         stopping = _stopping(event)
-        for write in (refinement.write_text, refinement.save_tensors):
-            patch.setattr(refinement, write.__name__, stopping(write))
+        for write in (tuning_workspace.write_text, tuning_workspace.save_tensors):
+            patch.setattr(tuning_workspace, write.__name__, stopping(write))
         with pytest.raises(KeyboardInterrupt):
             matgptq.refine(mixed, **options)
     matgptq.refine(mixed, **options)

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from tiny_models import VOCAB, token_ids
 
 import matgptq
-from matgptq import refinement
+from matgptq import tuning_run, tuning_workspace
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.grid import storable_scales
+from matgptq.tuning_text import HELD_OUT
 
 TEXT = "\n".join(f"document {n}: the quick brown fox jumps over the lazy dog" for n in range(60))
 
@@ -79,7 +80,7 @@ def test_two_widths_get_better_and_nothing_else_changes(
 
 
 def test_held_out_kl_is_what_evaluation_measures(checkpoint: Path, windows: torch.Tensor) -> None:
-    held_out = windows[-refinement.HELD_OUT :]
+    held_out = windows[-HELD_OUT:]
     (result,) = matgptq.refine(checkpoint, (3,), steps=8, dataset=windows)
     model = matgptq.load(checkpoint, 3)
     from matgptq.source import open_source
@@ -117,20 +118,21 @@ def interrupt(event: int, *, before: bool) -> Iterator[None]:
     count = 0
 
     def interrupted(function):
-        def wrapper(*arguments):
+        def wrapper(*arguments, **options):
             nonlocal count
             count += 1
             if count == event and before:
                 raise KeyboardInterrupt
-            function(*arguments)
+            function(*arguments, **options)
             if count == event:
                 raise KeyboardInterrupt
 
         return wrapper
 
     with pytest.MonkeyPatch.context() as patch:
-        for write in (refinement.write_text, refinement.save_tensors, refinement.replace_scales):
-            patch.setattr(refinement, write.__name__, interrupted(write))
+        for write in (tuning_workspace.write_text, tuning_workspace.save_tensors):
+            patch.setattr(tuning_workspace, write.__name__, interrupted(write))
+        patch.setattr(tuning_run, "replace_scales", interrupted(tuning_run.replace_scales))
         yield
 
 

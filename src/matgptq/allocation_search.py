@@ -30,7 +30,7 @@ from matgptq.errors import ConfigurationError
 from matgptq.families import find_family
 from matgptq.loading import load
 from matgptq.model_config import check_window, longest_window
-from matgptq.progress import Progress, Silent
+from matgptq.progress import Progress, Silent, counting_steps
 from matgptq.reference_model import find_reference
 from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.slicing import WIDTHS
@@ -265,14 +265,6 @@ def _windows(
 ) -> Windows:
     count = settings.pool + settings.held_out
     progress.start("search text", count)
-    done = 0
-
-    def report(tokens: int, total: int) -> None:
-        nonlocal done
-        reached = tokens * count // total
-        progress.advance(reached - done)
-        done = reached
-
     return load_windows(
         dataset,
         None if isinstance(dataset, Tensor) else load_tokenizer(path, trust_remote_code=trust_remote_code),
@@ -280,7 +272,7 @@ def _windows(
         seqlen=settings.seqlen,
         seed=settings.seed + _SEED_OFFSET,
         model=model,
-        progress=report,
+        progress=counting_steps(progress, count),
     )
 
 

@@ -154,7 +154,7 @@ class _Pass:
         if self.experts is not None:
             columns += _EXPERTS_PER_TOKEN * self.experts.columns
         tokens = stream.hidden[0].shape[0] * stream.hidden[0].shape[1]
-        return max(1, min(self.workers.count, _SEEN_BYTES // (tokens * columns * 4)))
+        return max(1, min(self.workers.count, _SEEN_BYTES // (tokens * max(1, columns) * 4)))
 
     def _add(self, sightings: Sequence[Sighting], stream: BlockInputs) -> None:
         """Add sightings to their totals in their order: tile by tile, of experts, who are many, total by total."""

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from matgptq.errors import CalibrationError, ConfigurationError
-from matgptq.self_text import Progress, check_counts, generate_windows
+from matgptq.progress import Counted
+from matgptq.self_text import check_counts, generate_windows
 from matgptq.text_sources import Document, Reader, TextSource, open_source
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def load_windows(
     seed: int,
     model: nn.Module | None = None,
     cache_dir: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Counted | None = None,
 ) -> Windows:
     """Windows for calibration.
 
@@ -145,7 +146,7 @@ def _mixed_windows(
     load: Callable[..., Windows],
     nsamples: int | None,
     seqlen: int,
-    progress: Progress | None,
+    progress: Counted | None,
 ) -> Windows:
     """Windows of several texts in turns; the first texts give one more where they cannot all give as many."""
     if nsamples is not None and nsamples < len(names):
@@ -184,7 +185,7 @@ def evaluation_windows(
     seed: int = 0,
     model: nn.Module | None = None,
     cache_dir: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Counted | None = None,
 ) -> Windows:
     """Windows for evaluation: the text from its start, tokenized as one string, the remainder left out.
 
@@ -303,7 +304,7 @@ def pack_windows(
     nsamples: int | None,
     seqlen: int,
     stride: int | None = None,
-    progress: Progress | None = None,
+    progress: Counted | None = None,
 ) -> tuple[Tensor, int]:
     """Concatenate token sequences and cut windows of ``seqlen`` tokens from the result, one every ``stride`` tokens.
 
@@ -485,7 +486,7 @@ def _self_windows(
     seed: int,
     model: nn.Module | None,
     cache_dir: str | Path | None,
-    progress: Progress | None,
+    progress: Counted | None,
 ) -> Windows:
     if model is None:
         raise CalibrationError("'self' is text that the model generates: pass the model, or name a text")

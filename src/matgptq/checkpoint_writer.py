@@ -59,6 +59,7 @@ class CheckpointWriter:
         self._staging: Path | None = None
         self._pending: dict[str, Tensor | TensorInfo] = {}
         self._pending_bytes = 0
+        self._names: set[str] = set()
         self._shards: list[list[str]] = []
         self._total_bytes = 0
         self._checksums: dict[str, str] = {}
@@ -96,10 +97,11 @@ class CheckpointWriter:
         self._take(name, info, info.bytes)
 
     def _take(self, name: str, tensor: Tensor | TensorInfo, size: int) -> None:
-        if name in self._pending or any(name in shard for shard in self._shards):
+        if name in self._names:
             raise CheckpointError(f"tensor {name} is written twice")
         if self._pending and self._pending_bytes + size > self.shard_bytes:
             self._flush()
+        self._names.add(name)
         self._pending[name] = tensor
         self._pending_bytes += size
         self._total_bytes += size

@@ -33,8 +33,7 @@ from matgptq.figures import megabytes
 from matgptq.integrity import Integrity
 from matgptq.nested_weight import scale_source
 from matgptq.plan import Plan
-from matgptq.refinement import Refinement
-from matgptq.report import LayerReport, Report
+from matgptq.report import LayerReport, Refinement, Report
 from matgptq.requirements import Requirements
 from matgptq.slicing import WIDTHS
 from matgptq.speed import Speed

@@ -8,10 +8,16 @@ import secrets
 import shutil
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from safetensors import SafetensorError
 
 from matgptq.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None  # type: ignore[assignment]
 
 
 class disk_errors:
@@ -75,3 +81,19 @@ def link_or_copy(source: str, target: str) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target, follow_symlinks=False)
+
+
+def lock_directory(directory: Path, message: str) -> IO[str]:
+    """Take the lock of a directory that one process may work in; it is held until the file is closed.
+
+    Raises:
+        CheckpointError: another process has it; with the message.
+    """
+    lock = (directory / "lock").open("w")
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise CheckpointError(f"{directory}: {message}") from error
+    return lock

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matgptq.calibration import text_names
 from matgptq.source import ModelSource
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
@@ -32,16 +33,24 @@ def fingerprint_model(source: ModelSource) -> dict[str, str]:
         files = {source.directory / source.gguf_file}
     else:
         files = {info.file for info in source.tensors.values()} | {source.directory / "config.json"}
+        files |= {file for file in source.side_files().values() if _belongs_to_tokenizer(file)}
     return {file.name: fingerprint_file(file) for file in sorted(files)}
 
 
+def _belongs_to_tokenizer(file: Path) -> bool:
+    """Which tokens a text becomes depends on these."""
+    return file.suffix in (".model", ".tiktoken", ".jinja") or file.name.startswith(
+        ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+    )
+
+
 def fingerprint_data(dataset: str | Path | Tensor) -> str:
-    """A calibration text: what is in the file, the digits of the token ids, or else its name."""
+    """Calibration texts: what is in the files, the digits of the token ids, or else their names."""
     if isinstance(dataset, Tensor):
         content = dataset.to("cpu", torch.int64).contiguous()
         return f"token ids {hashlib.blake2b(content.numpy().tobytes(), digest_size=16).hexdigest()}"
-    path = Path(dataset).expanduser()
-    return fingerprint_file(path) if path.is_file() else str(dataset)
+    paths = [Path(name).expanduser() for name in text_names(dataset)]
+    return ",".join(fingerprint_file(path) if path.is_file() else str(path) for path in paths)
 
 
 def fingerprint_software(device: torch.device) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def make_plan(
         ConfigurationError: nothing is left to quantize, or windows are longer than the model allows.
     """
     family = find_family(network.config.model_type)
+    _check_ignored(network, ignore)
     blocks = tuple(_without(block, ignore) for block in find_blocks(network, family))
     layers: dict[str, LayerPlan] = {}
     for block in blocks:
@@ -109,12 +110,26 @@ def make_plan(
     return Plan(blocks, layers, kept, recipe.group_size, nsamples, seqlen, (*notes, *_group_notes(layers, recipe)))
 
 
+def _check_ignored(network: Any, ignore: tuple[str, ...]) -> None:
+    """Refuse a pattern that no Linear has the name of: what it was meant for would be quantized."""
+    linears = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in ignore:
+        # The head is never quantized, and some models call it otherwise.
+        if pattern != "lm_head" and not any(_is_named(name, pattern) for name in linears):
+            raise ConfigurationError(f"--ignore {pattern}: no Linear layer has this name, the first is {linears[0]}")
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    """Whether a pattern is for a layer: its full name, the end of it, or either with ``*``."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
 def _without(block: Block, ignore: tuple[str, ...]) -> Block:
     inputs = tuple(
         tuple(
             (path, layer)
             for path, layer in group
-            if not any(fnmatchcase(f"{block.name}.{path}", pattern) or path == pattern for pattern in ignore)
+            if not any(_is_named(f"{block.name}.{path}", pattern) for pattern in ignore)
         )
         for group in block.inputs
     )
@@ -129,7 +144,11 @@ def _calibration_size(
     if isinstance(request.dataset, Tensor):
         if request.dataset.dim() != 2:
             raise ConfigurationError(f"calibration token ids must be [n, seqlen], not {tuple(request.dataset.shape)}")
-        return request.nsamples or len(request.dataset), request.seqlen or request.dataset.shape[1], []
+        windows, tokens = request.dataset.shape
+        windows = windows if request.nsamples is None else request.nsamples
+        tokens = tokens if request.seqlen is None else request.seqlen
+        _check_size(network, windows, tokens)
+        return windows, tokens, []
     notes = []
     on_cpu = device.type == "cpu"
     nsamples, seqlen = request.nsamples, request.seqlen
@@ -144,10 +163,14 @@ def _calibration_size(
         if seqlen < DEFAULT_SEQLEN:
             reason = "no GPU" if seqlen == wanted else "the model's context ends there"
             notes.append(f"{reason}: windows of {seqlen} tokens instead of {DEFAULT_SEQLEN} (--seqlen)")
+    _check_size(network, nsamples, seqlen)
+    return nsamples, seqlen, notes
+
+
+def _check_size(network: Any, nsamples: int, seqlen: int) -> None:
     if nsamples < 1 or seqlen < 2:
         raise ConfigurationError(f"calibration needs at least 1 window of 2 tokens, not {nsamples} of {seqlen}")
     check_window(network.config, seqlen)
-    return nsamples, seqlen, notes
 
 
 def _group_notes(layers: Mapping[str, LayerPlan], recipe: Recipe) -> list[str]:

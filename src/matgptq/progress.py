@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -26,3 +27,20 @@ class Silent:
     def advance(self, steps: int = 1) -> None: ...
 
     def note(self, message: str) -> None: ...
+
+
+# Receives how much of something is done, and how much there is.
+Counted = Callable[[int, int], None]
+
+
+def counting_steps(progress: Progress, steps: int) -> Counted:
+    """Receives (done, in all) in any unit, and advances a stage of so many steps by as much."""
+    reached = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal reached
+        now = done * steps // total if total else reached
+        progress.advance(now - reached)
+        reached = now
+
+    return report

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from matgptq.format import REPORT_NAME, Settings
 from matgptq.kept_tensors import ROTATED_DTYPE, KeptTensors, find_kept, read_kept
 from matgptq.nested_weight import NestedWeight
 from matgptq.plan import CalibrationRequest, Plan, make_plan
-from matgptq.progress import Progress, Silent
+from matgptq.progress import Progress, Silent, counting_steps
 from matgptq.recipe import Recipe, make_recipe
 from matgptq.refinement import refine
 from matgptq.report import LayerReport, Report
@@ -164,7 +164,7 @@ def quantize(
                     source, recipe, request, ignore=tuple(ignore), device=run_device, dtype=run_dtype,
                     activations=activations,
                 )  # fmt: skip
-                check_requirements(prepared.needs, destination)
+                check_requirements(prepared.needs, destination, work.kept_bytes)
                 clock.lap("load")
                 run = _Run(prepared, recipe, request, work, together, clock, progress)
                 report = run.quantize(destination, default_bits, wandb_project, force=force, shard_bytes=shard_bytes)
@@ -263,7 +263,7 @@ def prepare(
         streamed=streamed,
         activations=activations,
         device=device,
-        whole_for_text=takes_self(request.dataset),
+        whole_for_text=recipe.needs_calibration and takes_self(request.dataset),
     )
     residency = Streamed(network, source, family.blocks, device) if streamed else Whole(network)
     return Prepared(source, residency, plan, kept, needs, device)
@@ -370,20 +370,18 @@ class _Run:
         if not self.recipe.needs_calibration:
             return None, {}
         plan, dataset = self.plan, self.request.dataset
-        made: dict[str, Any] = {}
 
         def make() -> dict[str, Tensor]:
             windows = self._load_windows(dataset)
-            made["protocol"] = windows.protocol
-            return {"tokens": windows.tokens}
+            # One file, so that there are both or neither.
+            return {"tokens": windows.tokens, "protocol": torch.tensor([*windows.protocol.encode()], dtype=torch.uint8)}
 
         kept = self.work.kept_or_made("windows.safetensors", make)
-        protocol = self.work.kept_text("protocol.txt", made.get("protocol"))
         record = {
             "dataset": "token ids" if isinstance(dataset, Tensor) else str(dataset),
             "nsamples": plan.nsamples,
             "seqlen": plan.seqlen,
-            "protocol": protocol,
+            "protocol": bytes(kept["protocol"].tolist()).decode(),
         }
         return kept["tokens"], record
 
@@ -404,15 +402,6 @@ class _Run:
     def _load_windows(self, dataset: str | Path | Tensor) -> Windows:
         plan = self.plan
         self.progress.start("calibration text", plan.nsamples)
-        done = 0
-
-        def report(count: int, total: int) -> None:
-            nonlocal done
-            if total:
-                reached = count * plan.nsamples // total
-                self.progress.advance(reached - done)
-                done = reached
-
         network = self.network
         if takes_self(dataset) and isinstance(self.residency, Streamed):
             network = self.source.load_model(network.dtype, network.device)  # writing text takes the whole model
@@ -423,7 +412,7 @@ class _Run:
             seqlen=plan.seqlen,
             seed=self.recipe.seed,
             model=network,
-            progress=report,
+            progress=counting_steps(self.progress, plan.nsamples),
         )
 
     def _quantize_blocks(self, windows: Tensor | None) -> Iterator[LayerReport]:
@@ -485,6 +474,8 @@ class _Run:
         inputs = [capture_inputs(network, blocks, windows[mine], token_weights=weights)]
         if recipe.sink_weight > 1:
             bos = getattr(network.config.get_text_config(), "bos_token_id", None)
+            if not isinstance(bos, int) or not 0 <= bos < len(network.get_input_embeddings().weight):
+                bos = None
             first = first_tokens(windows, _FIRST_TOKENS, bos, recipe.seed)
             # Each window has its first position in it once already.
             weight = (recipe.sink_weight - 1) * len(windows) / len(first)
@@ -537,6 +528,7 @@ class _Run:
                 layer.weight.data = weight.dequantize(self.recipe.propagated_bits, layer.weight.dtype)
             reports += group_reports
         tensors.update(read_kept(self.source, self.network, self.kept.by_block[index]))
+        self._set_scaled(index, tensors.__getitem__)
         self.work.finish_block(index, tensors, {"layers": [asdict(report) for report in reports]})
         return reports
 
@@ -638,9 +630,13 @@ class _Run:
             weight = read_layer(name, tensors, self.recipe.scale_bits)
             values = weight.dequantize(self.recipe.propagated_bits, layer.weight.dtype)
             layer.weight.data = values.to(layer.weight.device)
+        self._set_scaled(index, lambda name: read_tensor(name, tensors[name]))
+
+    def _set_scaled(self, index: int, stored: Callable[[str], Tensor]) -> None:
+        """Go on with what the checkpoint holds of scaled parameters, as a later run will; rotated ones were rounded."""
         for kept in self.kept.by_block[index]:
             if kept.scaled:
-                self.network.get_parameter(kept.known).data.copy_(read_tensor(kept.name, tensors[kept.name]))
+                self.network.get_parameter(kept.known).data.copy_(stored(kept.name))
 
     def _put_together(self, writer: CheckpointWriter) -> None:
         """Hand all finished blocks to the writer, and what stands around them; bytes are copied from file to file."""

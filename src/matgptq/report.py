@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from matgptq.refinement import Refinement
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,33 @@ class LayerReport:
         """From JSON, whose keys are text and whose tuples are lists."""
         errors = {int(bits): float(error) for bits, error in record["errors"].items()}
         return cls(**{**record, "shape": tuple(record["shape"]), "errors": errors})
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What tuning did to one width or allocation.
+
+    Attributes:
+        bits: the width; for an allocation the average over the weights.
+        kl_before, kl_after: mean KL(full || slice) in nats a token on text that tuning did not see, with the scales
+            as stored. The checkpoint has new scales exactly if the second is smaller.
+        steps: taken; fewer than asked for if the held-out text stopped it. For scope ``block``: blocks.
+        history: ``(steps taken, held-out KL)``.
+        seconds: of this call.
+        allocation: its name; None for a width.
+    """
+
+    bits: float
+    kl_before: float
+    kl_after: float
+    steps: int
+    history: list[tuple[int, float]]
+    seconds: float
+    allocation: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
 
 
 @dataclass

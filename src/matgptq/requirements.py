@@ -97,8 +97,13 @@ def estimate_requirements(
     return Requirements(memory, disk, activations, _seconds(plan, recipe, device), streamed)
 
 
-def check_requirements(needs: Requirements, destination: Path) -> None:
+def check_requirements(needs: Requirements, destination: Path, present: int = 0) -> None:
     """Refuse a run that cannot fit.
+
+    Args:
+        needs: of the run, from its beginning.
+        destination: of the checkpoint.
+        present: bytes of these that lie on the disk already.
 
     Raises:
         ConfigurationError: says how much is needed of what, how much there is, and what would need less.
@@ -118,7 +123,7 @@ def check_requirements(needs: Requirements, destination: Path) -> None:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    wanted = sum(needs.disk.values())
+    wanted = sum(needs.disk.values()) - present
     if wanted > free:
         raise ConfigurationError(
             f"this needs about {_gigabytes(wanted)} of disk while it runs, {_gigabytes(free)} are free at {place}"

@@ -23,7 +23,14 @@ from matgptq.source import INDEX_NAME, read_json, read_tensor
 from matgptq.tensor_file import write_tensors
 
 
-def replace_scales(path: str | Path, bits: int, scales: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def replace_scales(
+    path: str | Path,
+    bits: int,
+    scales: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    *,
+    staging: Path | None = None,
+) -> None:
     """Give one width of a checkpoint new scales. At every moment the directory holds either the old or the new ones.
 
     Only the files that hold scales of that width are written again, beside the checkpoint; the others are linked. A
@@ -35,6 +42,7 @@ def replace_scales(path: str | Path, bits: int, scales: Mapping[str, Tensor], re
         bits: the width.
         scales: ``{layer: [out, groups]}`` storable, of every layer.
         record: of how they came about, for ``refinement`` in ``config.json`` and ``report.json``.
+        staging: the temporary directory, on the same file system; default one with a random name beside the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or cannot be written; it is then as it was.
@@ -55,7 +63,7 @@ def replace_scales(path: str | Path, bits: int, scales: Mapping[str, Tensor], re
         scale_bits=tuple(sorted({*own, bits})),
         refinement={**checkpoint.settings.refinement, str(bits): dict(record)},
     )
-    staging = directory_beside(directory, "partial")
+    staging = directory_beside(directory, "partial") if staging is None else staging
     try:
         with disk_errors(directory):
             shutil.copytree(directory, staging, copy_function=link_or_copy, symlinks=True)

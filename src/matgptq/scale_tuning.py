@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -235,6 +235,16 @@ class TuningState:
         zeros = torch.zeros_like(values)
         return cls(0, zeros, zeros.clone(), zeros.clone(), values.clone())
 
+    def to(self, device: torch.device) -> TuningState:
+        """The same with all tensors on a device."""
+        return replace(
+            self,
+            logarithms=self.logarithms.to(device),
+            first_moment=self.first_moment.to(device),
+            second_moment=self.second_moment.to(device),
+            best=self.best.to(device),
+        )
+
     @property
     def loss_before(self) -> float:
         """Held-out loss of the scales that were found."""
@@ -306,6 +316,7 @@ def tune(
         state = TuningState.begin(scales.values)
         state.note(0, held_out_loss(), scales.values)
         save(state)
+    state = state.to(scales.values.device)  # one that was kept comes from a file
     scales.multiply(state.logarithms)
     while not state.finished:
         slope = gradient(schedule.windows(state.step, windows)) * scales.values  # with respect to the logarithms

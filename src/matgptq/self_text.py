@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from matgptq.atomic_files import replacing
 from matgptq.errors import CalibrationError, ConfigurationError
 from matgptq.finiteness import all_finite
 from matgptq.model_config import longest_window
+from matgptq.progress import Counted
 from matgptq.workers import one_thread_each
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
 
 # Part of the cache key: raise it when the same arguments would generate other tokens.
 _GENERATION_VERSION = 2
@@ -46,7 +45,7 @@ def generate_windows(
     top_k: int | None = None,
     top_p: float | None = None,
     cache_dir: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Counted | None = None,
 ) -> Tensor:
     """Sample token windows from the model itself.
 
@@ -192,7 +191,7 @@ def _generate(
     length: int,
     seed: int,
     batch_size: int,
-    progress: Progress | None,
+    progress: Counted | None,
 ) -> Tensor:
     """Sample ``documents`` sequences; ``torch.int64`` ``[documents, length]`` on the CPU."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]

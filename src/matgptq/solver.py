@@ -157,7 +157,7 @@ def _round_to_nearest(weight: Tensor, recipe: Recipe, group_size: int) -> Nested
     """Joint rounding of each weight on its own, without a Hessian."""
     scales = initial_scales(weight, group_size, recipe)
     codes, _ = round_shared(weight / scales.repeat_interleave(group_size, 1), _shared(recipe, weight.device))
-    return NestedWeight(codes, {PARENT_BITS: scales})
+    return NestedWeight(codes, dict.fromkeys(recipe.scale_bits, scales))
 
 
 def _shared(recipe: Recipe, device: torch.device) -> SharedTable:

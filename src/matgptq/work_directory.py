@@ -17,6 +17,7 @@ there is either a finished block or nothing. The directory goes when the output 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -30,14 +31,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from matgptq.atomic_files import replacing, write_text
-from matgptq.directories import disk_errors
+from matgptq.directories import disk_errors, lock_directory
 from matgptq.distributed import ALONE, Processes
-from matgptq.errors import CheckpointError, ConfigurationError
-
-try:
-    import fcntl
-except ImportError:  # no such locks on this system
-    fcntl = None  # type: ignore[assignment]
+from matgptq.errors import CheckpointError, ConfigurationError, SourceError
+from matgptq.format import REPORT_NAME
+from matgptq.source import read_json
 
 _RUN = "run.json"
 _COMMITTED = "committed"
@@ -74,7 +72,12 @@ class WorkDirectory:
 
     def __enter__(self) -> WorkDirectory:
         if self._processes.is_first:
-            self._open()
+            try:
+                self._open()
+            except BaseException:
+                if self._lock is not None:  # or it would be held for as long as the error is kept
+                    self._lock.close()
+                raise
         self._processes.wait()
         return self
 
@@ -82,7 +85,7 @@ class WorkDirectory:
         with disk_errors(self._destination):
             existed = self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock = lock_directory(self.path, f"another process is working on {self._destination}")
         self.is_same = existed and self._resume and self._check_same()
         if not self.is_same:
             self._empty()
@@ -104,13 +107,13 @@ class WorkDirectory:
         """Whether what stands at the destination was put there by a run that has not cleaned up, or not ended, yet."""
         try:
             mark = (work_path(Path(os.path.abspath(destination))) / _COMMITTED).read_text(encoding="ascii")
-            return mark == str(destination.stat().st_ino)
-        except OSError:
+            return mark == _mark(destination)
+        except (OSError, SourceError):
             return False
 
     def mark_commit(self) -> None:
-        """Note which directory is about to be moved to the destination: it keeps its number there."""
-        write_text(self.path / _COMMITTED, str(self.staging.stat().st_ino))
+        """Note which checkpoint is about to be moved to the destination."""
+        write_text(self.path / _COMMITTED, _mark(self.staging))
 
     def drop_blocks(self) -> None:
         """Let go of everything that the checkpoint has now."""
@@ -119,6 +122,11 @@ class WorkDirectory:
                 shutil.rmtree(each, ignore_errors=True)
             elif each.name not in ("lock", _RUN, _COMMITTED):
                 each.unlink()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Size of what was there already when this run began, or was written since."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     @property
     def staging(self) -> Path:
@@ -184,13 +192,6 @@ class WorkDirectory:
             raise CheckpointError(f"{file}: damaged ({error}); --no-resume begins anew") from error
         return tensors
 
-    def kept_text(self, name: str, text: str | None) -> str:
-        """Keep a line of text; None reads what was kept."""
-        if text is not None:
-            write_text(self.path / name, text)
-        self._processes.wait()
-        return (self.path / name).read_text(encoding="utf-8")
-
     @property
     def kept(self) -> str:
         """What a message says about the state of the work."""
@@ -201,15 +202,6 @@ class WorkDirectory:
 
     def _record(self, index: int) -> Path:
         return self.path / f"block-{index:05d}.json"
-
-    def _take_lock(self) -> None:
-        self._lock = (self.path / "lock").open("w")
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: another process is working on {self._destination}") from error
 
     def _check_same(self) -> bool:
         """Whether what is there belongs to this run; refuses to throw away finished blocks of another one."""
@@ -233,6 +225,15 @@ class WorkDirectory:
                 shutil.rmtree(each, ignore_errors=True)
             elif each.name != "lock":
                 each.unlink()
+
+
+def _mark(checkpoint: Path) -> str:
+    """What tells a checkpoint from others, of the same inputs too: its report has times in it.
+
+    Scales that are tuned later change nothing but the report's part about them.
+    """
+    report = {name: value for name, value in read_json(checkpoint / REPORT_NAME).items() if name != "refinement"}
+    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
 
 
 def work_path(destination: Path) -> Path:

@@ -1,0 +1,257 @@
+"""Tune the scales of one width or allocation after another: ask the full model, tune, write what is better."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from matgptq.allocation_scales import save_scales
+from matgptq.block_tuning import tune_blocks
+from matgptq.blocks import Block, capture_inputs, complete
+from matgptq.calibration import Windows
+from matgptq.checkpoint import Checkpoint
+from matgptq.errors import UnsupportedModelError
+from matgptq.families import find_family
+from matgptq.loading import load
+from matgptq.nested_linear import nested_layers
+from matgptq.progress import Progress
+from matgptq.report import Refinement
+from matgptq.scale_goals import Goal, by_layer, stored_scales
+from matgptq.scale_replacement import replace_scales
+from matgptq.scale_tuning import ModelObjective, ScaleVector, Schedule, TunedLinear, TuningState, fast_dtype, tune
+from matgptq.slicing import slice_levels
+from matgptq.teacher import Teacher, observe, output_head
+from matgptq.tuning_text import HELD_OUT
+from matgptq.tuning_workspace import TuningWorkspace, digest_of
+from matgptq.workers import Workers
+
+Scope = Literal["model", "block"]
+
+
+class TuningRun(ABC):
+    """What all goals of one call share.
+
+    Args:
+        full: the full model. Of a run of scope ``model`` no more than its output head is kept.
+        checkpoint: whose scales are tuned.
+        workspace: that keeps what is done.
+        text: windows to train on, then the held-out ones.
+        device, dtype: where and in what precision the quantized model runs.
+        trust_remote_code: allow code in the checkpoint's directory to run.
+        progress: receives stages.
+        workers: that windows are shared out among.
+    """
+
+    scope: ClassVar[Scope]
+
+    def __init__(
+        self,
+        full: Any,
+        checkpoint: Checkpoint,
+        workspace: TuningWorkspace,
+        text: Windows,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool,
+        progress: Progress,
+        workers: Workers,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.workspace = workspace
+        self.text = text
+        self.device = device
+        self.dtype = dtype
+        self.trust_remote_code = trust_remote_code
+        self.progress = progress
+        self.workers = workers
+        self.head = output_head(full)
+
+    @property
+    @abstractmethod
+    def home(self) -> torch.device:
+        """Where the quantized model lies."""
+
+    @abstractmethod
+    def tune(self, student: Any, goal: Goal, schedule: Schedule, state: TuningState | None) -> TuningState:
+        """Tune one goal, from a state that an interrupted run left, if there is one."""
+
+    def refine(self, goal: Goal, schedule: Schedule) -> Refinement:
+        """Tune one width or allocation and write it."""
+        started = time.monotonic()
+        state = self.workspace.state(goal)
+        if state is None or not state.finished:
+            widths = goal.widths
+            student = load(
+                self.checkpoint.path,
+                widths if isinstance(widths, int) else None,
+                None if isinstance(widths, int) else widths,  # not its name: scales of its own would fix the model
+                device=self.home,
+                dtype=self.dtype,
+                trust_remote_code=self.trust_remote_code,
+            ).requires_grad_(False)
+            state = self.tune(student, goal, schedule, state)
+        stored = digest_of(stored_scales(self.checkpoint.path, goal))
+        if state.loss_after < state.loss_before and stored != digest_of(state.best):
+            self._write(goal, state, schedule)
+        return Refinement(
+            bits=self.checkpoint.average_bits(goal.widths),
+            kl_before=state.loss_before,
+            kl_after=state.loss_after,
+            steps=state.step,
+            history=state.history,
+            seconds=round(time.monotonic() - started, 3),
+            allocation=goal.allocation,
+        )
+
+    def _ask(self, full: Any, windows: Tensor) -> Tensor:
+        """What the full model says about windows, or said when this run was interrupted."""
+        hidden = self.workspace.teacher_states()
+        if hidden is None:
+            self.progress.start("ask the full model", len(windows))
+            hidden = observe(full, windows, self.progress.advance, self.workers).hidden
+            self.workspace.keep_teacher_states(hidden)
+        return hidden
+
+    def _tunable(self, student: Any, goal: Goal, start: Tensor, prefix: str = "") -> dict[str, TunedLinear]:
+        """Replace the nested layers under a prefix; ``{layer: replacement}`` in the checkpoint's order."""
+        tuned = {}
+        nested, scales = nested_layers(student), by_layer(self.checkpoint, start)
+        for name in self.checkpoint.layers:
+            if not name.startswith(prefix):
+                continue
+            layer = nested[name]
+            levels = slice_levels(layer.nested_weight.codes, layer.bits, torch.int8)
+            own = scales[name].to(levels.device)
+            product_dtype = fast_dtype(self.device, self.dtype)
+            tuned[name] = TunedLinear(levels, own, layer.bias, product_dtype, goal.pace(layer.bits))
+            student.set_submodule(name, tuned[name])
+        return tuned
+
+    def _write(self, goal: Goal, state: TuningState, schedule: Schedule) -> None:
+        record = {
+            "scope": self.scope,
+            "steps": state.step,
+            "learning_rate": schedule.learning_rate,
+            "windows_per_step": schedule.windows_per_step,
+            "text": self.text.protocol,
+            "held_out_windows": HELD_OUT,
+            "kl_before": state.loss_before,
+            "kl_after": state.loss_after,
+        }
+        scales = by_layer(self.checkpoint, state.best)
+        if goal.allocation is not None:
+            save_scales(self.checkpoint, goal.allocation, scales, record)
+        elif isinstance(goal.widths, int):
+            replace_scales(self.checkpoint.path, goal.widths, scales, record, staging=self.workspace.staging)
+
+
+class ModelTuning(TuningRun):
+    """End to end: the loss is the KL to the full model's predictions."""
+
+    scope = "model"
+
+    def __init__(self, full: Any, *shared: Any) -> None:
+        super().__init__(full, *shared)
+        windows = self.text.tokens
+        hidden = self._ask(full, windows)
+        self._training = Teacher(windows[:-HELD_OUT], hidden[:-HELD_OUT], self.head)
+        self._held_out = Teacher(windows[-HELD_OUT:], hidden[-HELD_OUT:], self.head)
+
+    @property
+    def home(self) -> torch.device:
+        return self.device
+
+    def tune(self, student: Any, goal: Goal, schedule: Schedule, state: TuningState | None) -> TuningState:
+        scales = ScaleVector(self._tunable(student, goal, stored_scales(self.checkpoint.path, goal)))
+        head = output_head(student)
+        objective = ModelObjective(student, head, scales, self._training, self._held_out, self.workers)
+        self.progress.start(f"tune {goal.name}", schedule.steps)
+        self.progress.advance(0 if state is None else state.step)
+        return tune(
+            scales,
+            len(self._training.windows),
+            objective.gradient,
+            objective.held_out_loss,
+            schedule,
+            state=state,
+            save=lambda present: self.workspace.keep_state(goal, present),
+            tick=self.progress.advance,
+        )
+
+
+class BlockTuning(TuningRun):
+    """Block by block: the loss is the error of the block's output. Both models stay on the CPU but for a block."""
+
+    scope = "block"
+
+    def __init__(self, full: Any, *shared: Any) -> None:
+        super().__init__(full, *shared)
+        windows = self.text.tokens[-HELD_OUT:]
+        self._full = full
+        self._held_out = Teacher(windows, self._ask(full, windows), self.head)
+
+    @property
+    def home(self) -> torch.device:
+        return torch.device("cpu")
+
+    def tune(self, student: Any, goal: Goal, schedule: Schedule, state: TuningState | None) -> TuningState:
+        blocks, full_blocks = _blocks(student), _blocks(self._full)
+        inputs, full_inputs = (
+            capture_inputs(model, each, self.text.tokens)
+            for model, each in ((student, blocks), (self._full, full_blocks))
+        )
+        if not torch.allclose(inputs.hidden[0], full_inputs.hidden[0], rtol=1e-2, atol=1e-3):
+            raise UnsupportedModelError(
+                f"{self.checkpoint.path}: its blocks do not see what the full model's see (a rotated checkpoint?), so "
+                "their outputs cannot be matched; use --scope model"
+            )
+        start = stored_scales(self.checkpoint.path, goal)
+        present = state or TuningState.begin(start)
+
+        def save(done: Mapping[str, Tensor]) -> None:
+            present.step += 1
+            kept = {**by_layer(self.checkpoint, start), **done}
+            present.best = torch.cat([kept[name].cpu().flatten() for name in self.checkpoint.layers])
+            self.workspace.keep_state(goal, present)
+
+        finished = tuple(f"{block.name}." for block in blocks[: present.step])
+        self.progress.start(f"tune {goal.name}", len(blocks))
+        _, untuned = tune_blocks(
+            blocks,
+            full_blocks,
+            inputs,
+            full_inputs,
+            held_out=HELD_OUT,
+            schedule=schedule,
+            prepare=lambda block: self._tunable(student, goal, start, f"{block.name}."),
+            finished={
+                name: scales
+                for name, scales in by_layer(self.checkpoint, present.best).items()
+                if name.startswith(finished)
+            },
+            save=save,
+            tick=self.progress.advance,
+            device=self.device,
+            workers=self.workers,
+        )
+        for step, hidden in ((0, untuned), (len(blocks), inputs.hidden[-HELD_OUT:])):
+            with torch.no_grad():
+                states = [complete(student, blocks, each)[0] for each in hidden]
+            present.history.append((step, self._held_out.mean_kl(states.__getitem__, self.head)))
+        present.finished = True
+        self.workspace.keep_state(goal, present)
+        return present
+
+
+TUNINGS: Mapping[Scope, type[ModelTuning] | type[BlockTuning]] = {"model": ModelTuning, "block": BlockTuning}
+
+
+def _blocks(model: Any) -> list[Block]:
+    """The blocks of a model whose layers are of no concern here."""
+    path = find_family(model.config.model_type).blocks
+    return [Block(f"{path}.{index}", module, ()) for index, module in enumerate(model.get_submodule(path))]

@@ -26,13 +26,13 @@ from quality_table import EVALUATED, NSAMPLES, SEQLEN, Row, Texts, calibration_t
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matgptq import quantization
+from matgptq import block_quantizer, quantization_run
 from matgptq.block_hessians import collect_hessians
+from matgptq.block_quantizer import BlockQuantizer
 from matgptq.blocks import Block, BlockInputs, run_block
 from matgptq.calibration import SELF, load_windows
 from matgptq.grid import refit_scales
 from matgptq.nested_weight import NestedWeight
-from matgptq.quantization import _Run
 from matgptq.recipe import Recipe
 from matgptq.slicing import slice_levels
 from matgptq.solver import Solution, solve
@@ -85,16 +85,16 @@ def mixed_text(texts: Texts) -> Tensor:
 @contextmanager
 def fed_by_the_full_model() -> Iterator[None]:
     """Blocks see what they see in the full model."""
-    original = _Run._quantize_block
+    original = BlockQuantizer.quantize
 
-    def quantize_block(run: Any, block: Block, index: int, inputs: list[BlockInputs]) -> Any:
+    def quantize_block(quantizer: BlockQuantizer, block: Block, index: int, inputs: list[BlockInputs]) -> Any:
         full = {layer: layer.weight.data for _, layer in block.layers()}
-        reports = original(run, block, index, inputs)
+        found = original(quantizer, block, index, inputs)
         for layer, weight in full.items():
             layer.weight.data = weight
-        return reports
+        return found
 
-    with patch.object(_Run, "_quantize_block", quantize_block):
+    with patch.object(BlockQuantizer, "quantize", quantize_block):
         yield
 
 
@@ -112,7 +112,7 @@ def in_order(bits: int, matching: float = 0.0) -> Iterator[None]:
     """
     full: list[Tensor] = []
 
-    def quantize_block(run: Any, block: Block, index: int, inputs: list[BlockInputs]) -> Any:
+    def quantize_block(quantizer: BlockQuantizer, block: Block, index: int, inputs: list[BlockInputs]) -> Any:
         (stream,) = inputs
         if index == 0:
             full[:] = list(stream.hidden)
@@ -120,7 +120,7 @@ def in_order(bits: int, matching: float = 0.0) -> Iterator[None]:
         finished: list[tuple[nn.Linear, Tensor]] = []
         solved: dict[int, Any] = {}
         for number, group in enumerate(block.inputs):
-            hessian = collect_hessians(block, inputs, index, lambda: None, workers=run.workers).matrices[number]
+            hessian = collect_hessians(block, inputs, index, lambda: None, workers=quantizer._workers).matrices[number]
             named = [(f"{block.name}.{path}", layer) for path, layer in group]
             own = [layer.weight.data for _, layer in group]
             if matching:
@@ -131,7 +131,7 @@ def in_order(bits: int, matching: float = 0.0) -> Iterator[None]:
                 change = torch.linalg.solve(damped, (cross - hessian).T).T
                 for _, layer in group:
                     layer.weight.data = layer.weight.data + matching * (layer.weight.data @ change)
-            solved[number] = run._solve_layers(named, hessian, None)
+            solved[number] = quantizer.solve_layers(named, hessian, None)
             for (_, layer), weight, before in zip(group, solved[number][0], own, strict=True):
                 layer.weight.data = weight.dequantize(bits, layer.weight.dtype)
                 finished.append((layer, before))
@@ -143,14 +143,14 @@ def in_order(bits: int, matching: float = 0.0) -> Iterator[None]:
                 full[:] = [run_block(block, hidden, stream.arguments[index]) for hidden in full]
         # What is left, writing the block and installing what the next one is fed with, is the pipeline's own.
         given = iter(solved.values())
-        with patch.object(run, "_solve_layers", lambda *_: next(given)):
-            reports = original(run, block, index, inputs)
+        with patch.object(quantizer, "solve_layers", lambda *_: next(given)):
+            found = original(quantizer, block, index, inputs)
         for (layer, _), weight in zip(finished, quantized, strict=True):
             layer.weight.data = weight
-        return reports
+        return found
 
-    original = _Run._quantize_block
-    with patch.object(_Run, "_quantize_block", quantize_block):
+    original = BlockQuantizer.quantize
+    with patch.object(BlockQuantizer, "quantize", quantize_block):
         yield
 
 
@@ -205,14 +205,14 @@ def fine_groups_at_two_bits() -> Iterator[None]:
         scales[2] = refit_scales(weight.float(), levels, scales[2], hessian, group_size).scales
         return replace(solution, weight=NestedWeight(nested.codes, scales))
 
-    with patch.object(quantization, "solve", regrouped):
+    with patch.object(block_quantizer, "solve", regrouped):
         yield
 
 
 @contextmanager
 def kept_saliency(directory: Path | None) -> Iterator[None]:
     """Read what depends on the full model and the text alone from a directory, or leave it there."""
-    original = quantization.token_saliency
+    original = quantization_run.token_saliency
 
     def saliency(residency: Any, blocks: Any, windows: Tensor, seed: int, **options: Any) -> dict[str, Tensor]:
         assert directory is not None
@@ -224,7 +224,7 @@ def kept_saliency(directory: Path | None) -> Iterator[None]:
             save_file(original(residency, blocks, windows, seed, **options), file)
         return load_file(file)
 
-    with patch.object(quantization, "token_saliency", saliency) if directory else nullcontext():
+    with patch.object(quantization_run, "token_saliency", saliency) if directory else nullcontext():
         yield
 
 

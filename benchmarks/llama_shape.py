@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from matgptq.checkpoint import CheckpointWriter
+from matgptq.checkpoint_writer import CheckpointWriter
 from matgptq.format import Settings
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS

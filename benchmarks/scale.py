@@ -36,9 +36,9 @@ VOCABULARY = 1024
 _RUN = """
 import sys, time, torch
 torch.set_num_threads({threads})
-import matgptq, matgptq.quantization as quantization
+import matgptq, matgptq.preparation as preparation
 if {whole}:
-    quantization.can_stream = lambda source: False
+    preparation.can_stream = lambda source: False
 tokens = torch.randint(3, {vocabulary}, ({windows}, {seqlen}), generator=torch.Generator().manual_seed(0))
 import transformers.models.llama.modeling_llama  # what quantize imports is no part of its time
 print(time.time(), flush=True)

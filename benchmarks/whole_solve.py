@@ -22,7 +22,7 @@ from inner_loop import scan
 from machine import describe_machine
 
 import matgptq
-from matgptq import quantization
+from matgptq import block_quantizer
 from matgptq.hessian import factorize, prepare_hessian
 from matgptq.recipe import make_recipe
 from matgptq.solver import Solution, solve
@@ -73,7 +73,7 @@ def main() -> None:
     rows = []
     for name in arguments.rows:
         meter = Meter(arguments.matrices_per_block, tuple(arguments.scan_blocks))
-        quantization.solve = meter  # type: ignore[assignment]
+        block_quantizer.solve = meter  # type: ignore[assignment]
         with tempfile.TemporaryDirectory() as folder:
             report = matgptq.quantize(
                 arguments.model,

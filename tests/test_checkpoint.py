@@ -199,7 +199,7 @@ def test_a_failing_write_changes_nothing_and_the_same_command_goes_on(
     assert sorted(file.name for file in work.glob("block-*.json")) == ["block-00000.json", "block-00001.json"]
     assert not (work / "checkpoint").exists()
     monkeypatch.undo()
-    monkeypatch.setattr("matgptq.quantization.solve", lambda *_: pytest.fail("was solved again"))
+    monkeypatch.setattr("matgptq.block_quantizer.solve", lambda *_: pytest.fail("was solved again"))
     quantize(source, out, force=force, shard_bytes=10_000, method="rtn")
     open_checkpoint(out)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]

@@ -56,7 +56,7 @@ _PROCESS = """
     sys.path.insert(0, {tests!r})
     import torch
     torch.set_num_threads(1)
-    import matgptq, matgptq.quantization as quantization
+    import matgptq, matgptq.block_quantizer as block_quantizer
     from tiny_models import GROUP_SIZE, token_ids
 
     def run(quality, out):
@@ -107,10 +107,31 @@ def test_two_processes_make_the_checkpoint_of_one(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"source", "process.py", "fast", "best", "alone"}
 
 
+def test_nobody_waits_for_the_tuning(tmp_path):
+    """It is the first process's, and longer than processes wait for each other."""
+    source = save_model("llama-tied", tmp_path / "source", torch.bfloat16)
+    body = f"""
+    from matgptq import quantization
+
+    def refine(*arguments, **options):
+        assert not torch.distributed.is_initialized()
+        print("tuned by", os.environ["RANK"])
+        return []
+
+    quantization.refine = refine
+    matgptq.quantize(
+        {str(source)!r}, {str(tmp_path / "out")!r}, dataset=token_ids(5), group_size=GROUP_SIZE, tuned_bits=(2,)
+    )
+    """
+    done = launch(tmp_path, source, body)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split("tuned by")[1:] == [" 0\n"]
+
+
 def test_a_process_that_dies_ends_the_run_and_the_run_goes_on(tmp_path):
     source = save_model("llama-tied", tmp_path / "source", torch.bfloat16)
     body = """
-    real, calls = quantization.solve, []
+    real, calls = block_quantizer.solve, []
 
     def solve(*arguments):
         calls.append(1)
@@ -118,7 +139,7 @@ def test_a_process_that_dies_ends_the_run_and_the_run_goes_on(tmp_path):
             os._exit(7)
         return real(*arguments)
 
-    quantization.solve = solve
+    block_quantizer.solve = solve
     run("fast", "out")
     """
     done = launch(tmp_path, source, body)

@@ -279,6 +279,8 @@ def test_an_expert_that_overflows_on_all_tokens_is_rounded_to_nearest(tmp_path, 
     assert report.fallbacks["rounded to nearest"] == 1
     assert any("2 of 5 experts" in note and "1 (0), 2 (3)" in note for note in notes)
     assert any(rounded[0] in note for note in notes)
+    model = matgptq.load(tmp_path / "out", bits=2)
+    assert torch.isfinite(model(rigged_windows()).logits).all()
 
 
 @pytest.mark.parametrize("saliency", [0.0, 1.5])

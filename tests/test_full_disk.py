@@ -13,7 +13,7 @@ import torch
 from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
-import matgptq.quantization as quantization
+from matgptq import block_quantizer, quantization_run
 from matgptq.errors import CheckpointError
 from matgptq.work_directory import work_path
 
@@ -68,7 +68,7 @@ def fill(disk: Path) -> None:
 
 def after(monkeypatch: pytest.MonkeyPatch, solves: int, happens: Callable[[], None]) -> list[int]:
     """Let something happen before a solve; the list grows with every solve."""
-    real, calls = quantization.solve, []
+    real, calls = block_quantizer.solve, []
 
     def solve(*arguments: Any) -> Any:
         if len(calls) == solves:
@@ -76,7 +76,7 @@ def after(monkeypatch: pytest.MonkeyPatch, solves: int, happens: Callable[[], No
         calls.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(quantization, "solve", solve)
+    monkeypatch.setattr(block_quantizer, "solve", solve)
     return calls
 
 
@@ -107,7 +107,7 @@ def test_a_read_only_place_is_refused_before_the_first_token(
     def read(*_: object, **__: object) -> None:
         raise AssertionError("calibration text was asked for")
 
-    monkeypatch.setattr(quantization, "load_windows", read)
+    monkeypatch.setattr(quantization_run, "load_windows", read)
     with pytest.raises(CheckpointError, match="Read-only"):
         quantize(source, disk / "out")
 
@@ -120,7 +120,7 @@ def test_a_place_that_is_too_small_is_refused_before_the_first_token(
     def read(*_: object, **__: object) -> None:
         raise AssertionError("calibration text was asked for")
 
-    monkeypatch.setattr(quantization, "load_windows", read)
+    monkeypatch.setattr(quantization_run, "load_windows", read)
     with pytest.raises(matgptq.errors.MatGPTQError, match="disk"):
         quantize(source, disk / "out")
 

@@ -19,6 +19,7 @@ from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.grid import storable_scales
 from matgptq.tuning_text import HELD_OUT
+from matgptq.tuning_workspace import TuningWorkspace
 
 TEXT = "\n".join(f"document {n}: the quick brown fox jumps over the lazy dog" for n in range(60))
 
@@ -216,6 +217,24 @@ def test_text_of_the_calibration_is_used_again(
     matgptq.refine(out, (4,), steps=6, nsamples=2, seqlen=16, learning_rate=1e-2, progress=listener)
     assert any("text.txt" in note and "--dataset" in note for note in listener.notes)
     assert "the model itself" in open_checkpoint(out).settings.refinement["4"]["text"]
+
+
+def test_a_second_process_is_refused(checkpoint: Path, windows: torch.Tensor) -> None:
+    with (
+        TuningWorkspace(open_checkpoint(checkpoint), Listener()),
+        pytest.raises(CheckpointError, match="another process is tuning"),
+    ):
+        matgptq.refine(checkpoint, (2,), dataset=windows)
+
+
+def test_of_a_mix_the_texts_that_can_be_read_again(checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"]["calibration"]["dataset"] = f"{text},self"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    matgptq.refine(checkpoint, (2,), steps=2, seqlen=16, learning_rate=1e-2)
+    assert "text.txt" in open_checkpoint(checkpoint).settings.refinement["2"]["text"]
 
 
 def test_refusals(checkpoint: Path, tmp_path: Path, windows: torch.Tensor) -> None:

@@ -7,9 +7,10 @@ import torch
 from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
-from matgptq.errors import ConfigurationError
+from matgptq.checkpoint import open_checkpoint
+from matgptq.errors import ConfigurationError, MatGPTQError
 from matgptq.plan import CalibrationRequest
-from matgptq.quantization import prepare
+from matgptq.preparation import prepare
 from matgptq.recipe import make_recipe
 from matgptq.requirements import available_memory, check_requirements
 from matgptq.source import open_source
@@ -37,6 +38,7 @@ def test_text_of_its_own_takes_the_whole_model(tmp_path):
     source = save_model("llama", tmp_path / "source")
     assert "model" in needs_of(source, dataset="self").memory
     assert "model" not in needs_of(source).memory
+    assert "model" not in needs_of(source, dataset="self", method="rtn").memory  # which reads no text
 
 
 def test_where_activations_go(tmp_path, monkeypatch):
@@ -52,7 +54,7 @@ def test_where_activations_go(tmp_path, monkeypatch):
 def test_too_little_memory_is_refused_before_the_first_token(tmp_path, monkeypatch):
     source = save_model("llama", tmp_path / "source")
     monkeypatch.setattr("matgptq.requirements.available_memory", lambda: 500_000_000)
-    monkeypatch.setattr("matgptq.quantization.load_windows", lambda *_, **__: pytest.fail("text was read"))
+    monkeypatch.setattr("matgptq.quantization_run.load_windows", lambda *_, **__: pytest.fail("text was read"))
     with pytest.raises(ConfigurationError, match=r"about 0\.\d GB of memory, 0\.5 GB are free: --activations disk, or"):
         matgptq.quantize(source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE, activations="memory")
     with pytest.raises(ConfigurationError, match=r"a text of your own \(--dataset\)"):
@@ -70,6 +72,7 @@ def test_too_little_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("matgptq.requirements.shutil.disk_usage", lambda _: Usage)
     with pytest.raises(ConfigurationError, match=r"of disk while it runs, 0\.0 GB are free at"):
         check_requirements(needs, tmp_path / "out")
+    check_requirements(needs, tmp_path / "out", sum(needs.disk.values()) - 10_000)  # the rest lies there already
 
 
 def test_what_this_machine_has():
@@ -80,4 +83,35 @@ def test_what_this_machine_has():
 def test_no_time_is_said_where_tuning_takes_most_of_it(tmp_path):
     source = save_model("llama", tmp_path / "source")
     assert needs_of(source, quality="balanced").seconds > 0
-    assert needs_of(source, quality="best", rotate=False).seconds is None
+    assert needs_of(source, token_ids(8), quality="best", rotate=False).seconds is None
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_whole_block_may_be_left_alone(index, tmp_path):
+    source = save_model("llama", tmp_path / "source", num_hidden_layers=3)
+    ignore = ("lm_head", f"model.layers.{index}.*")
+    matgptq.quantize(source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE, ignore=ignore)
+    assert torch.isfinite(matgptq.load(tmp_path / "out", bits=4)(token_ids()).logits).all()
+
+
+def test_names_of_layers_to_leave_alone(tmp_path):
+    source = save_model("llama", tmp_path / "source")
+    with pytest.raises(ConfigurationError, match=r"--ignore down_prj: no Linear layer has this name"):
+        matgptq.quantize(source, tmp_path / "out", method="rtn", ignore=("lm_head", "down_prj"))
+    matgptq.quantize(source, tmp_path / "out", method="rtn", ignore=("down_proj",))
+    layers = open_checkpoint(tmp_path / "out").layers
+    assert len(layers) == 12
+    assert not any("down_proj" in layer for layer in layers)
+
+
+def test_token_ids_are_checked_like_text(tmp_path):
+    source = save_model("opt", tmp_path / "source")
+    for windows, options, message in (
+        (token_ids(4, 128), {}, "context of 64"),
+        (token_ids(4, 1), {}, "1 window of 2 tokens"),
+        (token_ids(), {"nsamples": 0}, "not 0 of"),
+        (token_ids(4), {"tuned_bits": (2,)}, "too few to tune"),
+    ):
+        with pytest.raises(MatGPTQError, match=message):
+            matgptq.quantize(source, tmp_path / "out", dataset=windows, group_size=GROUP_SIZE, **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]

@@ -50,7 +50,7 @@ def test_a_streamed_run_gives_the_codes_of_a_whole_one(quality, tmp_path, monkey
     source = save_model("llama-tied", tmp_path / "source", torch.bfloat16)
     options = {"dataset": token_ids(), "group_size": GROUP_SIZE, "quality": quality, "tuned_bits": ()}
     matgptq.quantize(source, tmp_path / "streamed", **options)
-    monkeypatch.setattr("matgptq.quantization.can_stream", lambda _: False)
+    monkeypatch.setattr("matgptq.preparation.can_stream", lambda _: False)
     matgptq.quantize(source, tmp_path / "whole", **options)
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "whole"))
     assert set(found) == set(expected)

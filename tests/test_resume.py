@@ -14,6 +14,7 @@ import torch
 from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
+from matgptq import tuning_run
 from matgptq.errors import CheckpointError, ConfigurationError
 from matgptq.work_directory import WorkDirectory, work_path
 
@@ -54,9 +55,9 @@ class Stop(Exception):
 
 
 def stop_after(monkeypatch, solves: int) -> None:
-    import matgptq.quantization as quantization
+    import matgptq.block_quantizer as block_quantizer
 
-    real, calls = quantization.solve, []
+    real, calls = block_quantizer.solve, []
 
     def solve(*arguments):
         calls.append(1)
@@ -64,7 +65,7 @@ def stop_after(monkeypatch, solves: int) -> None:
             raise Stop
         return real(*arguments)
 
-    monkeypatch.setattr(quantization, "solve", solve)
+    monkeypatch.setattr(block_quantizer, "solve", solve)
 
 
 @pytest.mark.parametrize("activations", ["memory", "disk"])
@@ -84,13 +85,13 @@ def test_the_same_command_goes_on(solves, activations, source, whole, tmp_path, 
 
 
 def test_states_in_memory_are_kept_now_and_then(source, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("matgptq.quantization._SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr("matgptq.quantization_run._SECONDS_BETWEEN_STATES", 0.0)
     stop_after(monkeypatch, 9)
     with pytest.raises(Stop):
         quantize(source, tmp_path / "out")
     assert [place.name for place in (work_path(tmp_path / "out") / "states-1-of-1").iterdir()] == ["000002"]
     monkeypatch.undo()
-    monkeypatch.setattr("matgptq.quantization._Run._install", lambda *_: pytest.fail("was run again"))
+    monkeypatch.setattr("matgptq.quantization_run.QuantizationRun._install", lambda *_: pytest.fail("was run again"))
     quantize(source, tmp_path / "out")
     assert what_counts(tmp_path / "out") == whole
 
@@ -110,8 +111,9 @@ def test_other_arguments_are_refused_by_name(source, whole, tmp_path, monkeypatc
     monkeypatch.undo()
     with pytest.raises(ConfigurationError, match=r"recipe\.damping: 0\.02, was 0\.01.*--no-resume"):
         quantize(source, out, damping=0.02)
-    with pytest.raises(ConfigurationError, match=r"text: .*, was "):
+    with pytest.raises(ConfigurationError, match=r"text: .*, was ") as refusal:
         matgptq.quantize(source, out, dataset=token_ids(seed=1), group_size=GROUP_SIZE)
+    assert refusal.value.__traceback__ is not None  # held, as a notebook does: the lock is not
     changed = shutil.copytree(source, tmp_path / "changed")
     stored = bytearray((changed / "model.safetensors").read_bytes())
     stored[-1] ^= 1
@@ -122,6 +124,59 @@ def test_other_arguments_are_refused_by_name(source, whole, tmp_path, monkeypatc
     quantize(moved, out)  # the same files in another place are the same model
     assert what_counts(out).keys() == whole.keys()
     assert what_counts(out)["model.safetensors"] == whole["model.safetensors"]
+
+
+@pytest.mark.parametrize("changed", ["b.txt", "source/tokenizer.json"])
+def test_texts_and_tokenizer_are_part_of_a_run(changed, source, tmp_path, monkeypatch):
+    shutil.copytree(source, tmp_path / "source")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"Here is {name}, and not much of it.\n" * 50)
+    options = {"dataset": f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}", "nsamples": 8, "seqlen": 16}
+    stop_after(monkeypatch, 5)
+    with pytest.raises(Stop):
+        matgptq.quantize(tmp_path / "source", tmp_path / "out", **options)
+    file = tmp_path / changed
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(ConfigurationError, match=r"text: |model\.tokenizer\.json: "):
+        matgptq.quantize(tmp_path / "source", tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "mixtral"])
+def test_a_rotated_and_scaled_model_goes_on_to_the_same_bytes(name, tmp_path, monkeypatch):
+    """Biases and routers are both: rounded to what is stored, they feed the next block in either run."""
+    source = save_model(name, tmp_path / "source", torch.bfloat16, num_hidden_layers=BLOCKS)
+    options = {"rotate": True, "channel_scaling": 0.5}
+    quantize(source, tmp_path / "whole", **options)
+    stop_after(monkeypatch, len(matgptq.load(tmp_path / "whole").model.layers) * 3)
+    with pytest.raises(Stop):
+        quantize(source, tmp_path / "out", **options)
+    monkeypatch.undo()
+    quantize(source, tmp_path / "out", **options)
+    assert what_counts(tmp_path / "out") == what_counts(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("widths_done", [0, 1])
+def test_interrupted_tuning_goes_on(widths_done, source, tmp_path, monkeypatch):
+    """The solve is not repeated, whatever has been tuned already."""
+    options = {"tuned_bits": (2, 3), "tuning_steps": 16}
+    windows = token_ids(12)
+    matgptq.quantize(source, tmp_path / "whole", dataset=windows, group_size=GROUP_SIZE, **options)
+    real, calls = tuning_run.replace_scales, []
+
+    def replace_scales(*arguments, **named):
+        if len(calls) == widths_done:
+            raise KeyboardInterrupt
+        calls.append(1)
+        real(*arguments, **named)
+
+    monkeypatch.setattr(tuning_run, "replace_scales", replace_scales)
+    with pytest.raises(KeyboardInterrupt):
+        matgptq.quantize(source, tmp_path / "out", dataset=windows, group_size=GROUP_SIZE, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr("matgptq.quantization.prepare", lambda *_, **__: pytest.fail("was begun again"))
+    matgptq.quantize(source, tmp_path / "out", dataset=windows, group_size=GROUP_SIZE, **options)
+    assert what_counts(tmp_path / "out") == what_counts(tmp_path / "whole")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_begin_anew(source, whole, tmp_path, monkeypatch):

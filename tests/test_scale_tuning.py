@@ -193,3 +193,10 @@ def test_schedule(steps: int, per_step: int, count: int, evaluations: int) -> No
 def test_refusals(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(wrong)).replace("_", " ")):
         Schedule(**{"steps": 4, "learning_rate": 1e-3, **wrong})
+
+
+def test_a_state_from_a_file_moves_to_where_the_scales_are() -> None:
+    state = TuningState.begin(torch.ones(3)).to(torch.device("meta"))
+    tensors = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 4
+    assert all(each.is_meta for each in tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import build_model, make_tokenizer, token_ids
+from tiny_models import build_model, make_tokenizer, save_model, token_ids
 
 import matgptq
 from matgptq.block_hessians import collect_hessians
@@ -24,6 +24,11 @@ def test_first_tokens_are_those_of_the_text_and_bos() -> None:
     assert torch.equal(first, first_tokens(windows, 64, bos=1, seed=0))
     assert not torch.equal(first, first_tokens(windows, 64, bos=1, seed=1))
     assert torch.isin(first_tokens(windows, 64, bos=None, seed=0), windows).all()
+
+
+def test_a_bos_that_the_model_has_no_embedding_for_is_none(tmp_path) -> None:
+    source = save_model("llama", tmp_path / "source", bos_token_id=100_000)
+    matgptq.quantize(source, tmp_path / "out", dataset=token_ids(), group_size=32, quality="fast")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])

@@ -160,7 +160,7 @@ def _dry_run(
     from matgptq.console import plan_table
     from matgptq.devices import resolve_device, resolve_dtype
     from matgptq.plan import CalibrationRequest
-    from matgptq.quantization import prepare
+    from matgptq.preparation import prepare
     from matgptq.requirements import check_requirements
     from matgptq.source import open_source
 

@@ -1,0 +1,125 @@
+"""Everything about a run that can be decided or refused before the first calibration token."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matgptq.activations import Placement, check_placement
+from matgptq.calibration import takes_self
+from matgptq.channel_scaling import scaled_tensors
+from matgptq.errors import CalibrationError
+from matgptq.experts import check_expert_tensors, unfuse_experts
+from matgptq.families import Family, check_parts, find_family
+from matgptq.kept_tensors import ROTATED_DTYPE, KeptTensors, find_kept
+from matgptq.plan import CalibrationRequest, Plan, make_plan
+from matgptq.recipe import Recipe
+from matgptq.requirements import Requirements, estimate_requirements
+from matgptq.residency import Residency, Streamed, Whole, build_empty, can_stream, needs_conversion
+from matgptq.rotated_model import rotated_tensors, rotation_sites
+from matgptq.source import ModelSource
+from matgptq.tuning_text import HELD_OUT
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run in which everything that can be refused has been.
+
+    Attributes:
+        source: the files.
+        family: the architecture.
+        residency: the model, its blocks in memory or not.
+        plan: what will be quantized and how.
+        kept: everything else.
+        needs: memory, disk and time.
+        device: where blocks are run.
+    """
+
+    source: ModelSource
+    family: Family
+    residency: Residency
+    plan: Plan
+    kept: KeptTensors
+    needs: Requirements
+    device: torch.device
+
+
+def prepare(
+    source: ModelSource,
+    recipe: Recipe,
+    request: CalibrationRequest,
+    *,
+    ignore: tuple[str, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    activations: Placement = "auto",
+) -> Prepared:
+    """Check everything that can be refused without calibration; ``--dry-run`` ends here.
+
+    Of a model in safetensors files only headers and what stands around the blocks are read.
+    """
+    check_placement(activations)
+    residency: Residency
+    streamed = can_stream(source)
+    if streamed:
+        check_parts(source.config)
+        family = _check_family(str(source.config.get("model_type")), recipe)
+        check_expert_tensors(source.tensors, family)
+        network = build_empty(source, dtype)
+        unfuse_experts(network, family)
+        streamed = not needs_conversion(network, source)
+    if streamed:
+        plan = make_plan(network, recipe, request, ignore, device)
+    else:
+        network = source.load_model(dtype, device)
+        family = _check_family(network.config.model_type, recipe)
+        unfuse_experts(network, family)
+        plan = make_plan(network, recipe, request, ignore, device)
+    if recipe.tuned_bits and isinstance(request.dataset, Tensor) and len(request.dataset) <= HELD_OUT:
+        raise CalibrationError(
+            f"{len(request.dataset)} windows are too few to tune scales on (--quality best): {HELD_OUT} are held out"
+        )
+    rotated = rotated_tensors(rotation_sites(family, network.config.model_type), plan.blocks) if recipe.rotate else ()
+    quantized = frozenset(f"{layer}.weight" for layer in plan.layers)
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    tied = embedding.weight is head.weight or network.config.tie_word_embeddings
+    scaled = scaled_tensors(family.channels, plan.blocks) if recipe.channel_scaling and family.channels else ()
+    kept = find_kept(source, network, plan.blocks, quantized, frozenset(rotated), frozenset(scaled))
+    if recipe.rotate and tied:
+        size = f"{head.weight.numel() * ROTATED_DTYPE.itemsize / 1e6:,.1f} MB"
+        note = f"rotated, the head and the embedding are no longer one tensor: the checkpoint grows by {size}"
+        plan = dataclasses.replace(plan, notes=(*plan.notes, note))
+    needs = estimate_requirements(
+        network,
+        plan,
+        recipe,
+        _kept_bytes(source, network, kept),
+        streamed=streamed,
+        activations=activations,
+        device=device,
+        whole_for_text=recipe.needs_calibration and takes_self(request.dataset),
+    )
+    residency = Streamed(network, source, family.blocks, device) if streamed else Whole(network)
+    return Prepared(source, family, residency, plan, kept, needs, device)
+
+
+def _kept_bytes(source: ModelSource, network: Any, kept: KeptTensors) -> int:
+    total = 0
+    for tensor in (*kept.ends, *(each for block in kept.by_block for each in block)):
+        if tensor.stored is not None and not tensor.changed:
+            total += source.tensors[tensor.stored].bytes
+        else:
+            parameter = network.get_parameter_or_buffer(tensor.known)
+            total += parameter.numel() * (ROTATED_DTYPE.itemsize if tensor.rotated else parameter.element_size())
+    return total
+
+
+def _check_family(model_type: str, recipe: Recipe) -> Family:
+    family = find_family(model_type)
+    if recipe.rotate:
+        rotation_sites(family, model_type)
+    return family

@@ -30,13 +30,13 @@ from matgptq import block_quantizer, quantization_run
 from matgptq.block_hessians import collect_hessians
 from matgptq.block_quantizer import BlockQuantizer
 from matgptq.blocks import Block, BlockInputs, run_block
-from matgptq.calibration import SELF, load_windows
 from matgptq.grid import refit_scales
 from matgptq.nested_weight import NestedWeight
 from matgptq.recipe import Recipe
 from matgptq.slicing import slice_levels
 from matgptq.solver import Solution, solve
 from matgptq.source import open_source
+from matgptq.token_windows import SELF, calibration_windows
 
 COARSE, FINE = 64, 32  # group sizes
 TEXT = "windows 0-3"
@@ -73,7 +73,7 @@ def mixed_text(texts: Texts) -> Tensor:
     tokenizer, model = source.load_tokenizer(), source.load_model(torch.float32, torch.device("cpu"))
     parts = (texts.calibration, other_text(texts), chat_text(texts), SELF)
     windows = [
-        load_windows(part, tokenizer, nsamples=NSAMPLES // len(parts), seqlen=SEQLEN, seed=0, model=model).tokens
+        calibration_windows(part, tokenizer, nsamples=NSAMPLES // len(parts), seqlen=SEQLEN, seed=0, model=model).tokens
         for part in parts
     ]
     return torch.cat(windows)

@@ -22,8 +22,8 @@ from typing import Any
 from machine import describe_machine, peak_memory_bytes
 from torch import Tensor
 
-from matgptq.calibration import evaluation_windows
 from matgptq.source import open_source
+from matgptq.token_windows import evaluation_windows
 
 GROUP_SIZE = 64
 NSAMPLES, SEQLEN = 16, 2048

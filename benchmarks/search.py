@@ -31,12 +31,12 @@ from torch import Tensor
 import matgptq
 from matgptq.allocation_search import Search
 from matgptq.allocation_store import stored_allocations
-from matgptq.calibration import evaluation_windows
 from matgptq.checkpoint import open_checkpoint
 from matgptq.families import find_family
 from matgptq.plotting import plot_search
 from matgptq.slicing import WIDTHS
 from matgptq.source import load_tokenizer
+from matgptq.token_windows import evaluation_windows
 from matgptq.width_search.budget import SearchSpace, bits_budget, parse_sweep
 from matgptq.width_search.layer_groups import group_layers
 from matgptq.width_search.optimum import optimum

@@ -26,11 +26,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from matgptq import calibration, self_text, text_sources
-from matgptq.calibration import Windows, evaluation_windows, load_windows, pack_windows, takes_self
+from matgptq import document_order, self_text, text_sources, token_windows
 from matgptq.errors import CalibrationError, ConfigurationError
+from matgptq.packing import pack_windows
 from matgptq.self_text import generate_windows
 from matgptq.text_sources import Document
+from matgptq.token_windows import Windows, calibration_windows, evaluation_windows, takes_self
 
 BOS, EOS = 0, 1
 SPECIAL = ["<s>", "</s>", "<|user|>"]
@@ -96,7 +97,7 @@ def write_json_lines(path: Path, records) -> Path:
 
 def all_texts(dataset, tokenizer) -> list[str]:
     """Every document of a source, in the shuffled order, by way of windows of one token."""
-    return texts_of(tokenizer, load_windows(dataset, tokenizer, nsamples=None, seqlen=1, seed=0).tokens)
+    return texts_of(tokenizer, calibration_windows(dataset, tokenizer, nsamples=None, seqlen=1, seed=0).tokens)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_messages_go_through_the_chat_template(tmp_path, kind):
         path = write_json_lines(tmp_path / "a.jsonl", [{"messages": conversation}, {"messages": []}])
     else:
         path = write_parquet(tmp_path / "a.parquet", {"messages": [conversation, []]})
-    tokens = load_windows(path, tokenizer, nsamples=None, seqlen=1, seed=0).tokens
+    tokens = calibration_windows(path, tokenizer, nsamples=None, seqlen=1, seed=0).tokens
     # BOS and EOS once each: the template writes them, neither tokenizer nor packing adds to them.
     assert decode(tokenizer, tokens) == "<s>user:hi</s>assistant:hello</s>"
 
@@ -153,7 +154,7 @@ def test_messages_go_through_the_chat_template(tmp_path, kind):
 def test_eos_follows_a_conversation_whose_template_writes_none(tmp_path):
     tokenizer = make_tokenizer(template="{{ messages[0]['content'] }}")
     path = write_json_lines(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
-    assert decode(tokenizer, load_windows(path, tokenizer, nsamples=None, seqlen=1, seed=0).tokens) == "hi</s>"
+    assert decode(tokenizer, calibration_windows(path, tokenizer, nsamples=None, seqlen=1, seed=0).tokens) == "hi</s>"
 
 
 # --- special tokens, seeds, packing ----------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def test_eos_follows_a_conversation_whose_template_writes_none(tmp_path):
 def test_special_tokens_of_calibration(tmp_path, options, expected):
     (tmp_path / "a.txt").write_text("one\n")
     tokenizer = make_tokenizer(**options)
-    windows = load_windows(tmp_path / "a.txt", tokenizer, nsamples=None, seqlen=1, seed=0)
+    windows = calibration_windows(tmp_path / "a.txt", tokenizer, nsamples=None, seqlen=1, seed=0)
     assert decode(tokenizer, windows.tokens) == expected
     assert ("joined by EOS" in windows.protocol) == ("</s>" in expected)
 
@@ -183,7 +184,7 @@ def test_seed_decides_the_order(tmp_path, tokenizer, documents):
     state = random.getstate(), torch.get_rng_state()
 
     def windows(seed):
-        return load_windows(path, tokenizer, nsamples=4, seqlen=32, seed=seed)
+        return calibration_windows(path, tokenizer, nsamples=4, seqlen=32, seed=seed)
 
     first = windows(0)
     assert isinstance(first, Windows)
@@ -196,16 +197,16 @@ def test_seed_decides_the_order(tmp_path, tokenizer, documents):
     assert "4 windows of 32 tokens" in first.protocol
     assert "seed 0" in first.protocol
     # Fewer windows are the beginning of more.
-    more = load_windows(path, tokenizer, nsamples=8, seqlen=32, seed=0).tokens
+    more = calibration_windows(path, tokenizer, nsamples=8, seqlen=32, seed=0).tokens
     assert torch.equal(more[:4], first.tokens)
 
 
 def test_only_the_documents_needed_are_tokenized(tmp_path, tokenizer, documents, monkeypatch):
     (tmp_path / "a.txt").write_text("\n".join(documents))
     seen = []
-    original = calibration._tokenize_document
-    monkeypatch.setattr(calibration, "_tokenize_document", lambda t, d: seen.append(d) or original(t, d))
-    load_windows(tmp_path / "a.txt", tokenizer, nsamples=1, seqlen=40, seed=0)
+    original = token_windows.tokenize_document
+    monkeypatch.setattr(token_windows, "tokenize_document", lambda t, d: seen.append(d) or original(t, d))
+    calibration_windows(tmp_path / "a.txt", tokenizer, nsamples=1, seqlen=40, seed=0)
     assert len(seen) <= 3
 
 
@@ -233,15 +234,17 @@ def test_shuffle_does_not_depend_on_the_memory_it_may_use(sizes, seed, budget):
     def reader():
         return iter(documents)
 
-    whole = [each.where for each in calibration._shuffled([reader], seed, math.inf)]
+    whole = [each.where for each in document_order.shuffled([reader], seed, math.inf)]
     assert sorted(whole, key=int) == [each.where for each in documents]
-    assert [each.where for each in calibration._shuffled([reader], seed, budget)] == whole
+    assert [each.where for each in document_order.shuffled([reader], seed, budget)] == whole
 
 
 def test_progress_reaches_the_total(tmp_path, tokenizer, documents):
     (tmp_path / "a.txt").write_text("\n".join(documents))
     calls = []
-    load_windows(tmp_path / "a.txt", tokenizer, nsamples=4, seqlen=32, seed=0, progress=lambda *at: calls.append(at))
+    calibration_windows(
+        tmp_path / "a.txt", tokenizer, nsamples=4, seqlen=32, seed=0, progress=lambda *at: calls.append(at)
+    )
     assert calls[-1] == (128, 128)
     assert calls == sorted(calls)
 
@@ -253,11 +256,11 @@ def test_several_texts_take_turns(tmp_path, tokenizer, documents, nsamples):
         for name in ("one", "two", "three")
     ]
     reports: list[tuple[int, int]] = []
-    mixed = load_windows(
+    mixed = calibration_windows(
         ", ".join(map(str, paths)), tokenizer, nsamples=nsamples, seqlen=32, seed=3,
         progress=lambda *report: reports.append(report),
     )  # fmt: skip
-    alone = load_windows(paths[0], tokenizer, nsamples=None, seqlen=32, seed=3).tokens  # all three say the same
+    alone = calibration_windows(paths[0], tokenizer, nsamples=None, seqlen=32, seed=3).tokens  # all three say the same
     count = len(mixed.tokens)
     assert count == (nsamples or 3 * len(alone))
     for place, window in enumerate(mixed.tokens):
@@ -272,13 +275,15 @@ def test_several_texts_take_turns(tmp_path, tokenizer, documents, nsamples):
 def test_a_mix_is_refused_before_the_model_writes(tmp_path, tokenizer, documents, model):
     path = write_json_lines(tmp_path / "one.jsonl", [{"text": text} for text in documents])
     with pytest.raises(CalibrationError, match=r"missing\.txt: no such file"):
-        load_windows(f"self,{path},missing.txt", tokenizer, nsamples=6, seqlen=8, seed=0)  # without a model for self
+        calibration_windows(
+            f"self,{path},missing.txt", tokenizer, nsamples=6, seqlen=8, seed=0
+        )  # without a model for self
     with pytest.raises(CalibrationError, match="before and after every comma"):
-        load_windows(f"{path},", tokenizer, nsamples=6, seqlen=8, seed=0)
+        calibration_windows(f"{path},", tokenizer, nsamples=6, seqlen=8, seed=0)
     with pytest.raises(ConfigurationError, match="3 texts need at least 3 windows"):
-        load_windows(f"{path},{path},self", tokenizer, nsamples=2, seqlen=8, seed=0)
+        calibration_windows(f"{path},{path},self", tokenizer, nsamples=2, seqlen=8, seed=0)
     with pytest.raises(CalibrationError, match="'self' has no end"):
-        load_windows(f"{path},self", tokenizer, nsamples=None, seqlen=8, seed=0, model=model)
+        calibration_windows(f"{path},self", tokenizer, nsamples=None, seqlen=8, seed=0, model=model)
     assert takes_self(f"{path}, self")
     assert not takes_self("self.txt,other.txt")
 
@@ -287,7 +292,7 @@ def test_a_comma_in_the_name_of_a_file(tmp_path, tokenizer, documents, monkeypat
     monkeypatch.chdir(tmp_path)
     write_json_lines(tmp_path / "a,self.jsonl", [{"text": text} for text in documents])
     for name in ("a,self.jsonl", Path("a,self.jsonl")):
-        assert "texts" not in load_windows(name, tokenizer, nsamples=2, seqlen=8, seed=0).protocol
+        assert "texts" not in calibration_windows(name, tokenizer, nsamples=2, seqlen=8, seed=0).protocol
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -455,7 +460,7 @@ def test_fineweb_reads_only_the_row_groups_it_needs(tmp_path, tokenizer, documen
     groups = []
     original = text_sources._read_row_group
     monkeypatch.setattr(text_sources, "_read_row_group", lambda f, g, n: groups.append(g) or original(f, g, n))
-    windows = load_windows("fineweb-edu", tokenizer, nsamples=1, seqlen=32, seed=3)
+    windows = calibration_windows("fineweb-edu", tokenizer, nsamples=1, seqlen=32, seed=3)
     assert len(groups) == 1
     assert set(texts_of(tokenizer, windows.tokens)[:-1]) < set(documents)
     assert sorted(all_texts("fineweb-edu", tokenizer)) == sorted(documents)
@@ -490,9 +495,9 @@ def test_a_failed_download_names_the_data_set(tokenizer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     monkeypatch.setattr("huggingface_hub.HfFileSystem", lambda: LocalFileSystem({}))
     with pytest.raises(CalibrationError, match=r"c4: cannot be fetched .*no route to host.*give a local file"):
-        load_windows("c4", tokenizer, nsamples=1, seqlen=8, seed=0)
+        calibration_windows("c4", tokenizer, nsamples=1, seqlen=8, seed=0)
     with pytest.raises(CalibrationError, match=r"fineweb-edu.*cannot be fetched"):
-        load_windows("fineweb-edu", tokenizer, nsamples=1, seqlen=8, seed=0)
+        calibration_windows("fineweb-edu", tokenizer, nsamples=1, seqlen=8, seed=0)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -524,7 +529,7 @@ def test_bad_files_are_named_with_the_line(tmp_path, tokenizer, name, content, m
         pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
     load = {
-        "calibration": lambda path: load_windows(path, tokenizer, nsamples=1, seqlen=4, seed=0),
+        "calibration": lambda path: calibration_windows(path, tokenizer, nsamples=1, seqlen=4, seed=0),
         "evaluation": lambda path: evaluation_windows(path, tokenizer, windows=100, seqlen=4000),
     }
     with pytest.raises(CalibrationError, match=message):
@@ -534,7 +539,7 @@ def test_bad_files_are_named_with_the_line(tmp_path, tokenizer, name, content, m
 def test_bad_parquet(tmp_path, tokenizer, monkeypatch):
     def load(columns):
         path = write_parquet(tmp_path / "a.parquet", columns)
-        return load_windows(path, tokenizer, nsamples=1, seqlen=4, seed=0)
+        return calibration_windows(path, tokenizer, nsamples=1, seqlen=4, seed=0)
 
     with pytest.raises(CalibrationError, match=r"no column `text` or `messages`; the columns are 'body', 'id'"):
         load({"body": ["x"], "id": [1]})
@@ -544,25 +549,25 @@ def test_bad_parquet(tmp_path, tokenizer, monkeypatch):
         load({"text": []})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(CalibrationError, match=r'pip install "matgptq\[parquet\]"'):
-        load_windows(tmp_path / "a.parquet", tokenizer, nsamples=1, seqlen=4, seed=0)
+        calibration_windows(tmp_path / "a.parquet", tokenizer, nsamples=1, seqlen=4, seed=0)
 
 
 def test_a_template_that_rejects_a_conversation(tmp_path):
     tokenizer = make_tokenizer(template="{{ raise_exception('roles must alternate') }}")
     path = write_json_lines(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
     with pytest.raises(CalibrationError, match="line 1: the chat template rejects these messages: roles must"):
-        load_windows(path, tokenizer, nsamples=1, seqlen=4, seed=0)
+        calibration_windows(path, tokenizer, nsamples=1, seqlen=4, seed=0)
 
 
 @pytest.mark.parametrize("dataset", ["missing.txt", "missing", "/no/such.jsonl", "data/missing.parquet"])
 def test_missing_file(tokenizer, dataset):
     with pytest.raises(CalibrationError, match=f"{dataset}: no such file; give a file .*wikitext2"):
-        load_windows(dataset, tokenizer, nsamples=1, seqlen=4, seed=0)
+        calibration_windows(dataset, tokenizer, nsamples=1, seqlen=4, seed=0)
 
 
 def test_directory(tmp_path, tokenizer):
     with pytest.raises(CalibrationError, match="is a directory"):
-        load_windows(tmp_path, tokenizer, nsamples=1, seqlen=4, seed=0)
+        calibration_windows(tmp_path, tokenizer, nsamples=1, seqlen=4, seed=0)
 
 
 def test_too_little_text(tmp_path, tokenizer):
@@ -570,7 +575,7 @@ def test_too_little_text(tmp_path, tokenizer):
     path.write_text("x" * 99)
     message = r"a\.txt: too little text: 100 tokens, but 4 windows of 32 need 128; take at most 3 windows, or make"
     with pytest.raises(CalibrationError, match=message):
-        load_windows(path, tokenizer, nsamples=4, seqlen=32, seed=0)
+        calibration_windows(path, tokenizer, nsamples=4, seqlen=32, seed=0)
     with pytest.raises(CalibrationError, match="99 tokens, but 1 windows of 200 need 200; make the windows shorter"):
         evaluation_windows(path, tokenizer, windows=None, seqlen=200)
     with pytest.raises(CalibrationError, match="99 tokens, but 4 windows of 32 need 128"):
@@ -579,7 +584,7 @@ def test_too_little_text(tmp_path, tokenizer):
 
 def test_counts_are_checked_first(tokenizer):
     with pytest.raises(ConfigurationError, match="number of windows"):
-        load_windows("missing.txt", tokenizer, nsamples=0, seqlen=4, seed=0)
+        calibration_windows("missing.txt", tokenizer, nsamples=0, seqlen=4, seed=0)
     with pytest.raises(ConfigurationError, match="seqlen"):
         evaluation_windows("missing.txt", tokenizer, windows=1, seqlen=0)
 
@@ -596,7 +601,7 @@ def test_counts_are_checked_first(tokenizer):
     ],
 )
 def test_token_ids_are_taken_as_they_are(tokenizer, rows):
-    windows = load_windows(rows, tokenizer, nsamples=None, seqlen=3, seed=5)
+    windows = calibration_windows(rows, tokenizer, nsamples=None, seqlen=3, seed=5)
     assert windows.tokens.dtype == torch.int64
     assert windows.tokens.tolist() == [[3, 4, 5], [6, 7, 8]]
     assert evaluation_windows(rows, tokenizer, windows=1, seqlen=3).tokens.tolist() == [[3, 4, 5]]
@@ -618,13 +623,13 @@ def test_token_ids_are_taken_as_they_are(tokenizer, rows):
 )
 def test_bad_token_ids(tokenizer, rows, message):
     with pytest.raises(CalibrationError, match=message):
-        load_windows(rows, tokenizer, nsamples=2, seqlen=3, seed=0)
+        calibration_windows(rows, tokenizer, nsamples=2, seqlen=3, seed=0)
 
 
 def test_text_must_fit_the_embedding(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("zzzz\n")
     with pytest.raises(CalibrationError, match=r"outside the vocabulary of 8; .*tokenizer of this model"):
-        load_windows(tmp_path / "a.txt", tokenizer, nsamples=1, seqlen=4, seed=0, model=make_model(vocab_size=8))
+        calibration_windows(tmp_path / "a.txt", tokenizer, nsamples=1, seqlen=4, seed=0, model=make_model(vocab_size=8))
 
 
 # --- the model's own text --------------------------------------------------------------------------------------------
@@ -723,11 +728,10 @@ def tiny_opt():
 
 @pytest.mark.parametrize("build", [make_model, tiny_gemma, tiny_opt])
 def test_the_cache_of_the_sampler_is_exact(tmp_path, build):
-    """The likeliest token each time (top_k=1) must be what the model says of the whole prefix without a cache."""
+    """The likeliest token each time (it is cold) must be what the model says of the whole prefix without a cache."""
     model = build()
-    tokens = generate(model, make_tokenizer(), tmp_path, top_k=1)
+    tokens = generate(model, make_tokenizer(), tmp_path, temperature=1e-6)
     assert torch.equal(tokens[:, 1:], greedy(model, tokens))
-    assert torch.equal(tokens[:, 1:], greedy(model, generate(model, make_tokenizer(), tmp_path, top_p=1e-6)))
 
 
 def test_eos_does_not_end_a_window(tmp_path, tokenizer):
@@ -759,7 +763,7 @@ def test_self_text_is_cached(tmp_path, model, tokenizer, monkeypatch, caplog):
         again.config._name_or_path = "/somewhere/else"
         assert torch.equal(generate(again, tokenizer, tmp_path, progress=lambda *at: calls.append(at)), tokens)
         assert calls == [(24, 24)]
-        for change in ({"seed": 1}, {"seqlen": 7}, {"nsamples": 2}, {"top_k": 3}, {"temperature": 0.5}):
+        for change in ({"seed": 1}, {"seqlen": 7}, {"nsamples": 2}, {"temperature": 0.5}):
             with pytest.raises(AssertionError, match="generated again"):
                 generate(model, tokenizer, tmp_path, **change)
         with pytest.raises(AssertionError, match="generated again"):
@@ -793,22 +797,22 @@ def test_cache_directory(tmp_path, monkeypatch):
 
 
 def test_self_by_name(tmp_path, model, tokenizer):
-    windows = load_windows("self", tokenizer, nsamples=2, seqlen=8, seed=0, model=model, cache_dir=tmp_path)
+    windows = calibration_windows("self", tokenizer, nsamples=2, seqlen=8, seed=0, model=model, cache_dir=tmp_path)
     assert torch.equal(windows.tokens, generate(model, tokenizer, tmp_path, nsamples=2, seqlen=8, batch_size=64))
     assert "sampled from the model itself" in windows.protocol
     other = evaluation_windows("self", tokenizer, windows=2, seqlen=8, model=model, cache_dir=tmp_path)
     assert not torch.equal(other.tokens, windows.tokens)
     with pytest.raises(CalibrationError, match="pass the model"):
-        load_windows("self", tokenizer, nsamples=2, seqlen=8, seed=0)
+        calibration_windows("self", tokenizer, nsamples=2, seqlen=8, seed=0)
     with pytest.raises(CalibrationError, match="give the number of windows"):
-        load_windows("self", tokenizer, nsamples=None, seqlen=8, seed=0, model=model)
+        calibration_windows("self", tokenizer, nsamples=None, seqlen=8, seed=0, model=model)
 
 
 def test_generation_refuses_what_it_cannot_do(tmp_path, tokenizer):
     model = make_model()
     with pytest.raises(CalibrationError, match=r"64 positions .* documents of 65"):
         generate(model, tokenizer, tmp_path, seqlen=65)
-    for change in ({"temperature": 0.0}, {"top_k": 0}, {"top_p": 0.0}, {"batch_size": 0}, {"document_tokens": 0}):
+    for change in ({"temperature": 0.0}, {"batch_size": 0}, {"document_tokens": 0}):
         with pytest.raises(ConfigurationError, match=next(iter(change))):
             generate(model, tokenizer, tmp_path, **change)
     with torch.no_grad():
@@ -820,7 +824,7 @@ def test_generation_refuses_what_it_cannot_do(tmp_path, tokenizer):
 
 def test_import_is_cheap():
     code = (
-        "import sys, matgptq.calibration;"
+        "import sys, matgptq.token_windows;"
         "sys.exit(any(name in sys.modules for name in ('transformers', 'pyarrow', 'huggingface_hub', 'safetensors')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -107,7 +107,7 @@ def test_a_read_only_place_is_refused_before_the_first_token(
     def read(*_: object, **__: object) -> None:
         raise AssertionError("calibration text was asked for")
 
-    monkeypatch.setattr(quantization_run, "load_windows", read)
+    monkeypatch.setattr(quantization_run, "calibration_windows", read)
     with pytest.raises(CheckpointError, match="Read-only"):
         quantize(source, disk / "out")
 
@@ -120,7 +120,7 @@ def test_a_place_that_is_too_small_is_refused_before_the_first_token(
     def read(*_: object, **__: object) -> None:
         raise AssertionError("calibration text was asked for")
 
-    monkeypatch.setattr(quantization_run, "load_windows", read)
+    monkeypatch.setattr(quantization_run, "calibration_windows", read)
     with pytest.raises(matgptq.errors.MatGPTQError, match="disk"):
         quantize(source, disk / "out")
 

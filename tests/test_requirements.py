@@ -54,7 +54,7 @@ def test_where_activations_go(tmp_path, monkeypatch):
 def test_too_little_memory_is_refused_before_the_first_token(tmp_path, monkeypatch):
     source = save_model("llama", tmp_path / "source")
     monkeypatch.setattr("matgptq.requirements.available_memory", lambda: 500_000_000)
-    monkeypatch.setattr("matgptq.quantization_run.load_windows", lambda *_, **__: pytest.fail("text was read"))
+    monkeypatch.setattr("matgptq.quantization_run.calibration_windows", lambda *_, **__: pytest.fail("text was read"))
     with pytest.raises(ConfigurationError, match=r"about 0\.\d GB of memory, 0\.5 GB are free: --activations disk, or"):
         matgptq.quantize(source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE, activations="memory")
     with pytest.raises(ConfigurationError, match=r"a text of your own \(--dataset\)"):

@@ -9,8 +9,8 @@ from tiny_models import build_model, make_tokenizer, save_model, token_ids
 import matgptq
 from matgptq.block_hessians import collect_hessians
 from matgptq.blocks import capture_inputs, find_blocks, propagate
-from matgptq.calibration import first_tokens
 from matgptq.families import find_family
+from matgptq.packing import first_tokens
 
 
 def test_first_tokens_are_those_of_the_text_and_bos() -> None:

@@ -23,7 +23,6 @@ from torch import Tensor
 from matgptq.allocation import Allocation
 from matgptq.allocation_scales import forget_scales
 from matgptq.allocation_store import check_name, save_allocation
-from matgptq.calibration import SELF, Windows, load_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import multiplies_bfloat16, resolve_device, resolve_dtype
 from matgptq.errors import ConfigurationError
@@ -37,6 +36,7 @@ from matgptq.slicing import WIDTHS
 from matgptq.source import load_tokenizer
 from matgptq.stage_clock import StageClock
 from matgptq.teacher import observe
+from matgptq.token_windows import SELF, Windows, calibration_windows
 from matgptq.width_search.block_runner import block_modules
 from matgptq.width_search.budget import Budget, SearchSpace, bits_budget, size_budget
 from matgptq.width_search.layer_groups import group_layers
@@ -265,7 +265,7 @@ def _windows(
 ) -> Windows:
     count = settings.pool + settings.held_out
     progress.start("search text", count)
-    return load_windows(
+    return calibration_windows(
         dataset,
         None if isinstance(dataset, Tensor) else load_tokenizer(path, trust_remote_code=trust_remote_code),
         nsamples=count,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from matgptq.allocation_scales import has_own_scales
 from matgptq.allocation_store import find_allocation
-from matgptq.calibration import SELF, TextProtocol, Windows, check_cut, evaluation_windows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device
 from matgptq.evaluation_results import Evaluation, Result
@@ -25,6 +24,8 @@ from matgptq.reference_model import load_optional_reference
 from matgptq.slicing import check_widths
 from matgptq.source import load_tokenizer
 from matgptq.text_sources import open_source as open_text
+from matgptq.token_windows import SELF, Windows, check_cut, evaluation_windows
+from matgptq.tokenization import TextProtocol
 
 DEFAULT_WIDTHS = (2, 3, 4, 6, 8)
 DEFAULT_SEQLEN = 2048
@@ -100,7 +101,7 @@ def evaluate(
         seqlen: tokens per window; default 2048 or the model's context.
         stride: tokens from one window to the next, for windows that overlap: all but the first are then scored on
             their last ``stride`` tokens. Default: no overlap.
-        protocol: ``plain`` or ``gptq``; see ``matgptq.calibration.evaluation_windows``.
+        protocol: ``plain`` or ``gptq``; see ``matgptq.token_windows.evaluation_windows``.
         reference: the full-precision model; default the one that the checkpoint was made from, if it is still there.
         device, dtype: of both models.
         activations, head_bits: of the quantized model; see ``matgptq.load``.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matgptq.calibration import text_names
 from matgptq.source import ModelSource
+from matgptq.token_windows import text_names
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 

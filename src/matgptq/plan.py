@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from matgptq.blocks import Block, find_blocks
-from matgptq.calibration import takes_self
 from matgptq.errors import ConfigurationError
 from matgptq.families import find_family
 from matgptq.grid import resolve_group_size
 from matgptq.model_config import check_window, longest_window
 from matgptq.recipe import PER_CHANNEL, Recipe
 from matgptq.size import SCALE_BITS
+from matgptq.token_windows import takes_self
 
 DEFAULT_NSAMPLES = 128
 DEFAULT_SEQLEN = 2048

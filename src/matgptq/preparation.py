@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from matgptq.activations import Placement, check_placement
-from matgptq.calibration import takes_self
 from matgptq.channel_scaling import scaled_tensors
 from matgptq.errors import CalibrationError
 from matgptq.experts import check_expert_tensors, unfuse_experts
@@ -22,6 +21,7 @@ from matgptq.requirements import Requirements, estimate_requirements
 from matgptq.residency import Residency, Streamed, Whole, build_empty, can_stream, needs_conversion
 from matgptq.rotated_model import rotated_tensors, rotation_sites
 from matgptq.source import ModelSource
+from matgptq.token_windows import takes_self
 from matgptq.tuning_text import HELD_OUT
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from matgptq.activations import Placement
-from matgptq.calibration import SELF
 from matgptq.checkpoint_writer import DEFAULT_SHARD_BYTES, check_destination
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.distributed import local_device, processes
@@ -33,6 +32,7 @@ from matgptq.run_log import check_wandb
 from matgptq.slicing import check_bits
 from matgptq.source import open_source, read_json
 from matgptq.stage_clock import StageClock
+from matgptq.token_windows import SELF
 from matgptq.work_directory import WorkDirectory
 
 

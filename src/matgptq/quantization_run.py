@@ -19,12 +19,12 @@ from torch import Tensor
 from matgptq.activations import Boundaries
 from matgptq.block_quantizer import BlockQuantizer
 from matgptq.blocks import Block, BlockInputs, capture_inputs, propagate
-from matgptq.calibration import Windows, first_tokens, load_windows, takes_self
 from matgptq.checkpoint_writer import CheckpointWriter
 from matgptq.distributed import Processes
 from matgptq.format import REPORT_NAME, Settings
 from matgptq.kept_tensors import read_kept
 from matgptq.nested_weight import NestedWeight
+from matgptq.packing import first_tokens
 from matgptq.plan import CalibrationRequest, Plan
 from matgptq.preparation import Prepared
 from matgptq.progress import Progress, counting_steps
@@ -37,6 +37,7 @@ from matgptq.saliency import token_saliency, token_weights
 from matgptq.source import ModelSource, read_header, read_tensor
 from matgptq.stage_clock import StageClock
 from matgptq.stored_layers import layer_tensors, read_layer
+from matgptq.token_windows import Windows, calibration_windows, takes_self
 from matgptq.work_directory import WorkDirectory
 from matgptq.workers import Workers, one_thread_each
 
@@ -165,7 +166,7 @@ class QuantizationRun:
         network = self.network
         if takes_self(dataset) and isinstance(self.residency, Streamed):
             network = self.source.load_model(network.dtype, network.device)  # writing text takes the whole model
-        return load_windows(
+        return calibration_windows(
             dataset,
             None if isinstance(dataset, Tensor) else self._tokenizer,
             nsamples=plan.nsamples,

@@ -19,6 +19,7 @@ from matgptq.atomic_files import replacing
 from matgptq.errors import CalibrationError, ConfigurationError
 from matgptq.finiteness import all_finite
 from matgptq.model_config import longest_window
+from matgptq.packing import check_counts
 from matgptq.progress import Counted
 from matgptq.workers import one_thread_each
 
@@ -42,15 +43,13 @@ def generate_windows(
     document_tokens: int = 512,
     batch_size: int = 32,
     temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     cache_dir: str | Path | None = None,
     progress: Counted | None = None,
 ) -> Tensor:
     """Sample token windows from the model itself.
 
-    Documents of ``document_tokens`` tokens are sampled side by side and packed into windows as in ``load_windows``;
-    many short ones cost a fraction of few long ones. A document starts with BOS if the tokenizer or the model's
+    Documents of ``document_tokens`` tokens are sampled side by side and packed into windows; many short
+    ones cost a fraction of few long ones. A document starts with BOS if the tokenizer or the model's
     config has one, else with a random token that is not special. EOS does not stop it: the model goes on with what
     it takes to come next. The result is cached, keyed by the model's weights and every argument that changes it.
 
@@ -64,8 +63,6 @@ def generate_windows(
         batch_size: documents sampled at a time; memory for the keys and values of batch_size * document_tokens
             tokens is needed. It changes the tokens drawn, and so is part of the cache key.
         temperature: of the sampling, positive.
-        top_k: sample among the ``top_k`` likeliest tokens only.
-        top_p: sample among the likeliest tokens that together reach this probability, in (0, 1].
         cache_dir: directory of the cache; by default ``$MATGPTQ_CACHE/self``, else ``$XDG_CACHE_HOME/matgptq/self``,
             else ``~/.cache/matgptq/self``. A cache that cannot be read or written is a warning, not an error.
         progress: called with (tokens done, tokens in all).
@@ -84,10 +81,6 @@ def generate_windows(
         raise ConfigurationError(f"batch_size must be at least 1, not {batch_size}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ConfigurationError(f"temperature must be positive, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ConfigurationError(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigurationError(f"top_p must be in (0, 1], not {top_p}")
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     positions = longest_window(config)
     length = min(document_tokens, seqlen)
@@ -110,8 +103,6 @@ def generate_windows(
         "length": length,
         "batch_size": min(batch_size, documents),
         "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
         "known": known,
         "first": hashlib.sha256(repr(first).encode()).hexdigest(),
     }
@@ -124,7 +115,7 @@ def generate_windows(
             progress(documents * length, documents * length)
         return cached
 
-    sampler = _Sampler(temperature, top_k, top_p, known)
+    sampler = _Sampler(temperature, known)
     was_training = model.training
     model.eval()
     try:
@@ -154,22 +145,12 @@ class _Sampler:
     """How the next token is drawn; fields as in ``generate_windows``. Ids from ``known`` on are never drawn."""
 
     temperature: float
-    top_k: int | None
-    top_p: float | None
     known: int
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """Draw one token for each row of ``logits`` [batch, vocabulary]; ``torch.int64`` [batch, 1]."""
         scores = logits[:, : self.known].float() / self.temperature
-        if self.top_k is not None and self.top_k < self.known:
-            threshold = scores.topk(self.top_k).values[:, -1:]
-            scores = scores.masked_fill(scores < threshold, -torch.inf)
         probabilities = scores.softmax(-1)
-        if self.top_p is not None and self.top_p < 1:
-            descending, order = probabilities.sort(dim=-1, descending=True)
-            # A token goes if those before it reach top_p already: the likeliest one always stays.
-            dropped = descending.cumsum(-1) - descending >= self.top_p
-            probabilities = probabilities.scatter(-1, order, descending.masked_fill(dropped, 0.0))
         # Inversion, because torch.multinomial draws a number for every token of the vocabulary: 20 times as long.
         cumulative = probabilities.cumsum(-1)
         total = cumulative[:, -1:]
@@ -309,11 +290,3 @@ def _write_cache(path: Path, key: str, tokens: Tensor) -> None:
             beside.write_bytes(save({"tokens": tokens.contiguous()}, metadata={"key": key}))
     except OSError as error:
         logger.warning("generated text cannot be kept in %s (%s); it will be generated again next time", path, error)
-
-
-def check_counts(windows: int | None, seqlen: int) -> None:
-    """Refuse a number of windows or tokens below one; ``windows`` None is as many as there are."""
-    if windows is not None and windows < 1:
-        raise ConfigurationError(f"the number of windows must be at least 1, not {windows}")
-    if seqlen < 1:
-        raise ConfigurationError(f"seqlen must be at least 1, not {seqlen}")

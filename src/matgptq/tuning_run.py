@@ -13,7 +13,6 @@ from torch import Tensor
 from matgptq.allocation_scales import save_scales
 from matgptq.block_tuning import tune_blocks
 from matgptq.blocks import Block, capture_inputs, complete
-from matgptq.calibration import Windows
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import UnsupportedModelError
 from matgptq.families import find_family
@@ -26,6 +25,7 @@ from matgptq.scale_replacement import replace_scales
 from matgptq.scale_tuning import ModelObjective, ScaleVector, Schedule, TunedLinear, TuningState, fast_dtype, tune
 from matgptq.slicing import slice_levels
 from matgptq.teacher import Teacher, observe, output_head
+from matgptq.token_windows import Windows
 from matgptq.tuning_text import HELD_OUT
 from matgptq.tuning_workspace import TuningWorkspace, digest_of
 from matgptq.workers import Workers

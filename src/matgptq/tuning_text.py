@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from matgptq.calibration import SELF, Windows, load_windows, takes_self, text_names
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import CalibrationError
 from matgptq.model_config import check_window, longest_window
 from matgptq.progress import Progress, counting_steps
 from matgptq.source import load_tokenizer
+from matgptq.token_windows import SELF, Windows, calibration_windows, takes_self, text_names
 
 DEFAULT_SEQLEN = 512
 DEFAULT_NSAMPLES = 128
@@ -101,7 +101,7 @@ class _Reader:
 
     def _read(self, dataset: str | Path | Tensor, count: int | None) -> Windows:
         self.progress.start("tuning text", count or 1)
-        text = load_windows(
+        text = calibration_windows(
             dataset,
             self.tokenizer,
             nsamples=count,

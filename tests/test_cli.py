@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import save_model
 from typer.testing import CliRunner, Result
 
 from matgptq.checkpoint import open_checkpoint
 from matgptq.cli import app
+from matgptq.commands.options import write_json
 from matgptq.errors import MatGPTQError
 
 RUNNER = CliRunner()
@@ -96,6 +99,59 @@ def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
 def test_dry_run_checks_what_a_run_would(source: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert "damping" in refuse("quantize", source, "-o", tmp_path / "out", "--damp", "-1", "--dry-run")
     assert "--force" in refuse("quantize", source, "-o", checkpoint, "--dry-run")
+
+
+def test_dry_run_reads_the_text(source: Path, text: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("hello\n")
+    options = ["quantize", source, "-o", tmp_path / "out", "--group-size", 32, "--dry-run", "--seqlen", 32]
+    assert "missing.txt" in refuse(*options, "--dataset", "missing.txt")
+    assert "missing.txt" in refuse(*options, "--dataset", "self,missing.txt")
+    assert "too little text" in refuse(*options, "--dataset", short)
+    assert "3 texts need" in refuse(*options, "--dataset", f"self,{text},{text}", "--nsamples", 2)
+    assert "wandb" in refuse(*options, "--wandb", "project")
+    assert "cannot be written" in refuse("quantize", source, "-o", short / "out", "--dry-run")
+    assert "seed" in refuse(*options, "--seed", 10**20)
+    plan = tmp_path / "plan.json"
+    succeed(*options, "--dataset", text, "--json", plan)
+    record = json.loads(plan.read_text())
+    assert (len(record["layers"]), record["nsamples"], record["seqlen"]) == (14, 16, 32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_json(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "directory" in refuse("info", checkpoint, "--json", tmp_path / "nowhere" / "info.json")
+    assert "is a directory" in refuse("info", checkpoint, "--json", tmp_path)
+    assert "--kernels" in refuse("info", "--kernels", "--json", tmp_path / "kernels.json")
+    assert '"quantization_config": {' in succeed("info", checkpoint, "--json", "-")
+    write_json(tmp_path / "odd.json", {"a": [math.inf, 1.5], "b": (math.nan,)})
+    assert json.loads((tmp_path / "odd.json").read_text()) == {"a": [None, 1.5], "b": [None]}
+    monkeypatch.setattr("matgptq.evaluation.load", lambda *_, **__: pytest.fail("was loaded"))
+    assert "--plot" in refuse("eval", checkpoint, "--text", text, "--plot", tmp_path / "nowhere" / "plot.png")
+
+
+def test_generated_text_is_printed_as_it_is(checkpoint: Path) -> None:
+    prompt = "one\n\ttwo :rocket: [bold]three[/bold]"
+    assert prompt in succeed("generate", checkpoint, "--prompt", prompt, "--max-new-tokens", 1)
+    assert "prompt is empty" in refuse("generate", checkpoint, "--prompt", "")
+    assert "nothing can be computed" in refuse("generate", checkpoint, "--prompt", "a", "--device", "meta")
+
+
+def test_empty_names_and_counts(checkpoint: Path) -> None:
+    assert "name of the text is empty" in refuse("eval", checkpoint, "--text", "")
+    assert "2 tokens" in refuse("eval", checkpoint, "--seqlen", 1)
+    assert "--threads" in refuse("bench", checkpoint, "--threads", 0)
+
+
+def test_another_model_as_reference(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    other = save_model("llama", tmp_path / "other", shape={"vocab_size": 320})
+    for options in (
+        ["eval", "--text", text, "--seqlen", 16],
+        ["refine", "--dataset", text],
+        ["search", "--target-bits", 4],
+    ):
+        command, *rest = options
+        assert "320 tokens in its vocabulary" in refuse(command, checkpoint, *rest, "--reference", other)
 
 
 def test_rotation_and_sink_weight(make_checkpoint, text: Path, tmp_path: Path) -> None:

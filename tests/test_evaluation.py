@@ -11,10 +11,15 @@ from tiny_models import VOCAB
 from transformers import AutoModelForCausalLM
 
 import matgptq
+from matgptq.allocation import Allocation, format_lines
+from matgptq.allocation_store import save_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import AllocationError, CalibrationError, ConfigurationError, SourceError
 from matgptq.evaluation import Divergence
+from matgptq.evaluation_record import read_record, record_evaluation
+from matgptq.nested_linear import nested_layers
 from matgptq.source import load_tokenizer
+from matgptq.token_windows import Windows
 
 
 @pytest.mark.parametrize("positions", [1, 5, 255, 256, 257, 600])
@@ -86,6 +91,49 @@ def test_without_the_source_kl_is_absent_and_said(checkpoint, windows) -> None:
     assert any("--reference" in note for note in notes)
     with pytest.raises(SourceError):
         matgptq.evaluate(checkpoint, (8,), text=windows, reference=gone)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_without_a_full_model_the_parent_writes_the_text(bits, checkpoint, monkeypatch) -> None:
+    """Whatever width the checkpoint serves by default."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] |= {"source": None, "bits": bits}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    widths = []
+
+    def read(*_, model, **__):
+        widths.append({layer.bits for layer in nested_layers(model).values()})
+        return Windows(torch.ones(1, 4, dtype=torch.int64), "ones")
+
+    monkeypatch.setattr("matgptq.evaluation.evaluation_windows", read)
+    matgptq.evaluate(checkpoint, (2, 8), seqlen=4)
+    assert widths == [{8}]
+
+
+def test_texts_of_one_name_are_told_apart(checkpoint, source, tmp_path) -> None:
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(f"this is {name}, " * 20)
+        found.append(matgptq.evaluate(checkpoint, 8, text=tmp_path / name / "text.txt", windows=1, seqlen=16))
+    assert found[0].protocol == found[1].protocol
+    assert found[0].measured_on != found[1].measured_on
+    for evaluation in found:
+        record_evaluation(open_checkpoint(checkpoint), evaluation)
+    assert len(read_record(open_checkpoint(checkpoint))["texts"]) == 2
+
+
+def test_a_file_called_like_a_stored_allocation_is_not_it(checkpoint, windows, tmp_path) -> None:
+    opened = open_checkpoint(checkpoint)
+    layers = dict.fromkeys(opened.layers, 3)
+    save_allocation(opened, Allocation("mine", opened.identity, "", 3, 3, 1, 0, {}, {}, layers))
+    other = tmp_path / "mine"
+    other.write_text(format_lines(dict.fromkeys(opened.layers, 8)))
+    evaluation = matgptq.evaluate(checkpoint, allocation=other, text=windows)
+    assert evaluation.results[0].allocation == str(other)
+    record_evaluation(opened, evaluation)
+    assert not (checkpoint / "evaluation.json").exists()
+    assert matgptq.evaluate(checkpoint, allocation="mine", text=windows).results[0].allocation == "mine"
 
 
 def test_allocation(checkpoint, windows) -> None:

@@ -217,3 +217,15 @@ def test_a_recipe_made_by_hand_is_checked_too():
 def test_one_width_may_compensate_by_the_mean_and_descend():
     recipe = make_recipe("gptq", [4], compensation="mean", coordinate_passes=2)
     assert recipe.coordinate_passes == 2
+
+
+def test_weights_that_name_widths_choose_them():
+    recipe = make_recipe(bit_weights={2: 5.0, 6: 28.0, 8: 270.0})
+    assert recipe.target_bits == (2, 6, 8)
+    assert recipe.bit_weights == (5.0, 28.0, 270.0)
+
+
+@pytest.mark.parametrize("option", [{"rotate": "no"}, {"seed": -1}, {"seed": 2**32}, {"refit": 1}])
+def test_flags_and_seeds_are_checked(option):
+    with pytest.raises(ConfigurationError, match=next(iter(option))):
+        make_recipe(**option)

@@ -242,6 +242,8 @@ def test_perplexity_needs_no_full_model(checkpoint: Path) -> None:
         search(checkpoint, 3.5)
     result = search(checkpoint, 3.5, fitness="ppl")
     assert stored_allocations(open_checkpoint(checkpoint))["3.5bpw"]["fitness"]["measure"] == "ppl"
+    stored = stored_allocations(open_checkpoint(checkpoint))["3.5bpw"]["fitness"]["value"]
+    assert stored == pytest.approx(math.exp(result.found[0].loss))  # a perplexity, not its logarithm
     assert result.found[0].loss > 1  # nats of random text, not a divergence
 
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import matgptq
 from matgptq import native
+from matgptq.checkpoint import open_checkpoint
 from matgptq.cli import app
 from matgptq.errors import ConfigurationError
 from matgptq.nested_linear import nested_layers
@@ -79,6 +80,20 @@ def test_the_command(make_checkpoint, tmp_path):
     records = json.loads(file.read_text())
     assert [record["bits"] for record in records] == [4, 16]
     assert all(set(record) == FIELDS for record in records)
+
+
+def test_an_exported_slice_is_timed_at_its_width(make_checkpoint, tmp_path):
+    out = make_checkpoint("llama")[1]
+    layers = list(open_checkpoint(out).layers)
+    for name, options in (("one", {"bits": 3}), ("mixed", {"allocation": {layers[0]: 2}, "bits": 4})):
+        matgptq.export(out, tmp_path / name, format="matgptq-slice", **options)
+        found = measure_speed(tmp_path / name, prompt=8, new_tokens=2)
+        assert {each.bits for each in found} == {
+            16,
+            open_checkpoint(tmp_path / name, slices=True).average_bits(
+                open_checkpoint(tmp_path / name, slices=True).widths_held[0]
+            ),
+        }
 
 
 def test_refusals(make_checkpoint):

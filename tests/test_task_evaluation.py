@@ -239,6 +239,11 @@ def test_tasks_that_cannot_be_run(out, directory, tmp_path, monkeypatch) -> None
         evaluate_tasks(out, ["choice"], include_path=tmp_path)
 
 
+def test_more_examples_than_there_are_documents(out, directory) -> None:
+    with pytest.raises(CalibrationError, match="harness cannot run the tasks"):
+        evaluate_tasks(out, ["choice"], (8,), include_path=directory, num_fewshot=1000)
+
+
 def test_without_the_harness(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
     with pytest.raises(ConfigurationError, match=r"pip install \"matgptq\[eval\]\""):

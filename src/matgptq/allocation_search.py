@@ -11,6 +11,7 @@ the rest is held out, and only winners are measured on it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,13 +31,13 @@ from matgptq.families import find_family
 from matgptq.loading import load
 from matgptq.model_config import check_window, longest_window
 from matgptq.progress import Progress, Silent, counting_steps
-from matgptq.reference_model import find_reference
+from matgptq.reference_model import check_vocabulary, find_reference
 from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.slicing import WIDTHS
 from matgptq.source import load_tokenizer
 from matgptq.stage_clock import StageClock
 from matgptq.teacher import observe
-from matgptq.token_windows import SELF, Windows, calibration_windows
+from matgptq.token_windows import SELF, Windows, calibration_windows, check_texts
 from matgptq.width_search.block_runner import block_modules
 from matgptq.width_search.budget import Budget, SearchSpace, bits_budget, size_budget
 from matgptq.width_search.layer_groups import group_layers
@@ -178,6 +179,7 @@ def search(
             checkpoint, reference, trust_remote_code=trust_remote_code, instead=", or --fitness ppl"
         )
     check_wandb(wandb_project)
+    check_texts(dataset, settings.pool + settings.held_out)
     run_device = resolve_device(device)
     run_dtype = _scoring_dtype(dtype, run_device, checkpoint)
     identity: dict[str, Any] = {
@@ -193,6 +195,8 @@ def search(
         progress.start("load the models", 1)
         model = load(path, space.widths[-1], device=run_device, dtype=run_dtype, trust_remote_code=trust_remote_code)
         full = None if source is None else source.load_model(run_dtype, run_device)
+        if full is not None:
+            check_vocabulary(full, checkpoint)
         windows = _windows(path, dataset, settings, full or model, trust_remote_code, progress)
         teacher = None
         if full is not None:
@@ -213,7 +217,8 @@ def search(
         for budget, name, state, value in zip(budgets, names, states, values, strict=False):
             found.append(_measured(space, state.best, value, name, budget))
             how = {**described, "text": windows.protocol, "generation": state.generation}
-            fitness_record = {"measure": fitness, "value": value, "windows": settings.held_out}
+            shown = math.exp(min(value, 700)) if fitness == "ppl" else value
+            fitness_record = {"measure": fitness, "value": shown, "windows": settings.held_out}
             forget_scales(save_allocation(checkpoint, _allocation(checkpoint, space, found[-1], fitness_record, how)))
             log.write("found", **dataclasses.asdict(found[-1]))
     return Search(

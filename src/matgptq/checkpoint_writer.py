@@ -167,7 +167,10 @@ class CheckpointWriter:
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
-    """Refuse a destination that stands, unless ``force`` may replace it; see ``CheckpointWriter``."""
+    """Refuse a destination that stands, unless ``force`` may replace it, or that cannot be made; see the writer."""
+    place = next(each for each in destination.absolute().parents if os.path.lexists(each))
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise CheckpointError(f"{destination}: cannot be written: {place} is not a directory that can be written to")
     if not os.path.lexists(destination):  # a dangling link is in the way, too
         return
     if not force:

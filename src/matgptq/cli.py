@@ -58,6 +58,9 @@ def main() -> None:
     except MatGPTQError as error:
         err_console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    except OSError as error:  # a full disk behind standard output, say; a reader that has gone is typer's to handle
+        err_console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

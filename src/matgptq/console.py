@@ -208,12 +208,12 @@ def size_table(checkpoint: Checkpoint) -> Table:
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Quality of each width."""
-    table = Table(title="quality by width", caption=evaluation.protocol, caption_justify="left")
+    table = Table(title="quality by width", caption=escape(evaluation.protocol), caption_justify="left")
     for column in ("bits", "bits per weight", "size", "perplexity", "KL", "top-1"):
         table.add_column(column, justify="right")
     for result in evaluation.results:
         table.add_row(
-            figures.width(result.bits, result.allocation),
+            escape(figures.width(result.bits, result.allocation)),
             f"{result.bits_per_weight:.3f}",
             megabytes(result.bytes),
             figures.perplexity(result.perplexity),
@@ -228,11 +228,13 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 def task_table(evaluation: TaskEvaluation) -> Table:
     """Scores of the tasks asked for: one row for each metric, one column for each width."""
-    caption = f"{evaluation.protocol}; value ± standard error"
+    caption = f"{escape(evaluation.protocol)}; value ± standard error"
     table = Table(title="tasks by width", caption=caption, caption_justify="left")
     for column in ("task", "shots", "metric"):
         table.add_column(column)
-    columns = [(figures.width(result.bits, result.allocation, " bits"), result.scores) for result in evaluation.results]
+    columns = [
+        (escape(figures.width(result.bits, result.allocation, " bits")), result.scores) for result in evaluation.results
+    ]
     if evaluation.reference_scores is not None:
         columns.append(("full", evaluation.reference_scores))
     for label, _ in columns:
@@ -254,7 +256,7 @@ def refinement_table(results: Sequence[Refinement]) -> Table:
     for result in results:
         after = f"{result.kl_after:.4f}" if result.kl_after < result.kl_before else "not better, left as it was"
         table.add_row(
-            figures.width(result.bits, result.allocation),
+            escape(figures.width(result.bits, result.allocation)),
             f"{result.kl_before:.4f}",
             after,
             str(result.steps),
@@ -266,14 +268,14 @@ def refinement_table(results: Sequence[Refinement]) -> Table:
 def search_table(search: Search) -> Table:
     """What a search found, beside uniform widths."""
     measure = "KL" if search.fitness == "kl" else "perplexity"
-    caption = f"{measure} on text that the search did not see. {search.protocol}"
+    caption = f"{measure} on text that the search did not see. {escape(search.protocol)}"
     table = Table(title="allocations", caption=caption, caption_justify="left")
     for column in ("name", "bits", "bits per weight", "size", "left", measure):
         table.add_column(column, justify="left" if column == "name" else "right")
     for results in (search.found, search.uniform):
         for result in results:
             table.add_row(
-                result.name,
+                escape(result.name),
                 f"{result.bits:.3f}",
                 f"{result.bits_per_weight:.3f}",
                 megabytes(result.bytes),
@@ -374,7 +376,7 @@ def speed_table(results: Sequence[Speed]) -> Table:
         table.add_column(column, justify="right")
     for result in results:
         table.add_row(
-            str(result.bits),
+            f"{result.bits:g}",
             str(result.batch),
             f"{result.decode_tokens_per_second:.1f}",
             f"{result.prompt_tokens_per_second:.0f}",

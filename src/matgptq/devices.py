@@ -22,6 +22,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ConfigurationError(f"unknown device {device!r}: use auto, cpu or cuda") from error
+    if resolved.type == "meta":
+        raise ConfigurationError("nothing can be computed on the device meta: use auto, cpu or cuda")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("device cuda was asked for, but PyTorch sees no CUDA device")
     return resolved

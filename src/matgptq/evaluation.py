@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,16 +13,19 @@ import torch
 from torch import Tensor
 
 from matgptq.allocation_scales import has_own_scales
-from matgptq.allocation_store import find_allocation
+from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
+from matgptq.allocation_store import allocation_file, find_allocation, stored_allocations
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device
+from matgptq.errors import ConfigurationError
 from matgptq.evaluation_results import Evaluation, Result
 from matgptq.kernels import Activations
 from matgptq.loading import load, load_config
 from matgptq.model_config import check_window, longest_window
 from matgptq.progress import Progress, Silent
 from matgptq.reference_model import load_optional_reference
-from matgptq.slicing import check_widths
+from matgptq.self_text import model_fingerprint
+from matgptq.slicing import PARENT_BITS, check_widths
 from matgptq.source import load_tokenizer
 from matgptq.text_sources import open_source as open_text
 from matgptq.token_windows import SELF, Windows, check_cut, evaluation_windows
@@ -72,7 +76,7 @@ class Divergence:
 
 def evaluate(
     path: str | Path,
-    bits: Iterable[int] | None = None,
+    bits: Iterable[int] | int | None = None,
     *,
     allocation: Mapping[str, int] | str | Path | None = None,
     text: str | Path | Tensor = SELF,
@@ -128,7 +132,7 @@ def evaluate(
         device=run_device, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     progress.start("evaluation text", 1)
-    tokens = chosen.read(path, full if full is not None else models.first, trust_remote_code)
+    tokens = chosen.read(path, full if full is not None else models.best(), trust_remote_code)
 
     sums = [Divergence() for _ in candidates]
     full_sum = Divergence()
@@ -155,7 +159,14 @@ def evaluate(
         reference_name,
         full_sum.perplexity if full is not None else None,
         served_settings(models.first, activations, head_bits),
+        _fingerprint(tokens.tokens, full),
     )
+
+
+def _fingerprint(tokens: Tensor, full: Any) -> str:
+    digest = hashlib.sha256(tokens.numpy().tobytes())
+    digest.update(b"" if full is None else model_fingerprint(full).encode())
+    return digest.hexdigest()[:16]
 
 
 def served_settings(model: Any, activations: Activations, head_bits: int | None) -> dict[str, Any]:
@@ -199,9 +210,16 @@ class CandidateModels:
         **options: Any,
     ) -> None:
         kinds = {candidate.own_scales for candidate in candidates}
+        self._is_slice = open_checkpoint(path, slices=True).settings.is_slice
         self._settable: Any = load(path, **options) if False in kinds else None
         self._fixed: Any = load(path, allocation=allocation, **options) if True in kinds else None
         self.first = self._settable if self._settable is not None else self._fixed
+
+    def best(self) -> Any:
+        """The most exact of what they can serve: the parent, but of a slice or of scales of an allocation's own."""
+        if self._settable is not None and not self._is_slice:
+            self._settable.set_bits(PARENT_BITS)
+        return self.first
 
     def serve(self, candidate: Candidate) -> Any:
         """A model at the candidate's widths, until the next call."""
@@ -212,7 +230,7 @@ class CandidateModels:
 
 
 def choose_candidates(
-    checkpoint: Checkpoint, bits: Iterable[int] | None, allocation: Mapping[str, int] | str | Path | None
+    checkpoint: Checkpoint, bits: Iterable[int] | int | None, allocation: Mapping[str, int] | str | Path | None
 ) -> list[Candidate]:
     """What to measure, in order: widths, then the allocation completed by the checkpoint's default width.
 
@@ -229,10 +247,17 @@ def choose_candidates(
         widths = checkpoint.widths_held if checkpoint.settings.is_slice else DEFAULT_WIDTHS
     candidates = [Candidate(each) for each in widths]
     if allocation is not None:
-        name = "mapping" if isinstance(allocation, Mapping) else Path(allocation).name
+        name = "mapping" if isinstance(allocation, Mapping) else _label(checkpoint, allocation)
         widths_of_layers = find_allocation(checkpoint, allocation)
         candidates.append(Candidate(widths_of_layers, name, has_own_scales(checkpoint, allocation)))
     return candidates
+
+
+def _label(checkpoint: Checkpoint, allocation: str | Path) -> str:
+    """The name of an allocation; of a file elsewhere its own, unless a stored one is called so."""
+    name = Path(allocation).name
+    stored = allocation_file(checkpoint, allocation).resolve().parent == (checkpoint.path / ALLOCATIONS).resolve()
+    return str(allocation) if not stored and name in stored_allocations(checkpoint) else name
 
 
 def _logits(model: Any, window: Tensor, scored: int) -> Tensor:
@@ -304,5 +329,7 @@ def _settle_text(
             progress.note(f"{count} windows of {seqlen} tokens (--windows, --seqlen)")
         if str(dataset) != SELF:
             open_text(dataset, split="test")
+    if seqlen < 2:
+        raise ConfigurationError("a window must have at least 2 tokens: the second is what the first predicts")
     check_cut(dataset, seqlen, stride, protocol)
     return _Text(dataset, count, seqlen, stride, protocol)

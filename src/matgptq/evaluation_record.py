@@ -2,22 +2,22 @@
 
     {"checkpoint": identity, "texts": [...], "tasks": [...]}
 
-Each entry is one way of measuring (``protocol``, ``reference``, ``settings``) with a row for each width and for each
-allocation that lies with the checkpoint. Measuring the same way again replaces the rows measured and keeps the others;
-the last measured entry comes last. Figures of codes or scales that have changed since are not shown any more.
+Each entry is one way of measuring (``protocol``, ``reference``, ``settings``, of a text ``measured_on``) with a row
+for each width and for each allocation that lies with the checkpoint. Measuring the same way again replaces the rows
+measured and keeps the others; the last measured entry comes last. Figures of codes or scales that have changed since
+are not shown any more.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from matgptq.allocation import format_lines
 from matgptq.allocation_scales import KEY as SCALES
 from matgptq.allocation_store import stored_allocations
-from matgptq.atomic_files import write_text
+from matgptq.atomic_files import json_text, write_text
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import CheckpointError, SourceError
 from matgptq.evaluation_results import Evaluation, TaskEvaluation
@@ -26,7 +26,8 @@ from matgptq.source import public_name, read_json
 
 Record = dict[str, list[dict[str, Any]]]
 _KINDS = ("texts", "tasks")
-_IDENTITY = ("protocol", "reference", "settings")
+_ROW = {"bits", "bits_per_weight", "allocation", "layers"}
+_IDENTITY = ("protocol", "reference", "settings", "measured_on")
 
 
 def read_record(checkpoint: Checkpoint) -> Record:
@@ -44,9 +45,7 @@ def read_record(checkpoint: Checkpoint) -> Record:
         raise CheckpointError(f"{error}; delete it to measure anew") from error
     for kind in _KINDS:
         entries = record.get(kind)
-        if not isinstance(entries, list) or not all(
-            isinstance(entry, dict) and isinstance(entry.get("results"), list) for entry in entries
-        ):
+        if not isinstance(entries, list) or not all(map(_is_entry, entries)):
             raise CheckpointError(f"{file}: {kind} is not a list of results; delete the file to measure anew")
     if record.get("checkpoint") != checkpoint.identity:  # refined since, or copied from another one
         return {kind: [] for kind in _KINDS}
@@ -77,6 +76,7 @@ def record_evaluation(checkpoint: Checkpoint, evaluation: Evaluation | TaskEvalu
         "protocol": evaluation.protocol,
         "reference": None if evaluation.reference is None else public_name(evaluation.reference),
         "settings": dict(evaluation.settings),
+        "measured_on": evaluation.measured_on if isinstance(evaluation, Evaluation) else None,
     }
     kind = "tasks" if isinstance(evaluation, TaskEvaluation) else "texts"
     known = next((old for old in record[kind] if all(old.get(key) == entry[key] for key in _IDENTITY)), None)
@@ -91,8 +91,15 @@ def record_evaluation(checkpoint: Checkpoint, evaluation: Evaluation | TaskEvalu
     else:
         entry["reference_perplexity"] = evaluation.reference_perplexity
     record[kind].append(entry | {"results": results})
-    text = json.dumps({"checkpoint": checkpoint.identity, **record}, indent=2, ensure_ascii=False)
-    write_text(checkpoint.path / RECORD_NAME, text + "\n")
+    write_text(checkpoint.path / RECORD_NAME, json_text({"checkpoint": checkpoint.identity, **record}))
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry has what the card is made from."""
+    if not isinstance(entry, dict) or not {"protocol", "settings", "results"} <= entry.keys():
+        return False
+    rows = entry["results"]
+    return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= _ROW for row in rows)
 
 
 def _present_allocations(checkpoint: Checkpoint) -> dict[str | None, str | None]:

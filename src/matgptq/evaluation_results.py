@@ -44,6 +44,7 @@ class Evaluation:
         reference: the full-precision model compared with, if any.
         reference_perplexity: its perplexity on the same windows.
         settings: of the quantized model: what else changes its figures.
+        measured_on: digits that another text or reference of the same name does not share.
     """
 
     results: list[Result]
@@ -51,6 +52,7 @@ class Evaluation:
     reference: str | None = None
     reference_perplexity: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    measured_on: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,19 @@ from typing import Any
 
 import torch
 
+from matgptq.errors import ConfigurationError
+from matgptq.recipe import check_seed
+
 
 def generate_text(
-    model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    templated: bool = False,
 ) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece as it is decoded.
 
@@ -20,10 +30,17 @@ def generate_text(
         max_new_tokens: upper bound; an end-of-sequence token ends earlier.
         temperature: 0 takes the likeliest token each time; otherwise tokens are sampled.
         seed: of the sampling.
+        templated: the prompt is such a conversation: the template has written its special tokens.
+
+    Raises:
+        ConfigurationError: the prompt has no tokens, or the seed is out of range.
     """
     from transformers import DynamicCache
 
-    tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    check_seed(seed)
+    tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=not templated).input_ids.to(model.device)
+    if tokens.numel() == 0:
+        raise ConfigurationError("the prompt is empty, and the tokenizer has no token that a text begins with")
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     generator = torch.Generator().manual_seed(seed)

@@ -21,7 +21,7 @@ from matgptq.requirements import Requirements, estimate_requirements
 from matgptq.residency import Residency, Streamed, Whole, build_empty, can_stream, needs_conversion
 from matgptq.rotated_model import rotated_tensors, rotation_sites
 from matgptq.source import ModelSource
-from matgptq.token_windows import takes_self
+from matgptq.token_windows import calibration_windows, check_texts, takes_self
 from matgptq.tuning_text import HELD_OUT
 
 
@@ -105,6 +105,23 @@ def prepare(
     )
     residency = Streamed(network, source, family.blocks, device) if streamed else Whole(network)
     return Prepared(source, family, residency, plan, kept, needs, device)
+
+
+def check_text(prepared: Prepared, request: CalibrationRequest, seed: int) -> None:
+    """Refuse a calibration text that the run would refuse; it is read and cut, but for what the model has to write.
+
+    Raises:
+        CalibrationError: it cannot be read, or is too short.
+        ConfigurationError: there are fewer windows than texts.
+        SourceError: there is no tokenizer.
+    """
+    plan, dataset = prepared.plan, request.dataset
+    if not plan.nsamples:
+        return
+    tokenizer = None if isinstance(dataset, Tensor) else prepared.source.load_tokenizer()
+    check_texts(dataset, plan.nsamples)
+    if not takes_self(dataset):
+        calibration_windows(dataset, tokenizer, nsamples=plan.nsamples, seqlen=plan.seqlen, seed=seed)
 
 
 def _kept_bytes(source: ModelSource, network: Any, kept: KeptTensors) -> int:

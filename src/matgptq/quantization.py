@@ -41,14 +41,14 @@ def quantize(
     out: str | Path,
     *,
     method: str = "matgptq",
-    bits: Iterable[int] | None = None,
+    bits: Iterable[int] | int | None = None,
     bit_weights: Mapping[int, float] | Iterable[float] | None = None,
     quality: str | None = None,
     group_size: int = 128,
     dataset: str | Path | Tensor = SELF,
     nsamples: int | None = None,
     seqlen: int | None = None,
-    ignore: Iterable[str] = ("lm_head",),
+    ignore: Iterable[str] | str = ("lm_head",),
     damping: float = 0.01,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -100,6 +100,7 @@ def quantize(
             ``.OUT.unfinished`` beside it.
     """
     progress = progress or Silent()
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     recipe = make_recipe(
         method, bits, bit_weights, quality, group_size=group_size, damping=damping, seed=seed, **ingredients
     )
@@ -137,7 +138,7 @@ def quantize(
                     if together.is_first:
                         check_destination(destination, force=force)
                     prepared = prepare(
-                        source, recipe, request, ignore=tuple(ignore), device=run_device, dtype=run_dtype,
+                        source, recipe, request, ignore=ignore, device=run_device, dtype=run_dtype,
                         activations=activations,
                     )  # fmt: skip
                     check_requirements(prepared.needs, destination, work.kept_bytes)

@@ -37,7 +37,7 @@ from matgptq.saliency import token_saliency, token_weights
 from matgptq.source import ModelSource, read_header, read_tensor
 from matgptq.stage_clock import StageClock
 from matgptq.stored_layers import layer_tensors, read_layer
-from matgptq.token_windows import Windows, calibration_windows, takes_self
+from matgptq.token_windows import Windows, calibration_windows, takes_self, text_names
 from matgptq.work_directory import WorkDirectory
 from matgptq.workers import Workers, one_thread_each
 
@@ -139,7 +139,7 @@ class QuantizationRun:
 
         kept = self.work.kept_or_made("windows.safetensors", make)
         record = {
-            "dataset": "token ids" if isinstance(dataset, Tensor) else str(dataset),
+            "dataset": "token ids" if isinstance(dataset, Tensor) else _found_again(dataset),
             "nsamples": plan.nsamples,
             "seqlen": plan.seqlen,
             "protocol": bytes(kept["protocol"].tolist()).decode(),
@@ -306,6 +306,12 @@ class QuantizationRun:
             else:
                 for name, value in read_kept(self.source, self.network, [tensor]):
                     writer.add(name, value)
+
+
+def _found_again(dataset: str | Path) -> str:
+    """The texts by names that hold from any directory; ``refine`` looks for them."""
+    names = (Path(name).expanduser() for name in text_names(dataset))
+    return ",".join(str(name.resolve()) if name.is_file() else str(name) for name in names)
 
 
 def _settings(

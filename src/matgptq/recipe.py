@@ -131,6 +131,10 @@ class Recipe:
             "tuned_bits must ascend without repeats",
         )
         _require(self.tuning_steps >= 1, "tuning_steps must be at least 1")
+        for name in ("signed_scales", "refit", "refit_in_loop", "rotate", "all_experts"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name} must be True or False, not {value!r}")
+        check_seed(self.seed)
         _require(self.min_expert_tokens >= 0, f"min_expert_tokens cannot be negative, it is {self.min_expert_tokens}")
         _require(math.isfinite(self.damping) and self.damping >= 0, f"damping must be >= 0, not {self.damping}")
         _require(0 <= self.channel_scaling <= 1, f"channel_scaling must lie in [0, 1], not {self.channel_scaling}")
@@ -165,6 +169,11 @@ class Recipe:
         record["refit_bits"] = list(self.refit_bits)
         record["tuned_bits"] = list(self.tuned_bits)
         return record
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that not every generator takes, with room for those that are derived from it."""
+    _require(0 <= seed < 2**32, f"a seed is from 0 to 2^32 - 1, not {seed}")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -237,7 +246,7 @@ DEFAULT_QUALITY: Quality = "balanced"
 
 def make_recipe(
     method: str = "matgptq",
-    bits: Iterable[int] | None = None,
+    bits: Iterable[int] | int | None = None,
     bit_weights: Mapping[int, float] | Iterable[float] | None = None,
     quality: str | None = None,
     **options: Any,
@@ -247,9 +256,10 @@ def make_recipe(
     Args:
         method: ``matgptq`` (this project's), ``paper`` (arXiv 2602.03537 as published), ``gptq`` (one width,
             arXiv 2210.17323) or ``rtn`` (round to nearest).
-        bits: target widths; nested methods need 8 among them, ``gptq`` takes exactly one. Default 2,3,4,8. ``rtn``
-            rounds to the parent's grid whatever widths are named, so its only target is 8. Without ``bit_weights``,
-            ``balanced`` and ``best`` add 6 bits where nothing else lies between 4 and 8.
+        bits: target widths; nested methods need 8 among them, ``gptq`` takes exactly one. Default 2,3,4,8, or those
+            that ``bit_weights`` names. ``rtn`` rounds to the parent's grid whatever widths are named, so its only
+            target is 8. Without ``bit_weights``, ``balanced`` and ``best`` add 6 bits where nothing else lies between
+            4 and 8.
         bit_weights: lambda_r as ``{width: weight}`` or in the order of ``bits`` as given. Default by quality for
             ``matgptq`` (2^r in ``fast``), equal for the others.
         quality: ``fast``, ``balanced`` (the default) or ``best``: ingredients of ``matgptq``; other methods have none.
@@ -267,7 +277,9 @@ def make_recipe(
     unknown = sorted(set(options) - {field.name for field in dataclasses.fields(Recipe)})
     if unknown:
         raise ConfigurationError(f"unknown recipe option {', '.join(unknown)}")
-    given = tuple(bits) if bits is not None else DEFAULT_TARGET_BITS
+    if bits is None and isinstance(bit_weights, Mapping):
+        bits = bit_weights
+    given = DEFAULT_TARGET_BITS if bits is None else (bits,) if isinstance(bits, int) else tuple(bits)
     target_bits = check_widths(given)
     if method == "rtn":
         given = target_bits = (PARENT_BITS,)

@@ -10,6 +10,7 @@ import torch
 from matgptq.checkpoint import Checkpoint
 from matgptq.devices import resolve_dtype
 from matgptq.errors import ConfigurationError, SourceError
+from matgptq.model_config import language_config
 from matgptq.progress import Progress
 from matgptq.source import ModelSource, open_source
 
@@ -45,8 +46,24 @@ def reference_dtype(
 
 
 def load_reference(source: ModelSource, checkpoint: Checkpoint, device: torch.device, dtype: str | torch.dtype) -> Any:
-    """Load it, in the precision of ``reference_dtype``."""
-    return source.load_model(reference_dtype(source, checkpoint, device, dtype), device)
+    """Load it, in the precision of ``reference_dtype``.
+
+    Raises:
+        ConfigurationError: it has another vocabulary than the checkpoint.
+    """
+    full = source.load_model(reference_dtype(source, checkpoint, device, dtype), device)
+    check_vocabulary(full, checkpoint)
+    return full
+
+
+def check_vocabulary(full: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a full model whose predictions are of other tokens."""
+    size, own = full.config.get_text_config().vocab_size, language_config(checkpoint.config).get("vocab_size")
+    if own is not None and size != own:
+        raise ConfigurationError(
+            f"{full.config.name_or_path}: has {size} tokens in its vocabulary, {checkpoint.path} has {own}; "
+            "it is not the model that the checkpoint was made from (--reference MODEL)"
+        )
 
 
 def load_optional_reference(

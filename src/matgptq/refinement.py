@@ -17,7 +17,7 @@ from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device
 from matgptq.errors import ConfigurationError
 from matgptq.progress import Progress, Silent
-from matgptq.reference_model import find_reference, reference_dtype
+from matgptq.reference_model import check_vocabulary, find_reference, reference_dtype
 from matgptq.report import Refinement
 from matgptq.scale_goals import choose_goals
 from matgptq.scale_tuning import (
@@ -34,7 +34,7 @@ DEFAULT_STEPS: Mapping[Scope, int] = {"model": 128, "block": 16}
 
 def refine(
     path: str | Path,
-    bits: Iterable[int] | None = None,
+    bits: Iterable[int] | int | None = None,
     *,
     allocation: str | None = None,
     steps: int | None = None,
@@ -94,6 +94,7 @@ def refine(
     with TuningWorkspace(checkpoint, progress) as workspace:
         progress.start("load the full model", 1)
         full = source.load_model(run_dtype, run_device if scope == "model" else "cpu")
+        check_vocabulary(full, checkpoint)
         text = load_tuning_text(
             checkpoint, full, dataset, nsamples=nsamples, seqlen=seqlen, seed=seed,
             trust_remote_code=trust_remote_code, progress=progress,

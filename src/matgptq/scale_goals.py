@@ -55,7 +55,7 @@ class Goal:
         return default_learning_rate(bits) / self.rate
 
 
-def choose_goals(checkpoint: Checkpoint, bits: Iterable[int] | None, allocation: str | None) -> list[Goal]:
+def choose_goals(checkpoint: Checkpoint, bits: Iterable[int] | int | None, allocation: str | None) -> list[Goal]:
     """What a call asks for.
 
     Raises:

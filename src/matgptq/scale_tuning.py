@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from matgptq.devices import MEDIUM_PRECISION, multiplies_bfloat16
 from matgptq.errors import ConfigurationError
 from matgptq.grid import storable_scales
+from matgptq.recipe import check_seed
 from matgptq.teacher import OutputHead, Teacher, chunks, last_hidden
 from matgptq.workers import INLINE, Workers
 
@@ -186,6 +187,7 @@ class Schedule:
         for name in ("steps", "windows_per_step", "evaluations", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_seed(self.seed)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigurationError(f"the learning rate must be positive, not {self.learning_rate}")
 

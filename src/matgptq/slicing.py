@@ -39,8 +39,9 @@ def check_bits(bits: int) -> int:
     return bits
 
 
-def check_widths(widths: Iterable[int]) -> tuple[int, ...]:
+def check_widths(widths: Iterable[int] | int) -> tuple[int, ...]:
     """Return the widths sorted and without repeats; raise ``ConfigurationError`` for an empty or unservable set."""
+    widths = (widths,) if isinstance(widths, int) else widths
     checked = tuple(sorted({check_bits(bits) for bits in widths}))
     if not checked:
         raise ConfigurationError(f"give at least one width from {MIN_BITS} to {PARENT_BITS}")

@@ -36,7 +36,7 @@ class Speed:
     """One width at one batch size.
 
     Attributes:
-        bits: width; 16 is the full model in bfloat16.
+        bits: width, of a slice with a width for each layer the average; 16 is the full model in bfloat16.
         batch: sequences decoded together.
         decode_tokens_per_second: over all sequences, median of the rounds.
         prompt_tokens_per_second: of one prompt, median of the rounds.
@@ -47,7 +47,7 @@ class Speed:
         resident_bytes: memory that weights take while they are served.
     """
 
-    bits: int
+    bits: float
     batch: int
     decode_tokens_per_second: float
     prompt_tokens_per_second: float
@@ -63,7 +63,7 @@ class Speed:
 
 def measure_speed(
     path: str | Path,
-    bits: Iterable[int] = DEFAULT_WIDTHS,
+    bits: Iterable[int] | int | None = None,
     *,
     batches: Sequence[int] = (1,),
     prompt: int = 512,
@@ -82,7 +82,7 @@ def measure_speed(
 
     Args:
         path: checkpoint directory.
-        bits: widths.
+        bits: widths; default 2,3,4,8, of an exported slice the one that it holds.
         batches: numbers of sequences decoded together.
         prompt: tokens of the prompt that is timed.
         new_tokens: decoding steps per round.
@@ -95,16 +95,20 @@ def measure_speed(
         ConfigurationError: sizes below 1, or a prompt that does not fit the model's context.
     """
     progress = progress or Silent()
-    widths = check_widths(bits)
-    target = resolve_device(device)
     checkpoint = open_checkpoint(path, slices=True)
+    widths = check_widths(DEFAULT_WIDTHS if bits is None else bits)
+    target = resolve_device(device)
     if prompt < 1 or new_tokens < 1 or not batches or min(batches) < 1:
         raise ConfigurationError("prompt, new_tokens and batches must be at least 1")
     progress.start("load the models", 1)
     options: dict[str, Any] = {"dtype": "bfloat16", "activations": activations, "head_bits": head_bits}
-    if resident:
+    contestants: dict[float, Callable[[], Any]]
+    if checkpoint.settings.is_slice and bits is None:
+        model = load(path, device=target, resident=resident, **options)
+        contestants = {checkpoint.average_bits(checkpoint.widths_held[0]): lambda: model}
+    elif resident:
         model = load(path, device=target, **options)
-        contestants: dict[int, Callable[[], Any]] = {width: _at_width(model, width) for width in widths}
+        contestants = {width: _at_width(model, width) for width in widths}
     else:
         slices = {width: load(path, width, device=target, resident=False, **options) for width in widths}
         contestants = {width: _at_width(model, width) for width, model in slices.items()}
@@ -121,9 +125,9 @@ def measure_speed(
 
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     tokens = torch.randint(0, vocabulary, (max(batches), prompt), generator=torch.Generator().manual_seed(0)).to(target)
-    decode: dict[tuple[int, int], list[float]] = {}
-    products: dict[tuple[int, int], list[float]] = {}
-    read: dict[int, list[float]] = {}
+    decode: dict[tuple[float, int], list[float]] = {}
+    products: dict[tuple[float, int], list[float]] = {}
+    read: dict[float, list[float]] = {}
     progress.start("measure", ROUNDS * len(contestants) * (len(batches) + 1))
     for _ in range(ROUNDS):
         for width, contestant in contestants.items():

@@ -33,7 +33,7 @@ _BOOTSTRAP_SAMPLES = 1000
 def evaluate_tasks(
     path: str | Path,
     tasks: Iterable[str],
-    bits: Iterable[int] | None = None,
+    bits: Iterable[int] | int | None = None,
     *,
     allocation: Mapping[str, int] | str | Path | None = None,
     num_fewshot: int | None = None,
@@ -111,8 +111,9 @@ def evaluate_tasks(
         progress.start("tasks at full precision", 1)
         reference_scores, shown = _run(_runner(full, tokenizer, batch_size), chosen, **options)
     documents = "all documents" if limit is None else f"the first {limit} documents"
+    shots = "each task's own number of" if num_fewshot is None else str(num_fewshot)
     protocol = (
-        f"lm-evaluation-harness {version('lm_eval')}: {documents} of each task, no chat template, "
+        f"lm-evaluation-harness {version('lm_eval')}: {documents} of each task, {shots} examples, no chat template, "
         f"{batch_size} sequences at a time"
     )
     return TaskEvaluation(
@@ -197,15 +198,18 @@ def _run(runner: Any, tasks: _Tasks, *, num_fewshot: int | None, limit: int | No
     """Scores of all tasks and groups, and the names of those that stand for themselves in a table."""
     from lm_eval import simple_evaluate
 
-    record = simple_evaluate(
-        model=runner,
-        tasks=list(tasks.roots),
-        task_manager=tasks.manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        bootstrap_iters=_BOOTSTRAP_SAMPLES,
-        log_samples=False,
-    )
+    try:
+        record = simple_evaluate(
+            model=runner,
+            tasks=list(tasks.roots),
+            task_manager=tasks.manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAP_SAMPLES,
+            log_samples=False,
+        )
+    except (ValueError, AssertionError) as error:  # more examples than a task has documents, for one
+        raise CalibrationError(f"the harness cannot run the tasks: {error}") from error
     scores: Scores = {}
     for task, metrics in record["results"].items():
         shots, documents = record["n-shot"].get(task), metrics.get("sample_len", 0)

@@ -130,6 +130,8 @@ def open_source(dataset: str | Path, *, split: Split) -> TextSource:
         return _open_known(known, split)
     if path.is_file():
         return _open_file(path)
+    if not name.strip():
+        raise CalibrationError("the name of the text is empty")
     if path.is_dir():
         raise CalibrationError(f"{name} is a directory; give one file ({', '.join(FILE_SUFFIXES)})")
     looks_like_file = name.lower().endswith(FILE_SUFFIXES) or path.parent.is_dir()

@@ -132,6 +132,25 @@ def takes_self(dataset: str | Path | TokenRows) -> bool:
     return isinstance(dataset, (str, Path)) and SELF in map(str, text_names(dataset))
 
 
+def check_texts(dataset: str | Path | TokenRows, nsamples: int | None) -> None:
+    """Refuse texts that are not there, or more than there are windows; reads none of them.
+
+    Raises:
+        CalibrationError: a text cannot be opened.
+        ConfigurationError: there are fewer windows than texts.
+    """
+    if isinstance(dataset, (str, Path)):
+        _check_texts(text_names(dataset), nsamples)
+
+
+def _check_texts(names: Sequence[str | Path], nsamples: int | None) -> None:
+    if nsamples is not None and nsamples < len(names):
+        raise ConfigurationError(f"{len(names)} texts need at least {len(names)} windows, not {nsamples}")
+    for name in names:
+        if name != SELF:
+            open_source(name, split="train")
+
+
 def _mixed_windows(
     names: Sequence[str | Path],
     load: Callable[..., Windows],
@@ -140,11 +159,7 @@ def _mixed_windows(
     progress: Counted | None,
 ) -> Windows:
     """Windows of several texts in turns; the first texts give one more where they cannot all give as many."""
-    if nsamples is not None and nsamples < len(names):
-        raise ConfigurationError(f"{len(names)} texts need at least {len(names)} windows, not {nsamples}")
-    for name in names:  # refused before the model writes its own, which takes long
-        if name != SELF:
-            open_source(name, split="train")
+    _check_texts(names, nsamples)  # before the model writes its own, which takes long
     parts: list[Windows] = []
     for index, name in enumerate(names):
         if nsamples is None:

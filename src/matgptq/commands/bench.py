@@ -28,7 +28,7 @@ EPILOG = examples(
 
 def bench(
     checkpoint: Checkpoint,
-    bits: Annotated[str, typer.Option(help="Widths to time.")] = "2,3,4,8",
+    bits: Annotated[str | None, typer.Option(help="Widths to time. (default: 2,3,4,8; of a slice its own)")] = None,
     batch: Annotated[str, typer.Option(help="Numbers of sequences decoded together.")] = "1",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt that is timed.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Decoding steps per round.")] = 24,
@@ -43,7 +43,7 @@ def bench(
     json_file: JsonOption = None,
 ) -> None:
     """Time decoding and prompt reading of each width beside the bfloat16 model (bits 16)."""
-    widths = parse_widths(bits) or ()
+    widths = parse_widths(bits)
     try:
         batches = tuple(int(part) for part in batch.split(","))
     except ValueError:
@@ -54,6 +54,8 @@ def bench(
     from matgptq.speed import measure_speed
 
     if threads is not None:
+        if threads < 1:
+            raise ConfigurationError(f"--threads must be at least 1, not {threads}")
         torch.set_num_threads(threads)
     with progress_bars() as progress:
         results = measure_speed(

@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from matgptq.commands.options import (
+    PLOT_CHECK,
     ActivationsOption,
     Checkpoint,
     DeviceOption,
@@ -81,7 +82,9 @@ def evaluate(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Plot KL and size against bits (PNG).", rich_help_panel=_TEXT),
+        typer.Option(
+            metavar="FILE", help="Plot KL and size against bits (PNG).", rich_help_panel=_TEXT, callback=PLOT_CHECK
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -148,7 +151,7 @@ def evaluate(
         evaluation = matgptq.evaluate(
             checkpoint,
             widths,
-            text=text or "self",
+            text="self" if text is None else text,
             windows=count,
             seqlen=seqlen,
             stride=stride,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from typing import Annotated
 
 import typer
@@ -14,7 +16,6 @@ from matgptq.commands.options import (
     HeadBitsOption,
     TrustOption,
     examples,
-    out_console,
     progress_bars,
 )
 from matgptq.errors import ConfigurationError
@@ -63,10 +64,10 @@ def generate(
             raise ConfigurationError(f"{checkpoint}: has no chat template; leave --chat out")
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        out_console.print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
-    for piece in generate_text(
-        model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    ):
-        out_console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-    out_console.print()
+    pieces = generate_text(
+        model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, templated=chat
+    )
+    # Not through the console, which changes tabs and :names: of pictures.
+    for piece in itertools.chain([] if chat else [prompt], pieces, ["\n"]):
+        sys.stdout.write(piece)
+        sys.stdout.flush()

@@ -22,6 +22,8 @@ def info(
     json_file: JsonOption = None,
 ) -> None:
     """Show what a checkpoint holds (widths, sizes, recipe; reads headers only), or which kernels run here."""
+    if kernels and json_file is not None:
+        raise ConfigurationError("--json is for what a checkpoint holds; --kernels prints a table only")
     if kernels:
         from matgptq.console import kernel_table
 

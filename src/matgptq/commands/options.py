@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,10 +19,33 @@ if TYPE_CHECKING:
     from matgptq.console import ProgressBars
 
 # Into a file or a pipe, tables come as wide as they are instead of cut to a terminal's 80 columns.
-out_console = Console(width=None if sys.stdout.isatty() else 160)
+out_console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
 err_console = Console(stderr=True)
 
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the table as JSON.")]
+
+def _check_place(option: str) -> Callable[[Path | None], Path | None]:
+    """A callback that refuses a file that cannot be written, before the work whose result it is for."""
+
+    def check(file: Path | None) -> Path | None:
+        if file is None or str(file) == "-":
+            return file
+        if file.is_dir():
+            raise ConfigurationError(f"{option} {file}: is a directory")
+        if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+            raise ConfigurationError(f"{option} {file}: there is no directory {file.parent} that can be written to")
+        return file
+
+    return check
+
+
+JsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Also write the table as JSON; - is standard output.",
+        callback=_check_place("--json"),
+    ),
+]  # fmt: skip
+PLOT_CHECK = _check_place("--plot")
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]
 ActivationsOption = Annotated[
@@ -74,9 +100,22 @@ def progress_bars(*, live: bool = True) -> ProgressBars:
 
 
 def write_json(file: Path | None, value: Any) -> None:
+    """Write a result; figures that are not finite become null, which JSON has no numbers for."""
     if file is None:
         return
+    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
     try:
-        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        if str(file) == "-":
+            sys.stdout.write(text)
+        else:
+            file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"--json {file}: cannot be written: {error}") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +38,7 @@ EPILOG = examples(
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory, .gguf file or hub id.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Checkpoint directory to create.")],
-    bits: Annotated[str | None, typer.Option(help="Target widths. (default: 2,3,4,8)")] = None,
+    bits: Annotated[str | None, typer.Option(help="Target widths. (default: 2,3,4,8; balanced and best add 6)")] = None,
     bit_weights: Annotated[
         str | None, typer.Option(help="Importance of each width: 4,8,16,256 or 2=4,8=256. (default: by quality)")
     ] = None,
@@ -107,7 +108,8 @@ def quantize(
             method, widths, weights, quality, group_size=group_size, damping=damp, seed=seed, **ingredients
         )
         _dry_run(
-            model, out, recipe, dataset, nsamples, seqlen, ignored, device, dtype, activations, force, trust_remote_code
+            model, out, recipe, dataset, nsamples, seqlen, ignored, device, dtype, activations, force,
+            trust_remote_code, wandb, json_file,
         )  # fmt: skip
         return
     import matgptq
@@ -154,24 +156,28 @@ def quantize(
 def _dry_run(
     model: str, out: Path, recipe: Recipe, dataset: str, nsamples: int | None, seqlen: int | None,
     ignored: tuple[str, ...], device: str, dtype: str, activations: str, force: bool, trust_remote_code: bool,
+    wandb: str | None, json_file: Path | None,
 ) -> None:  # fmt: skip
     from matgptq.activations import check_placement
     from matgptq.checkpoint_writer import check_destination
     from matgptq.console import plan_table
     from matgptq.devices import resolve_device, resolve_dtype
     from matgptq.plan import CalibrationRequest
-    from matgptq.preparation import prepare
+    from matgptq.preparation import check_text, prepare
     from matgptq.requirements import check_requirements
+    from matgptq.run_log import check_wandb
     from matgptq.source import open_source
 
     check_destination(out, force=force)
+    check_wandb(wandb)
+    request = CalibrationRequest(dataset, nsamples, seqlen)
     with progress_bars() as progress:
         progress.start("look at the model", 1)
         source, run_device = open_source(model, trust_remote_code=trust_remote_code), resolve_device(device)
         prepared = prepare(
             source,
             recipe,
-            CalibrationRequest(dataset, nsamples, seqlen),
+            request,
             ignore=ignored,
             device=run_device,
             dtype=resolve_dtype(dtype, run_device, source.stored_dtype),
@@ -179,5 +185,18 @@ def _dry_run(
         )
         for note in prepared.plan.notes:
             progress.note(note)
-    out_console.print(plan_table(prepared.plan, prepared.needs, prepared.plan.stored_bytes(recipe)))
-    check_requirements(prepared.needs, out)
+        progress.start("look at the text", 1)
+        check_text(prepared, request, recipe.seed)
+    plan, needs = prepared.plan, prepared.needs
+    out_console.print(plan_table(plan, needs, plan.stored_bytes(recipe)))
+    check_requirements(needs, out)
+    record = {
+        "recipe": recipe.to_dict(),
+        "layers": [asdict(layer) for layer in plan.layers.values()],
+        "kept": list(plan.kept),
+        "nsamples": plan.nsamples,
+        "seqlen": plan.seqlen,
+        "stored_bytes": plan.stored_bytes(recipe),
+        **asdict(needs),
+    }
+    write_json(json_file, record)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from matgptq.commands.options import (
+    PLOT_CHECK,
     Checkpoint,
     DeviceOption,
     JsonOption,
@@ -66,7 +67,8 @@ def search(
         str | None, typer.Option(metavar="MODEL", help="Full-precision model. (default: the one it was made from)")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Plot loss against size, and the widths (PNG).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Plot loss against size, and the widths (PNG).", callback=PLOT_CHECK),
     ] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[

@@ -26,6 +26,7 @@ from matgptq.cli import app
 from matgptq.errors import CheckpointError, ConfigurationError, UploadError
 from matgptq.evaluation_record import record_evaluation
 from matgptq.format import RECORD_NAME
+from matgptq.model_card import without_paths
 from matgptq.nested_linear import nested_layers
 
 REPOSITORY = "someone/tiny"
@@ -295,3 +296,8 @@ def test_the_commands(measured: Path, hub: Hub) -> None:
     assert hub.created[0]["private"] is True
     (measured / RECORD_NAME).unlink()
     assert "no figures to show yet" in run("card", measured)
+
+
+def test_paths_among_texts_keep_their_names_only() -> None:
+    record = {"dataset": "self,/home/me/a.txt,/srv/b.txt", "protocol": "10 windows of /home/me/a.txt, in turns"}
+    assert without_paths(record) == {"dataset": "self,a.txt,b.txt", "protocol": "10 windows of a.txt, in turns"}

@@ -238,6 +238,8 @@ def _making(checkpoint: Checkpoint) -> str:
 def without_paths(record: Any) -> Any:
     """A JSON value in which the name of a file stands for each absolute path that it holds as a string of its own.
 
+    Or as one of several between commas, as texts are named.
+
     Such a path is replaced where it appears inside of other strings, too.
     """
     paths: set[str] = set()
@@ -248,8 +250,8 @@ def without_paths(record: Any) -> Any:
         if isinstance(value, list):
             for each in value:
                 collect(each)
-        elif isinstance(value, str) and "\n" not in value and Path(value).is_absolute() and Path(value).name:
-            paths.add(value)
+        elif isinstance(value, str) and "\n" not in value:
+            paths.update(each for each in value.split(",") if Path(each).is_absolute() and Path(each).name)
 
     def replace(value: Any) -> Any:
         if isinstance(value, dict):

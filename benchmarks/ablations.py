@@ -202,7 +202,7 @@ def fine_groups_at_two_bits() -> Iterator[None]:
         nested = solution.weight
         scales = {bits: each.repeat_interleave(COARSE // group_size, 1) for bits, each in nested.scales.items()}
         levels = slice_levels(nested.codes, 2, torch.float32)
-        scales[2] = refit_scales(weight.float(), levels, scales[2], hessian, group_size).scales
+        scales[2] = refit_scales(weight.float(), levels, scales[2], hessian).scales
         return replace(solution, weight=NestedWeight(nested.codes, scales))
 
     with patch.object(block_quantizer, "solve", regrouped):

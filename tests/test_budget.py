@@ -36,7 +36,7 @@ def test_costs_are_those_of_the_checkpoint(checkpoint: Path) -> None:
         assert space.cost(mixed) == opened.served_bits(space.allocation(mixed))
         assert space.size(mixed) == opened.served_bytes(space.allocation(mixed))
         assert space.bits_per_weight(mixed) == opened.bits_per_weight(space.allocation(mixed))
-        assert space.genome(space.allocation(mixed)) == mixed
+        assert set(space.allocation(mixed)) == set(opened.layers)
 
 
 def test_fused_layers_share_a_group(checkpoint: Path) -> None:
@@ -72,14 +72,6 @@ def test_blocks_are_in_numerical_order_and_experts_together() -> None:
     ]
     assert groups[1].cost(3) == 4 * (64 * 128 * 3 + 64 * 2 * 16)
     assert len(group_layers(dict.fromkeys(names, info), LLAMA, fuse=False)) == len(names)
-
-
-def test_a_width_per_fused_layer_is_refused(checkpoint: Path) -> None:
-    opened = open_checkpoint(checkpoint)
-    space = SearchSpace(group_layers(opened.layers, LLAMA), WIDTHS, 0)
-    torn = {**dict.fromkeys(opened.layers, 4), "model.layers.1.mlp.up_proj": 3}
-    with pytest.raises(AllocationError, match=r"gate_proj, model.layers.1.mlp.up_proj must share a width"):
-        space.genome(torn)
 
 
 @settings(max_examples=200, deadline=None)

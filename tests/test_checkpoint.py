@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -26,7 +27,7 @@ from matgptq import checkpoint_writer, directories
 from matgptq.checkpoint import open_checkpoint
 from matgptq.checkpoint_writer import CheckpointWriter, check_destination
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
-from matgptq.format import FORMAT_VERSION, Settings, parse_settings, with_bits
+from matgptq.format import FORMAT_VERSION, Settings, parse_settings
 from matgptq.integrity import check_integrity
 from matgptq.nested_linear import nested_layers
 from matgptq.nested_weight import scale_source
@@ -638,8 +639,8 @@ def test_settings_survive_the_file(settings, bits):
     assert record["format_version"] == FORMAT_VERSION
     assert record["scale_source"] == {str(r): own for r, own in scale_source(settings.scale_bits).items()}
     # Another default width is one number, and nothing else names it.
-    assert parse_settings({**record, "bits": bits}, "here") == with_bits(settings, bits)
-    assert {**record, "bits": bits} == with_bits(settings, bits).to_dict()
+    assert parse_settings({**record, "bits": bits}, "here") == dataclasses.replace(settings, bits=bits)
+    assert {**record, "bits": bits} == dataclasses.replace(settings, bits=bits).to_dict()
 
 
 @given(any_settings, st.sampled_from(sorted(Settings(8, (8,), (8,), 64).to_dict())), json_values)

@@ -179,7 +179,7 @@ def test_refit_never_raises_the_output_error_of_a_row(columns, seed):
     nested = solve(weight, hessian, make_recipe(refit=False), 32).weight
     scales = nested.scales[8]
     for bits in WIDTHS:
-        refitted = refit_scales(weight, slice_levels(nested.codes, bits), scales, hessian, 32).scales
+        refitted = refit_scales(weight, slice_levels(nested.codes, bits), scales, hessian).scales
         before = output_error(weight, slice_weights(nested.codes, scales, bits), hessian)
         after = output_error(weight, slice_weights(nested.codes, refitted, bits), hessian)
         assert torch.equal(storable_scales(refitted), refitted)
@@ -196,7 +196,7 @@ def test_refit_sees_errors_far_below_the_output():
     nested = solve(weight, hessian, recipe, 32).weight
     scales = nested.scales[8]
     for _ in range(3):
-        refitted = refit_scales(weight, slice_levels(nested.codes, 8), scales, hessian, 32).scales
+        refitted = refit_scales(weight, slice_levels(nested.codes, 8), scales, hessian).scales
         before = output_error(weight, slice_weights(nested.codes, scales, 8), hessian)
         after = output_error(weight, slice_weights(nested.codes, refitted, 8), hessian)
         assert (after <= before * (1 + 1e-6)).all()
@@ -206,7 +206,7 @@ def test_refit_sees_errors_far_below_the_output():
 def test_refit_is_least_squares_over_all_groups_of_a_row():
     weight, hessian = random_problem(5, 24)
     nested = solve(weight, hessian, make_recipe(refit=False), 8).weight
-    refitted = refit_scales(weight, slice_levels(nested.codes, 2), nested.scales[8], hessian, 8).scales
+    refitted = refit_scales(weight, slice_levels(nested.codes, 2), nested.scales[8], hessian).scales
     root = torch.linalg.cholesky(hessian.double()).T  # ||root d||^2 = d^T H d
     for row in range(5):
         current = slice_weights(nested.codes, nested.scales[8], 2)[row]
@@ -223,7 +223,7 @@ def test_refit_does_not_take_a_wild_multiplier(multiplier, taken):
     levels = torch.linspace(-60, 60, 16).view(1, 16)
     scales = torch.tensor([[0.5, -0.25]])
     current = levels * scales.repeat_interleave(8, 1)
-    refitted = refit_scales(multiplier * current, levels, scales, torch.eye(16), 8).scales
+    refitted = refit_scales(multiplier * current, levels, scales, torch.eye(16)).scales
     torch.testing.assert_close(refitted, taken * scales, rtol=1e-2, atol=0)
 
 
@@ -231,9 +231,9 @@ def test_refit_leaves_empty_groups_alone():
     weight, hessian = random_problem(3, 16)
     levels = torch.zeros(3, 16)
     scales = torch.full((3, 2), 0.5)
-    assert torch.equal(refit_scales(weight, levels, scales, hessian, 8).scales, scales)
+    assert torch.equal(refit_scales(weight, levels, scales, hessian).scales, scales)
     levels[:, :8] = 100 * weight[:, :8]
-    refitted = refit_scales(weight, levels, scales / 64, torch.eye(16), 8).scales
+    refitted = refit_scales(weight, levels, scales / 64, torch.eye(16)).scales
     torch.testing.assert_close(refitted[:, 0], torch.full((3,), 0.01), rtol=1e-2, atol=0)
     assert torch.equal(refitted[:, 1], scales[:, 1] / 64)
 

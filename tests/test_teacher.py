@@ -13,7 +13,21 @@ from torch import nn
 
 from matgptq import teacher as teacher_module
 from matgptq.errors import UnsupportedModelError
-from matgptq.teacher import OutputHead, Teacher, chunks, kl_error_bound, last_hidden, observe, output_head
+from matgptq.teacher import OutputHead, Teacher, chunks, last_hidden, observe, output_head
+
+
+def kl_error_bound(kl: float, logit_error: float) -> float:
+    """How far ``KL(teacher || other)`` at a position can be off if the teacher's logits are off by ``logit_error``.
+
+    ``(exp(2d) - 1) (KL + sqrt(2 KL)) + d^2 / 2``: with p' for the teacher that is off,
+    ``KL' - KL = sum (p' - p) log(p/q) + KL(p' || p)``. Every log-probability moves by at most 2d, and
+    ``E_p |log(p/q)| <= KL + sqrt(2 KL)`` by Pinsker's inequality; ``KL(p' || p) <= d^2 / 2`` by Hoeffding's lemma.
+
+    Args:
+        kl: at that position, in nats.
+        logit_error: d.
+    """
+    return math.expm1(2 * logit_error) * (kl + math.sqrt(2 * kl)) + logit_error**2 / 2
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -169,11 +169,6 @@ def parse_settings(record: Mapping[str, Any], where: str) -> Settings:
     return settings
 
 
-def with_bits(settings: Settings, bits: int) -> Settings:
-    """The same checkpoint with another default width."""
-    return dataclasses.replace(settings, bits=check_bits(bits))
-
-
 def slice_settings(settings: Settings, widths: Mapping[str, int], group_sizes: Mapping[str, int]) -> Settings:
     """Settings of a slice of a parent.
 

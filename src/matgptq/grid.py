@@ -12,6 +12,7 @@ from matgptq.errors import UnsupportedModelError
 from matgptq.recipe import GROUP_SIZE_FALLBACKS, PER_CHANNEL, Recipe
 from matgptq.rounding import SharedTable, shared_table
 from matgptq.slicing import PARENT_BITS, ZERO_POINT
+from matgptq.solver_engine import engine
 
 # An export stores s * 2^(8-r) in float16, which ends at 65504; the largest factor is 2^6. With 8 significant bits
 # the largest scale that fits is 255 * 4.
@@ -97,7 +98,7 @@ def search_scales(weight: Tensor, hessian_diagonal: Tensor, group_size: int, rec
     table = shared_table(recipe.target_bits, recipe.bit_weights, weight.device)
     importance = hessian_diagonal.view(-1, group_size)  # [groups, group_size]
     shrinks = torch.linspace(1.0, recipe.scale_min_shrink, recipe.scale_candidates).tolist()
-    if native.solves(weight):
+    if engine(weight) == "native":
         candidates = storable_scales(start * torch.tensor(shrinks).view(-1, 1, 1))
         chosen = native.search_scales(
             weight, hessian_diagonal, candidates, table.breakpoints, table.mean_level, table.spread
@@ -132,7 +133,7 @@ class Refit(NamedTuple):
     errors: Tensor
 
 
-def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor, group_size: int) -> Refit:
+def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor) -> Refit:
     """Best group scales of one width for fixed codes: least squares in the Hessian's norm, per output row.
 
     With ``w_r = sum_g m_g v_g`` (``v_g``: the current weights of group g) the error ``(w - w_r) H (w - w_r)^T`` is
@@ -145,7 +146,6 @@ def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor
         levels: ``[rows, in]`` float32 centred levels ``v_r(q) - 128`` of this width.
         scales: ``[rows, groups]`` current scales of this width.
         hessian: ``[in, in]``, symmetric.
-        group_size: divides ``in``.
 
     Returns:
         Storable scales and the error of each row. A multiplier that is not finite or leaves 1/4..4 is not taken: such
@@ -163,7 +163,7 @@ def _refit_rows(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor)
     rows, groups = scales.shape
     size = weight.shape[1] // groups
     current = (levels.view(rows, groups, size) * scales.unsqueeze(-1)).view(rows, -1)
-    sums = native.refit_sums if native.solves(weight) else _refit_sums
+    sums = native.refit_sums if engine(weight) == "native" else _refit_sums
     system, slope, errors = sums(weight - current, current, hessian, size)
     ridge = _RIDGE * system.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     regular = system + torch.diag_embed(ridge.unsqueeze(-1).expand(rows, groups))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from matgptq import native
 from matgptq.finiteness import all_finite
+from matgptq.solver_engine import engine
 from matgptq.triangular import factorize_lower, invert_lower, panels
 from matgptq.workers import INLINE, Workers
 
@@ -52,7 +53,7 @@ def mirror(total: Tensor) -> None:
 
 def quadratic_forms(rows: Tensor, hessian: Tensor) -> Tensor:
     """``x H x^T`` of each row x of ``[rows, in]``, float32 ``[rows]``, by half of the products: H is symmetric."""
-    if native.solves(rows):
+    if engine(rows) == "native":
         return native.quadratic_forms(rows, hessian)
     total = torch.zeros(len(rows), device=rows.device)
     for tile in hessian_tiles(hessian):

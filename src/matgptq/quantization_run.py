@@ -322,7 +322,6 @@ def _settings(
         for name, layer in plan.layers.items()
         if layer.group_size != (layer.in_features if plan.group_size == -1 else plan.group_size)
     }
-    origin = Path(source.name).expanduser()
     return Settings(
         bits=default_bits,
         target_bits=recipe.target_bits,
@@ -332,7 +331,7 @@ def _settings(
         ignore=plan.kept,
         recipe=recipe.to_dict(),
         calibration=dict(calibration),
-        source=str(origin.resolve()) if origin.exists() else source.name,
+        source=source.recorded_name,
     )
 
 

@@ -333,10 +333,6 @@ def _settings(reference: Reference, layers: list[ImportedLayer], bits: int) -> S
         for layer in layers
         if layer.group_size != (layer.shape[1] if group_size == PER_CHANNEL else group_size)
     }
-    origin = None
-    if reference.model is not None:
-        path = Path(reference.model.name).expanduser()
-        origin = str(path.resolve()) if path.exists() else reference.model.name
     return Settings(
         bits=bits,
         # Neither format records what the solver aimed at; the parent is always among it.
@@ -346,7 +342,7 @@ def _settings(reference: Reference, layers: list[ImportedLayer], bits: int) -> S
         layer_group_sizes=exceptions,
         ignore=reference.ignore,
         recipe=reference.recipe,
-        source=origin,
+        source=None if reference.model is None else reference.model.recorded_name,
     )
 
 

@@ -221,7 +221,7 @@ class _Problem:
 
     def _refit(self, weight: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Refit:
         levels = code_levels(codes, level_table(bits).to(codes.device).unsqueeze(0))
-        return refit_scales(weight, levels[0], scales, self.hessian, self.group_size)
+        return refit_scales(weight, levels[0], scales, self.hessian)
 
     def _descend(self, weight: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         tables = torch.stack([level_table(bits) for bits in self.recipe.target_bits]).to(codes.device)

@@ -167,6 +167,12 @@ class ModelSource:
         """The dtype that ``config.json`` names, if it names one."""
         return stored_dtype(self.config)
 
+    @property
+    def recorded_name(self) -> str:
+        """What it is found by from any directory: its absolute path, or its hub id."""
+        path = Path(self.name).expanduser()
+        return str(path.resolve()) if path.exists() else self.name
+
     def load_model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
         """The causal language model in eval mode, with every weight checked to be there and finite.
 

@@ -11,17 +11,15 @@ keeps them in registers and is used on a GPU. ``MATGPTQ_SOLVER=torch``, ``=nativ
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from matgptq import native
-from matgptq.errors import ConfigurationError
-from matgptq.gpu import support as gpu_support
 from matgptq.rounding import cell_table, round_nested, round_shared, shared_table
 from matgptq.slicing import PARENT_BITS, slice_codes
+from matgptq.solver_engine import engine
 
 # Columns whose mutual updates are made one by one; the columns behind them get one matrix product per stretch.
 _STRETCH = 32
@@ -64,11 +62,12 @@ def compensate(weight: Tensor, upper: Tensor, grid: SweepGrid) -> Tensor:
         uint8 codes ``[in, rows]``.
     """
     coupling = upper / upper.diagonal().unsqueeze(-1)
-    if native.solves(weight):
+    chosen = engine(weight)
+    if chosen == "native":
         base = weight.T.expand(grid.copies, -1, -1)
         return _sweep_natively(base, None, coupling, grid, compensating=True)
     columns, rows = weight.shape
-    if _solves_on_gpu(weight):
+    if chosen == "triton":
         trail = weight.new_zeros(columns, grid.copies * rows)
         return _sweep_on_gpu(weight, trail, coupling, upper.diagonal(), grid, compensating=True)
     rounder = _Rounder(grid)
@@ -101,10 +100,11 @@ def descend(current: Tensor, gradient: Tensor, hessian: Tensor, grid: SweepGrid)
     """
     diagonal = hessian.diagonal()
     columns, copies, rows = len(current), grid.copies, grid.scales.shape[2]
-    if native.solves(current):
+    chosen = engine(current)
+    if chosen == "native":
         base, trail = (t.view(columns, copies, rows).permute(1, 2, 0) for t in (current, gradient))
         return _sweep_natively(base, trail / diagonal, hessian / diagonal, grid, compensating=False)
-    if _solves_on_gpu(current):
+    if chosen == "triton":
         return _sweep_on_gpu(current, gradient, hessian, diagonal, grid, compensating=False)
     rounder = _Rounder(grid)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=current.device)
@@ -149,16 +149,6 @@ class _Rounder:
             return codes, levels * scales
         chosen = round_nested(position, self._weights[group], self._cells)
         return chosen.to(torch.uint8), self._cells.levels.index_select(1, chosen).mul_(scales)
-
-
-def _solves_on_gpu(tensor: Tensor) -> bool:
-    wanted = os.environ.get("MATGPTQ_SOLVER", "auto")
-    if wanted not in ("auto", "triton") or (wanted == "auto" and tensor.device.type != "cuda"):
-        return False
-    obstacle = gpu_support.obstacle(tensor.device.type)
-    if obstacle is not None and wanted == "triton":
-        raise ConfigurationError(f"MATGPTQ_SOLVER=triton: {obstacle}")
-    return obstacle is None
 
 
 def _sweep_on_gpu(

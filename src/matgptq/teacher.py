@@ -6,12 +6,11 @@ computes them: 2.3 kB instead of 197 kB a position for SmolLM2 (hidden size 576,
 513 kB for Llama-3-8B in bfloat16. Logits are recomputed from them a few hundred positions at a time, by the same head.
 
 Nothing is rounded for storage: the logits are the model's own but for the order in which a matrix product sums, about
-1e-5 in float32. ``kl_error_bound`` says what that can do to a KL.
+1e-5 in float32; what that can do to a KL is bounded in ``tests/test_teacher.py``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,20 +147,6 @@ def observe(model: Any, windows: Tensor, tick: Callable[[], None] = lambda: None
         states.append(each)
         tick()
     return Teacher(windows.cpu(), torch.stack(states), head)
-
-
-def kl_error_bound(kl: float, logit_error: float) -> float:
-    """How far ``KL(teacher || other)`` at a position can be off if the teacher's logits are off by ``logit_error``.
-
-    ``(exp(2d) - 1) (KL + sqrt(2 KL)) + d^2 / 2``: with p' for the teacher that is off,
-    ``KL' - KL = sum (p' - p) log(p/q) + KL(p' || p)``. Every log-probability moves by at most 2d, and
-    ``E_p |log(p/q)| <= KL + sqrt(2 KL)`` by Pinsker's inequality; ``KL(p' || p) <= d^2 / 2`` by Hoeffding's lemma.
-
-    Args:
-        kl: at that position, in nats.
-        logit_error: d.
-    """
-    return math.expm1(2 * logit_error) * (kl + math.sqrt(2 * kl)) + logit_error**2 / 2
 
 
 def chunks(positions: int, vocabulary: int) -> Iterator[slice]:

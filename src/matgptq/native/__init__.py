@@ -18,7 +18,6 @@ from matgptq.native.library import (
     set_isa,
     share_threads,
     shares_threads,
-    solves,
 )
 from matgptq.native.products import (
     Arena,
@@ -60,7 +59,6 @@ __all__ = [
     "set_isa",
     "share_threads",
     "shares_threads",
-    "solves",
     "spread_threads",
     "sweep",
 ]

@@ -195,19 +195,6 @@ def reason() -> str:
     return load_library()[1]
 
 
-def solves(tensor: Tensor) -> bool:
-    """Whether the solver's loops over this tensor run in the library: on the CPU, where there is one.
-
-    ``MATGPTQ_SOLVER=torch``, ``=native`` or ``=triton`` forces one engine; all give the same codes but for ties.
-    """
-    wanted = os.environ.get("MATGPTQ_SOLVER", "auto")
-    if wanted not in ("auto", "torch", "native", "triton"):
-        raise ConfigurationError(f"MATGPTQ_SOLVER must be auto, torch, native or triton, not {wanted!r}")
-    if wanted == "native" and not available():
-        raise ConfigurationError(f"MATGPTQ_SOLVER=native: {reason()}")
-    return wanted in ("auto", "native") and tensor.device.type == "cpu" and available()
-
-
 def require_library() -> ctypes.CDLL:
     library, why = load_library()
     if library is None:

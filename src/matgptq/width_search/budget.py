@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -65,20 +65,6 @@ class SearchSpace:
     def allocation(self, genome: Sequence[int]) -> dict[str, int]:
         """``{layer: width}``."""
         return {layer: bits for group, bits in zip(self.groups, genome, strict=True) for layer in group.layers}
-
-    def genome(self, allocation: Mapping[str, int]) -> tuple[int, ...]:
-        """The inverse of ``allocation``.
-
-        Raises:
-            AllocationError: layers of one group have different widths.
-        """
-        genome = []
-        for group in self.groups:
-            found = {allocation[layer] for layer in group.layers}
-            if len(found) > 1:
-                raise AllocationError(f"allocation: {', '.join(group.layers)} must share a width, not {sorted(found)}")
-            genome.append(found.pop())
-        return tuple(genome)
 
 
 @dataclass(frozen=True)

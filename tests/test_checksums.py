@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 import matgptq
 from matgptq.checkpoint import open_checkpoint
 from matgptq.checkpoint_writer import CheckpointWriter
-from matgptq.checksums import CHECKSUMS_NAME, data_starts
+from matgptq.checksums import CHECKSUMS_NAME, data_starts, read_checksum
 from matgptq.cli import app
-from matgptq.errors import CheckpointError
+from matgptq.errors import CheckpointError, SourceError
 from matgptq.integrity import check_integrity
 from matgptq.scale_replacement import replace_scales
-from matgptq.source import read_headers
+from matgptq.source import read_header, read_headers
 from matgptq.tensor_file import write_tensors
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -239,3 +239,16 @@ def test_bytes_that_are_copied_are_hashed_as_those_in_memory(tmp_path) -> None:
             writer.add_stored(name, info)
         writer.commit()
     assert stored(tmp_path / "out") == first == by_hand(tmp_path / "out")
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path) -> None:
+    """Its header was right when it was opened."""
+    source = tmp_path / "source.safetensors"
+    save_file({"long": torch.zeros(1000)}, source)
+    (info,) = read_header(source).values()
+    start = data_starts(source)["long"]
+    source.write_bytes(source.read_bytes()[:-400])
+    with pytest.raises(SourceError, match=r"source\.safetensors: ends inside tensor long"):
+        read_checksum("long", info, start)
+    with pytest.raises(OSError, match=r"source\.safetensors: ends too early"):
+        write_tensors(tmp_path / "copy.safetensors", {"long": info})

@@ -137,7 +137,13 @@ def test_generated_text_is_printed_as_it_is(checkpoint: Path) -> None:
     assert "nothing can be computed" in refuse("generate", checkpoint, "--prompt", "a", "--device", "meta")
 
 
+def test_chat_needs_a_template(checkpoint: Path) -> None:
+    (checkpoint / "chat_template.jinja").unlink()
+    assert "no chat template" in refuse("generate", checkpoint, "--prompt", "a", "--chat")
+
+
 def test_empty_names_and_counts(checkpoint: Path) -> None:
+    assert "--batch must be numbers" in refuse("bench", checkpoint, "--batch", "1,two")
     assert "name of the text is empty" in refuse("eval", checkpoint, "--text", "")
     assert "2 tokens" in refuse("eval", checkpoint, "--seqlen", 1)
     assert "--threads" in refuse("bench", checkpoint, "--threads", 0)

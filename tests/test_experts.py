@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import matgptq
 from matgptq.block_hessians import collect_hessians
-from matgptq.blocks import capture_inputs
+from matgptq.blocks import capture_inputs, find_blocks
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import ExportError, UnsupportedModelError
 from matgptq.expert_hessians import ExpertCalibration
@@ -281,6 +281,11 @@ def test_an_expert_that_overflows_on_all_tokens_is_rounded_to_nearest(tmp_path, 
     assert any(rounded[0] in note for note in notes)
     model = matgptq.load(tmp_path / "out", bits=2)
     assert torch.isfinite(model(rigged_windows()).logits).all()
+
+
+def test_experts_in_one_tensor_are_refused_where_layers_are_looked_for():
+    with pytest.raises(UnsupportedModelError, match="still fused"):
+        find_blocks(AutoModelForCausalLM.from_config(build_model("qwen3_moe").config), find_family("qwen3_moe"))
 
 
 @pytest.mark.parametrize("saliency", [0.0, 1.5])

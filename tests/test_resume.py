@@ -179,6 +179,16 @@ def test_interrupted_tuning_goes_on(widths_done, source, tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_what_was_kept_and_is_damaged_is_named(source, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 5)
+    with pytest.raises(Stop):
+        quantize(source, tmp_path / "out")
+    windows = work_path(tmp_path / "out") / "windows.safetensors"
+    windows.write_bytes(windows.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"windows\.safetensors: damaged .*--no-resume"):
+        quantize(source, tmp_path / "out")
+
+
 def test_begin_anew(source, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     stop_after(monkeypatch, 5)

@@ -756,6 +756,7 @@ def test_llama_3_frequency_factors():
         ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, None),
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar 24"),
         ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping None"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping None"),
         ("phi3", {}, "gguf exports know llama, mistral, qwen2, qwen3, gemma2, gemma3_text, not phi3"),
     ],
 )

@@ -216,6 +216,7 @@ class GGUF(Export):
         rope = self._rope
         local = config.rope_parameters.get("sliding_attention", {"rope_type": "default"})
         softcap = getattr(config, "attn_logit_softcapping", None)
+        final_softcap = getattr(config, "final_logit_softcapping", None)
         obstacles = {
             f"the activation {activation}": activation != architecture.activation,
             f"rotary embeddings of type {rope['rope_type']}": rope["rope_type"]
@@ -226,6 +227,8 @@ class GGUF(Export):
             and self._head_dim * config.num_attention_heads != config.hidden_size,
             "a head that is not tied to the embedding": architecture.norms_plus_one and not config.tie_word_embeddings,
             f"attn_logit_softcapping {softcap}": (softcap is None) == (architecture.name == "gemma2"),
+            # It has a bound of its own where the file names none.
+            f"final_logit_softcapping {final_softcap}": not final_softcap and architecture.name == "gemma2",
             "attention to both sides": bool(getattr(config, "use_bidirectional_attention", False)),
         }
         if architecture.norms_plus_one:

@@ -757,6 +757,9 @@ def test_llama_3_frequency_factors():
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar 24"),
         ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping None"),
         ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping None"),
+        ("qwen3", {"attention_bias": True}, r"k_proj.bias: llama.cpp's qwen3 adds no such bias"),
+        ("gemma2", {"attention_bias": True}, r"k_proj.bias: llama.cpp's gemma2 adds no such bias"),
+        ("gemma3_text", {"attention_bias": True}, r"k_proj.bias: llama.cpp's gemma3 adds no such bias"),
         ("phi3", {}, "gguf exports know llama, mistral, qwen2, qwen3, gemma2, gemma3_text, not phi3"),
     ],
 )

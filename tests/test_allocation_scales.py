@@ -51,7 +51,9 @@ def mixed(checkpoint: Path) -> Path:
     fitness = {"measure": "kl", "value": 1.0}
     save_allocation(
         opened,
-        Allocation(NAME, opened.identity, "by hand", 3.3, opened.bits_per_weight(layers), 1, 0, fitness, found, layers),
+        Allocation(
+            NAME, opened.codes_identity, "by hand", 3.3, opened.bits_per_weight(layers), 1, 0, fitness, found, layers
+        ),
     )
     return checkpoint
 
@@ -215,6 +217,38 @@ def test_a_new_search_of_that_name_has_none(tuned: Path) -> None:
     matgptq.search(tuned, 3.5, save=NAME, dataset=text, tokens=256, seqlen=16, generations=0)
     assert find_scales(open_checkpoint(tuned), NAME) is None
     assert not list((tuned / DIRECTORY).glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_allocations_outlive_tuned_widths(early: bool, tuned: Path, windows: torch.Tensor) -> None:
+    """Widths are what they were, and scales of its own never were those of a width."""
+    opened, layers = open_checkpoint(tuned), _layers(tuned)
+    file = tuned / DIRECTORY / f"{NAME}.json"
+    codes, everything = opened.allocation_identities
+    plain = json.loads(file.read_text()) | {"checkpoint": everything if early else codes}
+    file.write_text(json.dumps(plain))
+    del plain["scales"]
+    file.with_name("plain.json").write_text(json.dumps(plain))
+    before = logits(matgptq.load(tuned, allocation=NAME))
+    matgptq.refine(tuned, (2,), steps=8, dataset=windows, learning_rate=1e-2)
+    again = open_checkpoint(tuned)
+    assert again.identity != everything
+    assert again.codes_identity == codes
+    assert torch.equal(logits(matgptq.load(tuned, allocation=NAME)), before)
+    widths = logits(matgptq.load(tuned, allocation=layers))
+    assert torch.equal(logits(matgptq.load(tuned, allocation="plain")), widths)
+    shown = CliRunner().invoke(app, ["info", str(tuned)], env={"COLUMNS": "160"})
+    assert "of another checkpoint" not in shown.output
+
+
+def test_other_codes_or_groups_are_another_checkpoint(mixed: Path, make_checkpoint: Any, tmp_path: Path) -> None:
+    opened = open_checkpoint(mixed)
+    for name, options in (("groups", {"group_size": 32}), ("codes", {"group_size": 64, "seed": 1})):
+        matgptq.quantize(make_checkpoint("llama")[0], tmp_path / name, dataset=token_ids(seed=1), **options)
+        other = open_checkpoint(tmp_path / name)
+        assert other.codes_identity not in opened.allocation_identities
+        with pytest.raises(AllocationError, match="made for another checkpoint"):
+            matgptq.load(tmp_path / name, allocation=mixed / DIRECTORY / f"{NAME}.json")
 
 
 def test_an_upload_takes_them_along(tuned: Path, tmp_path: Path) -> None:

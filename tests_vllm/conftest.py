@@ -49,7 +49,7 @@ def _store_mixed_allocation(checkpoint: Path) -> None:
     layers = {layer: MIXED[index % len(MIXED)] for index, layer in enumerate(opened.layers)}
     save_allocation(
         opened,
-        Allocation("mixed", opened.identity, "none", 4.7, 5.0, opened.served_bytes(layers), 0, {}, {}, layers),
+        Allocation("mixed", opened.codes_identity, "none", 4.7, 5.0, opened.served_bytes(layers), 0, {}, {}, layers),
     )
 
 

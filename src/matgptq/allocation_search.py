@@ -294,7 +294,7 @@ def _allocation(
 ) -> Allocation:
     return Allocation(
         name=found.name,
-        checkpoint=checkpoint.identity,
+        checkpoint=checkpoint.codes_identity,
         target=found.target,
         bits=found.bits,
         bits_per_weight=found.bits_per_weight,

@@ -11,7 +11,8 @@ from typing import Any
 from matgptq.allocation import Allocation, complete_allocation, format_lines, read_allocation
 from matgptq.atomic_files import write_text
 from matgptq.checkpoint import Checkpoint
-from matgptq.errors import AllocationError, ConfigurationError
+from matgptq.errors import AllocationError, ConfigurationError, SourceError
+from matgptq.source import read_json
 
 DIRECTORY = "allocations"
 
@@ -40,6 +41,22 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
     write_text(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
+def name_codes(directory: Path, checkpoint: Checkpoint) -> None:
+    """Let allocations of earlier releases, which name the scales, too, outlive a change of scales.
+
+    Args:
+        directory: of the checkpoint or a copy of it; the files are replaced.
+        checkpoint: as it was before.
+    """
+    for file in (directory / DIRECTORY).glob("*.json"):
+        try:
+            record = read_json(file)
+        except SourceError:  # whoever uses it is told
+            continue
+        if record.get("checkpoint") == checkpoint.identity:
+            write_record(file, {**record, "checkpoint": checkpoint.codes_identity})
+
+
 def stored_allocations(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
     """The records of all allocations that lie with a checkpoint, by name.
 
@@ -66,7 +83,7 @@ def find_allocation(
     if isinstance(allocation, Mapping):
         widths = dict(allocation)
     else:
-        widths = read_allocation(allocation_file(checkpoint, allocation), checkpoint.identity)
+        widths = read_allocation(allocation_file(checkpoint, allocation), checkpoint.allocation_identities)
     return complete_allocation(widths, checkpoint.layers, default_bits or checkpoint.settings.bits)
 
 

@@ -284,13 +284,13 @@ def search_table(search: Search) -> Table:
     return table
 
 
-def allocations_table(records: Mapping[str, Mapping[str, Any]], identity: str) -> Table:
-    """Allocations that lie with a checkpoint."""
+def allocations_table(records: Mapping[str, Mapping[str, Any]], identities: Sequence[str]) -> Table:
+    """Allocations that lie with a checkpoint, which has these identities."""
     table = Table(title="allocations")
     for column in ("name", "bits", "bits per weight", "size", "fitness", "method", "scales"):
         table.add_column(column, justify="left" if column in ("name", "method", "scales") else "right")
     for name, record in records.items():
-        fitness, foreign = record["fitness"], record["checkpoint"] != identity
+        fitness, foreign = record["fitness"], record["checkpoint"] not in identities
         table.add_row(
             f"{name} (of another checkpoint)" if foreign else name,
             f"{record['bits']:.3f}",

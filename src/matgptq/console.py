@@ -339,11 +339,14 @@ def verification_table(verification: Verification) -> Table:
         "loaded by": verification.engine,
         "tensors compared": str(verification.tensors),
         "tensors that differ": f"{len(different)}: {names}" if different else "none",
+        "layers that the engine rounds": f"{len(verification.rounded)}: experts, to the model's dtype",
         "largest difference of a weight": f"{verification.largest_difference:g}",
         "tokens compared": str(verification.tokens),
         "largest difference of a logit": f"{verification.logit_difference:.1e}",
         "KL": f"{verification.kl:.1e}",
     }
+    if not verification.rounded:
+        del rows["layers that the engine rounds"]
     for name, value in rows.items():
         table.add_row(name, value)
     return table

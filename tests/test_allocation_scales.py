@@ -258,6 +258,11 @@ def test_an_upload_takes_them_along(tuned: Path, tmp_path: Path) -> None:
     assert find_scales(open_checkpoint(out), NAME) is not None
 
 
+def test_who_reads_the_widths_reads_the_scales(tuned: Path) -> None:
+    modes = {file.suffix: file.stat().st_mode for file in (tuned / DIRECTORY).iterdir()}
+    assert modes[".safetensors"] == modes[".json"] == modes[".txt"]
+
+
 def test_damage_is_found(tuned: Path) -> None:
     assert check_integrity(tuned).passed
     (file,) = (tuned / DIRECTORY).glob("*.safetensors")

@@ -16,7 +16,7 @@ import matgptq
 from matgptq import tuning_run, tuning_workspace
 from matgptq.allocation import Allocation
 from matgptq.allocation_scales import find_scales, save_scales, widths_scales
-from matgptq.allocation_store import DIRECTORY, save_allocation
+from matgptq.allocation_store import DIRECTORY, find_allocation, save_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.cli import app
 from matgptq.errors import AllocationError, ConfigurationError, UnsupportedModelError
@@ -91,7 +91,7 @@ def test_it_gets_better_and_no_width_changes(
     assert kl(mixed, unseen, allocation=NAME) < kl_before
     assert files(mixed) == before  # weights, config and report
     opened = open_checkpoint(mixed)
-    scales, start = find_scales(opened, NAME), widths_scales(opened, opened.widths(_layers(mixed)))
+    scales, start = find_scales(opened, NAME, _layers(mixed)), widths_scales(opened, opened.widths(_layers(mixed)))
     assert scales is not None
     for layer, each in scales.items():
         assert torch.equal(each.float(), storable_scales(each.float()))
@@ -126,7 +126,7 @@ def test_layers_move_at_the_rate_of_their_width(
 
 def test_it_is_served_and_fixed(tuned: Path) -> None:
     opened = open_checkpoint(tuned)
-    scales, layers = find_scales(opened, NAME), _layers(tuned)
+    scales, layers = find_scales(opened, NAME, _layers(tuned)), _layers(tuned)
     assert scales is not None
     plain, own = matgptq.load(tuned, allocation=layers), matgptq.load(tuned, allocation=NAME)
     for name, layer in nested_layers(own).items():
@@ -215,7 +215,7 @@ def _stopping(event: int) -> Any:
 def test_a_new_search_of_that_name_has_none(tuned: Path) -> None:
     text = token_ids(24, 16, seed=3)
     matgptq.search(tuned, 3.5, save=NAME, dataset=text, tokens=256, seqlen=16, generations=0)
-    assert find_scales(open_checkpoint(tuned), NAME) is None
+    assert find_scales(open_checkpoint(tuned), NAME, _layers(tuned)) is None
     assert not list((tuned / DIRECTORY).glob("*.safetensors"))
 
 
@@ -255,7 +255,7 @@ def test_an_upload_takes_them_along(tuned: Path, tmp_path: Path) -> None:
     out = tmp_path / "upload"
     matgptq.load(tuned, 4).save_pretrained(out)
     prepare_upload(out, "owner/name", tuned)
-    assert find_scales(open_checkpoint(out), NAME) is not None
+    assert find_scales(open_checkpoint(out), NAME, _layers(tuned)) is not None
 
 
 def test_who_reads_the_widths_reads_the_scales(tuned: Path) -> None:
@@ -278,7 +278,7 @@ def test_damage_is_found(tuned: Path) -> None:
         matgptq.evaluate(tuned, allocation=NAME, text=token_ids(1, 16))
     matgptq.load(tuned, allocation=tuned / DIRECTORY / f"{NAME}.txt")  # the widths alone
     record = json.loads((tuned / DIRECTORY / f"{NAME}.json").read_text())
-    for entry in (3, {"file": "a"}, {"file": "../a", "sha256": "b"}):
+    for entry in (3, {"file": "a"}, {"file": "../a", "sha256": "b"}, {"file": "a", "sha256": "b", "widths": 3}):
         (tuned / DIRECTORY / f"{NAME}.json").write_text(json.dumps({**record, "scales": entry}))
         with pytest.raises(AllocationError, match="must name a file"):
             matgptq.load(tuned, allocation=NAME)
@@ -299,14 +299,41 @@ def test_files_that_are_no_text_are_refused_by_name(mixed: Path, tmp_path: Path)
 
 def test_scales_of_other_layers_are_refused(mixed: Path) -> None:
     opened = open_checkpoint(mixed)
-    scales = widths_scales(opened, _layers(mixed))
+    layers = _layers(mixed)
+    scales = widths_scales(opened, layers)
     layer = next(iter(scales))
-    save_scales(opened, NAME, {**scales, layer: scales[layer][:, :1]}, {})
+    save_scales(opened, NAME, layers, {**scales, layer: scales[layer][:, :1]}, {})
     with pytest.raises(AllocationError, match="not those of the layers"):
         matgptq.load(mixed, allocation=NAME)
-    save_scales(opened, NAME, {**scales, layer: torch.full_like(scales[layer], torch.nan)}, {})
+    save_scales(opened, NAME, layers, {**scales, layer: torch.full_like(scales[layer], torch.nan)}, {})
     with pytest.raises(AllocationError, match="finite"):
         matgptq.load(mixed, allocation=NAME)
+
+
+def test_scales_of_other_widths_are_refused(tuned: Path) -> None:
+    opened, layers = open_checkpoint(tuned), _layers(tuned)
+    file = tuned / DIRECTORY / f"{NAME}.json"
+    record = json.loads(file.read_text())
+    first, second, *others = layers
+    swapped = {**layers, first: layers[second], second: layers[first]}
+    file.write_text(json.dumps({**record, "layers": swapped}))
+    for use in (
+        matgptq.load,
+        lambda path, allocation: matgptq.export(path, path / "x", format="dense", allocation=NAME),
+    ):
+        with pytest.raises(AllocationError, match="tuned for other widths than it gives"):
+            use(tuned, allocation=NAME)
+    (damage,) = check_integrity(tuned).damage
+    assert "other widths" in damage.problem
+    # Layers that it does not name have the width that it is completed with.
+    file.write_text(json.dumps({**record, "layers": {layer: layers[layer] for layer in (second, *others)}}))
+    assert find_scales(opened, NAME, find_allocation(opened, NAME, layers[first])) is not None
+    with pytest.raises(AllocationError, match="other widths"):
+        matgptq.load(tuned, 8, allocation=NAME)
+    # Files of earlier releases do not say.
+    del record["scales"]["widths"]
+    file.write_text(json.dumps({**record, "layers": swapped}))
+    assert find_scales(opened, NAME, swapped) is not None
 
 
 def test_what_cannot_be_tuned(mixed: Path, windows: torch.Tensor) -> None:

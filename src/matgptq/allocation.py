@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -50,6 +51,11 @@ class Allocation:
 def format_lines(widths: Mapping[str, int]) -> str:
     """The text format of the published reference: one ``layer: bits`` a line."""
     return "".join(f"{layer}: {bits}\n" for layer, bits in widths.items())
+
+
+def digest_of_widths(widths: Mapping[str, int]) -> str:
+    """SHA-256 over the lines of all layers, sorted by their names."""
+    return hashlib.sha256(format_lines(dict(sorted(widths.items()))).encode()).hexdigest()
 
 
 def read_allocation(file: str | Path, identities: Sequence[str] = ()) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Scales that were tuned for one allocation; they lie beside it, ``OUT/allocations/NAME-<digest>.safetensors``.
 
 A width reads the same scales in every layer that has it; an allocation may have better ones of its own. Its JSON file
-names theirs and the SHA-256 of it, so that widths and scales cannot be mixed up.
+names theirs, the SHA-256 of it and that of the widths, so that widths and scales cannot be mixed up.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from matgptq.allocation import complete_allocation, digest_of_widths, read_allocation
 from matgptq.allocation_store import allocation_file, write_record
 from matgptq.atomic_files import replacing
 from matgptq.checkpoint import Checkpoint
@@ -27,17 +28,25 @@ from matgptq.format import scales_name
 from matgptq.nested_weight import scale_source
 from matgptq.source import read_tensor
 
-KEY = "scales"  # in an allocation's JSON: {"file": ..., "sha256": ...}
+KEY = "scales"  # in an allocation's JSON: {"file": ..., "sha256": ..., "widths": ...}
+_ADVICE = "its 'layer: bits' lines work without them"
 
 
-def find_scales(checkpoint: Checkpoint, allocation: Mapping[str, int] | str | Path | None) -> dict[str, Tensor] | None:
-    """Scales of an allocation's own, named as in ``find_allocation``; None if it has none.
+def find_scales(
+    checkpoint: Checkpoint, allocation: Mapping[str, int] | str | Path | None, widths: Mapping[str, int]
+) -> dict[str, Tensor] | None:
+    """Scales of an allocation's own; None if it has none.
+
+    Args:
+        checkpoint: that it is for.
+        allocation: named as in ``find_allocation``.
+        widths: of every layer, as ``find_allocation`` completes it.
 
     Returns:
         ``{layer: float16 [out, groups]}`` of every layer.
 
     Raises:
-        AllocationError: no such allocation, or its scales are missing, damaged or those of other layers.
+        AllocationError: no such allocation, or its scales are missing, damaged, or those of other layers or widths.
     """
     if allocation is None or isinstance(allocation, Mapping):
         return None
@@ -51,6 +60,8 @@ def find_scales(checkpoint: Checkpoint, allocation: Mapping[str, int] | str | Pa
     }
     if {layer: tuple(each.shape) for layer, each in scales.items()} != shapes:
         raise AllocationError(f"{file}: its scales are not those of the layers of {checkpoint.path}")
+    if entry.get("widths", digest_of_widths(widths)) != digest_of_widths(widths):
+        raise AllocationError(f"{file}: its scales were tuned for other widths than it gives the layers; {_ADVICE}")
     return scales
 
 
@@ -61,12 +72,12 @@ def has_own_scales(checkpoint: Checkpoint, allocation: Mapping[str, int] | str |
     return _entry(allocation_file(checkpoint, allocation)) is not None
 
 
-def damage_of(file: Path) -> str | None:
+def damage_of(checkpoint: Checkpoint, file: Path) -> str | None:
     """What is wrong with the scales that an allocation's JSON file names; None if nothing is, or it names none."""
     try:
-        entry = _entry(file)
-        if entry is not None:
-            _read(file, entry)
+        if _entry(file) is not None:
+            widths = complete_allocation(read_allocation(file), checkpoint.layers, checkpoint.settings.bits)
+            find_scales(checkpoint, file, widths)
     except AllocationError as error:
         return str(error)
     return None
@@ -80,13 +91,18 @@ def widths_scales(checkpoint: Checkpoint, widths: Mapping[str, int]) -> dict[str
 
 
 def save_scales(
-    checkpoint: Checkpoint, allocation: str, scales: Mapping[str, Tensor], record: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    allocation: str,
+    widths: Mapping[str, int],
+    scales: Mapping[str, Tensor],
+    record: Mapping[str, Any],
 ) -> None:
     """Give a stored allocation scales of its own. At every moment it has its old ones or the new ones.
 
     Args:
         checkpoint: that it lies with.
         allocation: its name.
+        widths: of every layer, that they were tuned for.
         scales: ``{layer: [out, groups]}``, storable, of every layer.
         record: of how they came about, for ``refinement`` in its JSON file.
 
@@ -104,7 +120,8 @@ def save_scales(
     except OSError as error:
         raise CheckpointError(f"{file.parent}: cannot be written: {error}") from error
     known = json.loads(file.read_text(encoding="utf-8"))
-    write_record(file, {**known, "refinement": dict(record), KEY: {"file": own.name, "sha256": digest}})
+    entry = {"file": own.name, "sha256": digest, "widths": digest_of_widths(widths)}
+    write_record(file, {**known, "refinement": dict(record), KEY: entry})
     _remove_others(file, own.name)
 
 
@@ -136,6 +153,7 @@ def _entry(file: Path) -> dict[str, str] | None:
     if entry is None:
         return None
     valid = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))
+    valid = valid and isinstance(entry.get("widths", ""), str)
     if not valid or Path(entry["file"]).name != entry["file"]:
         raise AllocationError(f'{file}: "{KEY}" must name a file beside it and its sha256')
     return dict(entry)
@@ -143,15 +161,14 @@ def _entry(file: Path) -> dict[str, str] | None:
 
 def _read(file: Path, entry: Mapping[str, str]) -> dict[str, Tensor]:
     own = file.with_name(entry["file"])
-    advice = "its 'layer: bits' lines work without"
     if not own.is_file():
-        raise AllocationError(f"{file}: its scales, {own.name}, are not beside it; {advice}")
+        raise AllocationError(f"{file}: its scales, {own.name}, are not beside it; {_ADVICE}")
     try:
         if _sha256(own) != entry["sha256"]:
-            raise AllocationError(f"{own}: is not what was written, its checksum differs; {advice}")
+            raise AllocationError(f"{own}: is not what was written, its checksum differs; {_ADVICE}")
         scales: dict[str, Tensor] = load_file(own)
     except (OSError, SafetensorError) as error:
-        raise AllocationError(f"{own}: cannot be read: {error}; {advice}") from error
+        raise AllocationError(f"{own}: cannot be read: {error}; {_ADVICE}") from error
     for layer, each in scales.items():
         if each.dtype != torch.float16 or not all_finite(each) or bool((each == 0).any()):
             raise AllocationError(f"{own}: the scales of layer {layer} are not finite numbers other than zero")

@@ -113,7 +113,8 @@ def export(
     check_destination(destination, force=force)
     if destination.exists() and os.path.samefile(destination, checkpoint.path):
         raise ConfigurationError(f"{destination}: an export cannot take the place of its checkpoint; choose another -o")
-    widths, own_scales = _widths(checkpoint, bits, allocation), find_scales(checkpoint, allocation)
+    widths = _widths(checkpoint, bits, allocation)
+    own_scales = find_scales(checkpoint, allocation, widths)
     target = Target(checkpoint, widths, _dtype(checkpoint, dtype), own_scales)
     exporter = FORMATS[format](target)
     for note in exporter.notes:

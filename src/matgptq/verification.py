@@ -129,7 +129,7 @@ def _read_record(directory: Path, against: Path) -> tuple[Target, str]:
         if format not in _ENGINES or not isinstance(widths, dict):
             raise SourceError(f"{directory / EXPORT_NAME}: no known format in it")
         widths = checkpoint.widths(widths)
-        own_scales = find_scales(checkpoint, record.get("scales_of"))
+        own_scales = find_scales(checkpoint, record.get("scales_of"), widths)
     except SourceError as error:
         raise ExportError(str(error)) from error
     except AllocationError as error:

@@ -24,6 +24,7 @@ from matgptq.grid import storable_scales
 from matgptq.integrity import check_integrity
 from matgptq.nested_linear import nested_layers
 from matgptq.nested_weight import NestedWeight
+from matgptq.progress import Silent
 from matgptq.publishing import prepare_upload
 from matgptq.scale_goals import default_learning_rate
 from matgptq.verification import verify
@@ -212,11 +213,36 @@ def _stopping(event: int) -> Any:
     return stopping
 
 
-def test_a_new_search_of_that_name_has_none(tuned: Path) -> None:
-    text = token_ids(24, 16, seed=3)
-    matgptq.search(tuned, 3.5, save=NAME, dataset=text, tokens=256, seqlen=16, generations=0)
+class Notes(Silent):
+    """Notes about scales, and how many files of scales were there when each was written."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.notes: list[tuple[str, int]] = []
+
+    def note(self, message: str) -> None:
+        if "scales" in message:
+            self.notes.append((message, len(list(self.directory.glob("*.safetensors")))))
+
+
+def test_a_new_search_keeps_the_scales_of_the_same_widths(tuned: Path, windows: torch.Tensor) -> None:
+    notes = Notes(tuned / DIRECTORY)
+    options = {
+        "save": NAME, "dataset": token_ids(24, 16, seed=3), "tokens": 256, "seqlen": 16, "generations": 0,
+        "progress": notes,
+    }  # fmt: skip
+    matgptq.search(tuned, 3.5, **options)
     assert find_scales(open_checkpoint(tuned), NAME, _layers(tuned)) is None
     assert not list((tuned / DIRECTORY).glob("*.safetensors"))
+    (note,) = notes.notes
+    assert note[0].startswith(f"{NAME}: the scales of its own were tuned for other widths")
+    assert note[1] == 1
+    matgptq.refine(tuned, allocation=NAME, steps=8, dataset=windows, learning_rate=1e-2)
+    before = files(tuned / DIRECTORY)
+    matgptq.search(tuned, 3.5, **options)
+    assert find_scales(open_checkpoint(tuned), NAME, _layers(tuned)) is not None
+    assert files(tuned / DIRECTORY) == before  # the record of the tuning, too
+    assert len(notes.notes) == 1
 
 
 @pytest.mark.parametrize("early", [False, True])

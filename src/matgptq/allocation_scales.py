@@ -18,15 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from matgptq.allocation import complete_allocation, digest_of_widths, read_allocation
-from matgptq.allocation_store import allocation_file, write_record
+from matgptq.allocation import Allocation, complete_allocation, digest_of_widths, read_allocation
+from matgptq.allocation_store import allocation_file, find_allocation, save_allocation, stored_file, write_record
 from matgptq.atomic_files import replacing
 from matgptq.checkpoint import Checkpoint
-from matgptq.errors import AllocationError, CheckpointError
+from matgptq.errors import AllocationError, CheckpointError, SourceError
 from matgptq.finiteness import all_finite
 from matgptq.format import scales_name
 from matgptq.nested_weight import scale_source
-from matgptq.source import read_tensor
+from matgptq.progress import Progress
+from matgptq.source import read_json, read_tensor
 
 KEY = "scales"  # in an allocation's JSON: {"file": ..., "sha256": ..., "widths": ...}
 _ADVICE = "its 'layer: bits' lines work without them"
@@ -131,9 +132,41 @@ def scales_file(file: Path) -> Path | None:
     return None if entry is None else file.with_name(entry["file"])
 
 
-def forget_scales(file: Path) -> None:
-    """Remove the scales of an allocation whose JSON file was written anew."""
-    _remove_others(file, None)
+def save_found(checkpoint: Checkpoint, allocation: Allocation, progress: Progress) -> None:
+    """Store an allocation in the place of one of its name, whose own scales it keeps if it has the same widths.
+
+    Otherwise they are removed, which a note says before.
+
+    Raises:
+        CheckpointError: the directory cannot be written.
+    """
+    file = stored_file(checkpoint, allocation.name)
+    kept: dict[str, Any] = {}
+    record = _tuned_record(file)
+    if record:
+        widths = complete_allocation(allocation.layers, checkpoint.layers, checkpoint.settings.bits)
+        try:
+            same = find_allocation(checkpoint, file) == widths and find_scales(checkpoint, file, widths) is not None
+        except AllocationError:
+            same = False
+        if same:
+            kept = {key: record[key] for key in ("refinement", KEY) if key in record}
+        else:
+            progress.note(
+                f"{allocation.name}: the scales of its own were tuned for other widths than were found now, and are "
+                f"removed; 'matgptq refine {checkpoint.path} --allocation {allocation.name}' tunes some for these"
+            )
+    save_allocation(checkpoint, allocation, kept)
+    _remove_others(file, kept[KEY]["file"] if kept else None)
+
+
+def _tuned_record(file: Path) -> dict[str, Any]:
+    """The record of a stored allocation with scales of its own; empty if there is none."""
+    try:
+        record = read_json(file)
+    except SourceError:
+        return {}
+    return record if record.get(KEY) else {}
 
 
 def _remove_others(file: Path, kept: str | None) -> None:

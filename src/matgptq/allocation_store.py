@@ -24,14 +24,24 @@ def check_name(name: str) -> str:
     return name
 
 
-def save_allocation(checkpoint: Checkpoint, allocation: Allocation) -> Path:
+def stored_file(checkpoint: Checkpoint, name: str) -> Path:
+    """Where an allocation of that name lies, or would."""
+    return checkpoint.path / DIRECTORY / f"{check_name(name)}.json"
+
+
+def save_allocation(checkpoint: Checkpoint, allocation: Allocation, more: Mapping[str, Any] | None = None) -> Path:
     """Write both files, replacing those of that name; returns the JSON one.
+
+    Args:
+        checkpoint: that it lies with.
+        allocation: to be stored.
+        more: what else its record holds.
 
     Raises:
         CheckpointError: the directory cannot be written.
     """
-    file = checkpoint.path / DIRECTORY / f"{check_name(allocation.name)}.json"
-    write_record(file, allocation.to_dict())
+    file = stored_file(checkpoint, allocation.name)
+    write_record(file, {**allocation.to_dict(), **(more or {})})
     write_text(file.with_suffix(".txt"), format_lines(allocation.layers))
     return file
 

@@ -19,13 +19,14 @@ from matgptq.allocation_scales import find_scales, save_scales, widths_scales
 from matgptq.allocation_store import DIRECTORY, find_allocation, save_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.cli import app
-from matgptq.errors import AllocationError, ConfigurationError, UnsupportedModelError
+from matgptq.errors import AllocationError, ConfigurationError, ExportError, UnsupportedModelError
+from matgptq.format import EXPORT_NAME
 from matgptq.grid import storable_scales
 from matgptq.integrity import check_integrity
 from matgptq.nested_linear import nested_layers
 from matgptq.nested_weight import NestedWeight
 from matgptq.progress import Silent
-from matgptq.publishing import prepare_upload
+from matgptq.publishing import prepare_upload, published_texts
 from matgptq.scale_goals import default_learning_rate
 from matgptq.verification import verify
 from matgptq.vllm_plugin.choice import Choice, chosen_layers
@@ -170,6 +171,48 @@ def test_exports_hold_them(format: str, tuned: Path, tmp_path: Path) -> None:
     del record["scales_of"]
     (out / "matgptq_export.json").write_text(json.dumps(record))
     assert not verify(out, tuned).passed  # with the scales of the widths they differ
+
+
+@pytest.mark.parametrize("place", ["stored", "by path", "elsewhere", "a name with .json", "an early export"])
+def test_verify_finds_the_scales_of_an_export(place: str, tuned: Path, tmp_path: Path) -> None:
+    allocation, stored = NAME, tuned / DIRECTORY
+    if place == "elsewhere":
+        shutil.copytree(stored, tmp_path / "my widths")
+        shutil.rmtree(stored)
+        allocation = str(tmp_path / "my widths" / f"{NAME}.json")
+    elif place == "by path":
+        allocation = str(stored / f"{NAME}.json")
+    elif place == "a name with .json":
+        allocation = "a.json"
+        (stored / f"{NAME}.json").rename(stored / "a.json.json")
+    out = tmp_path / "out"
+    matgptq.export(tuned, out, format="matgptq-slice", allocation=allocation)
+    record = json.loads((out / EXPORT_NAME).read_text())
+    wanted = {"elsewhere": allocation, "a name with .json": allocation}
+    assert record["scales_of"] == wanted.get(place, NAME)
+    if place == "an early export":
+        del record["scales_sha256"]
+        (out / EXPORT_NAME).write_text(json.dumps(record))
+    assert verify(out, tuned).passed
+    if place == "elsewhere":
+        opened = open_checkpoint(out, slices=True)
+        published = json.loads(published_texts(opened, opened, "owner/name")[EXPORT_NAME])
+        assert published["scales_of"] == f"{NAME}.json"
+        (tmp_path / "my widths").rename(stored)
+        assert verify(out, tuned).passed  # brought to the checkpoint
+        (out / EXPORT_NAME).write_text(json.dumps(published))
+        assert verify(out, tuned).passed
+
+
+def test_verify_says_which_scales_are_gone(tuned: Path, tmp_path: Path) -> None:
+    out, opened, layers = tmp_path / "out", open_checkpoint(tuned), _layers(tuned)
+    matgptq.export(tuned, out, format="matgptq-slice", allocation=NAME)
+    save_scales(opened, NAME, layers, widths_scales(opened, layers), {})
+    with pytest.raises(ExportError, match="not those that were exported; they were tuned again"):
+        verify(out, tuned)
+    shutil.rmtree(tuned / DIRECTORY)
+    with pytest.raises(ExportError, match=r"scales that it was made with are not found: .*no such allocation"):
+        verify(out, tuned)
 
 
 def test_tuning_goes_on_from_them(tuned: Path, windows: torch.Tensor) -> None:

@@ -19,7 +19,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from matgptq.allocation import Allocation, complete_allocation, digest_of_widths, read_allocation
-from matgptq.allocation_store import allocation_file, find_allocation, save_allocation, stored_file, write_record
+from matgptq.allocation_store import (
+    DIRECTORY,
+    allocation_file,
+    find_allocation,
+    save_allocation,
+    stored_file,
+    write_record,
+)
 from matgptq.atomic_files import replacing
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import AllocationError, CheckpointError, SourceError
@@ -64,6 +71,50 @@ def find_scales(
     if entry.get("widths", digest_of_widths(widths)) != digest_of_widths(widths):
         raise AllocationError(f"{file}: its scales were tuned for other widths than it gives the layers; {_ADVICE}")
     return scales
+
+
+def scales_origin(checkpoint: Checkpoint, allocation: Mapping[str, int] | str | Path | None) -> dict[str, str]:
+    """Where an export's scales come from, for ``find_origin``; empty if the allocation has none of its own.
+
+    Returns:
+        ``scales_of``, the name of a stored allocation or the path of another file, and ``scales_sha256``.
+    """
+    if allocation is None or isinstance(allocation, Mapping):
+        return {}
+    file = allocation_file(checkpoint, allocation).resolve()
+    entry = _entry(file)
+    if entry is None:
+        return {}
+    stored = file.parent == (checkpoint.path / DIRECTORY).resolve()
+    return {"scales_of": file.stem if stored else str(file), "scales_sha256": entry["sha256"]}
+
+
+def find_origin(
+    checkpoint: Checkpoint, record: Mapping[str, Any], widths: Mapping[str, int]
+) -> dict[str, Tensor] | None:
+    """The scales that an export was made with; None if those of the widths.
+
+    An allocation outside of the checkpoint is looked for where it was, and then among the stored ones.
+
+    Args:
+        checkpoint: that was exported.
+        record: of the export.
+        widths: of every layer.
+
+    Raises:
+        AllocationError: they are not found, or are others now.
+    """
+    name = record.get("scales_of")
+    if name is None:
+        return None
+    try:
+        file = allocation_file(checkpoint, str(name))
+    except AllocationError:
+        file = allocation_file(checkpoint, Path(str(name)).stem)
+    entry = _entry(file)
+    if entry is None or record.get("scales_sha256", entry["sha256"]) != entry["sha256"]:
+        raise AllocationError(f"{file}: its scales are not those that were exported; they were tuned again, or removed")
+    return find_scales(checkpoint, file, widths)
 
 
 def has_own_scales(checkpoint: Checkpoint, allocation: Mapping[str, int] | str | Path | None) -> bool:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from matgptq.allocation_scales import find_scales
+from matgptq.allocation_scales import find_origin
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_dtype
 from matgptq.errors import AllocationError, ExportError, SourceError
@@ -129,11 +129,14 @@ def _read_record(directory: Path, against: Path) -> tuple[Target, str]:
         if format not in _ENGINES or not isinstance(widths, dict):
             raise SourceError(f"{directory / EXPORT_NAME}: no known format in it")
         widths = checkpoint.widths(widths)
-        own_scales = find_scales(checkpoint, record.get("scales_of"), widths)
     except SourceError as error:
         raise ExportError(str(error)) from error
     except AllocationError as error:
         raise ExportError(f"{directory}: not made from {against}: {error}") from error
+    try:
+        own_scales = find_origin(checkpoint, record, widths)
+    except AllocationError as error:
+        raise ExportError(f"{directory}: the scales that it was made with are not found: {error}") from error
     dtype = resolve_dtype(str(stored_dtype(config)), torch.device("meta"), None)
     return Target(checkpoint, widths, dtype, own_scales), str(format)
 

@@ -13,6 +13,7 @@ from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.slicing import check_bits
 
 _QUOTED = 60  # characters of a wrong line that are shown
+_DIGITS = 60  # with spaces; Python makes no number of thousands
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def read_allocation(file: str | Path, identities: Sequence[str] = ()) -> dict[st
             if not line.strip():
                 continue
             layer, separator, bits = line.rpartition(":")
-            if not separator or not bits.strip().isdecimal():
+            if not separator or not bits.strip().isdecimal() or len(bits) > _DIGITS:
                 found = line.strip()[:_QUOTED]  # it may be a book on one line
                 raise AllocationError(f"{file}, line {number}: expected 'layer: bits', found {found!r}")
             pairs.append((layer.strip(), int(bits)))
@@ -102,7 +103,7 @@ def _json_pairs(text: str, file: Path, identities: Sequence[str]) -> list[tuple[
     try:
         # Objects become lists of pairs, so that a layer named twice is seen.
         record = json.loads(text, object_pairs_hook=list)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AllocationError(f"{file}: not valid JSON: {error}") from error
     pairs: list[tuple[str, Any]] = record
     for key, value in record:

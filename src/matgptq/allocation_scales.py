@@ -232,7 +232,7 @@ def _entry(file: Path) -> dict[str, str] | None:
     try:
         text = file.read_text(encoding="utf-8")
         entry = json.loads(text).get(KEY) if text.lstrip().startswith("{") else None
-    except (OSError, ValueError) as error:  # a text that is no UTF-8 is a ValueError, too
+    except (OSError, ValueError, RecursionError) as error:  # a text that is no UTF-8 is a ValueError, too
         raise AllocationError(f"{file}: cannot be read: {error}") from error
     if entry is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,13 @@ from matgptq.errors import AllocationError, ConfigurationError, SourceError
 from matgptq.source import read_json
 
 DIRECTORY = "allocations"
+_LONGEST = 200  # files of 255 bytes hold its scales' digest, and what a name has while it is written
 
 
 def check_name(name: str) -> str:
     """Return a name that can be a file's; raise ``ConfigurationError`` otherwise."""
+    if len(name) > _LONGEST:
+        raise ConfigurationError(f"an allocation's name has at most {_LONGEST} characters, not {len(name)}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ConfigurationError(f"an allocation's name is letters, digits, dots, dashes and underscores, not {name!r}")
     return name
@@ -104,9 +108,9 @@ def allocation_file(checkpoint: Checkpoint, allocation: str | Path) -> Path:
         AllocationError: there is neither.
     """
     file = checkpoint.path / DIRECTORY / f"{allocation}.json"
-    if Path(allocation).name != str(allocation) or not file.exists():
+    if Path(allocation).name != str(allocation) or not os.path.exists(file):  # whatever its length
         file = Path(allocation)
-    if not file.exists():
+    if not os.path.exists(file):
         names = sorted(each.stem for each in (checkpoint.path / DIRECTORY).glob("*.json"))
         stored = f"has {', '.join(names)}" if names else "has none"
         raise AllocationError(f"{allocation}: no such file, and no such allocation: {checkpoint.path} {stored}")

@@ -16,15 +16,17 @@ import matgptq
 from matgptq import tuning_run, tuning_workspace
 from matgptq.allocation import Allocation
 from matgptq.allocation_scales import find_scales, save_scales, widths_scales
-from matgptq.allocation_store import DIRECTORY, save_allocation
+from matgptq.allocation_store import DIRECTORY, find_allocation, save_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.cli import app
-from matgptq.errors import AllocationError, ConfigurationError, UnsupportedModelError
+from matgptq.errors import AllocationError, ConfigurationError, ExportError, UnsupportedModelError
+from matgptq.format import EXPORT_NAME
 from matgptq.grid import storable_scales
 from matgptq.integrity import check_integrity
 from matgptq.nested_linear import nested_layers
 from matgptq.nested_weight import NestedWeight
-from matgptq.publishing import prepare_upload
+from matgptq.progress import Silent
+from matgptq.publishing import prepare_upload, published_texts
 from matgptq.scale_goals import default_learning_rate
 from matgptq.verification import verify
 from matgptq.vllm_plugin.choice import Choice, chosen_layers
@@ -51,7 +53,9 @@ def mixed(checkpoint: Path) -> Path:
     fitness = {"measure": "kl", "value": 1.0}
     save_allocation(
         opened,
-        Allocation(NAME, opened.identity, "by hand", 3.3, opened.bits_per_weight(layers), 1, 0, fitness, found, layers),
+        Allocation(
+            NAME, opened.codes_identity, "by hand", 3.3, opened.bits_per_weight(layers), 1, 0, fitness, found, layers
+        ),
     )
     return checkpoint
 
@@ -89,7 +93,7 @@ def test_it_gets_better_and_no_width_changes(
     assert kl(mixed, unseen, allocation=NAME) < kl_before
     assert files(mixed) == before  # weights, config and report
     opened = open_checkpoint(mixed)
-    scales, start = find_scales(opened, NAME), widths_scales(opened, opened.widths(_layers(mixed)))
+    scales, start = find_scales(opened, NAME, _layers(mixed)), widths_scales(opened, opened.widths(_layers(mixed)))
     assert scales is not None
     for layer, each in scales.items():
         assert torch.equal(each.float(), storable_scales(each.float()))
@@ -124,7 +128,7 @@ def test_layers_move_at_the_rate_of_their_width(
 
 def test_it_is_served_and_fixed(tuned: Path) -> None:
     opened = open_checkpoint(tuned)
-    scales, layers = find_scales(opened, NAME), _layers(tuned)
+    scales, layers = find_scales(opened, NAME, _layers(tuned)), _layers(tuned)
     assert scales is not None
     plain, own = matgptq.load(tuned, allocation=layers), matgptq.load(tuned, allocation=NAME)
     for name, layer in nested_layers(own).items():
@@ -169,6 +173,48 @@ def test_exports_hold_them(format: str, tuned: Path, tmp_path: Path) -> None:
     assert not verify(out, tuned).passed  # with the scales of the widths they differ
 
 
+@pytest.mark.parametrize("place", ["stored", "by path", "elsewhere", "a name with .json", "an early export"])
+def test_verify_finds_the_scales_of_an_export(place: str, tuned: Path, tmp_path: Path) -> None:
+    allocation, stored = NAME, tuned / DIRECTORY
+    if place == "elsewhere":
+        shutil.copytree(stored, tmp_path / "my widths")
+        shutil.rmtree(stored)
+        allocation = str(tmp_path / "my widths" / f"{NAME}.json")
+    elif place == "by path":
+        allocation = str(stored / f"{NAME}.json")
+    elif place == "a name with .json":
+        allocation = "a.json"
+        (stored / f"{NAME}.json").rename(stored / "a.json.json")
+    out = tmp_path / "out"
+    matgptq.export(tuned, out, format="matgptq-slice", allocation=allocation)
+    record = json.loads((out / EXPORT_NAME).read_text())
+    wanted = {"elsewhere": allocation, "a name with .json": allocation}
+    assert record["scales_of"] == wanted.get(place, NAME)
+    if place == "an early export":
+        del record["scales_sha256"]
+        (out / EXPORT_NAME).write_text(json.dumps(record))
+    assert verify(out, tuned).passed
+    if place == "elsewhere":
+        opened = open_checkpoint(out, slices=True)
+        published = json.loads(published_texts(opened, opened, "owner/name")[EXPORT_NAME])
+        assert published["scales_of"] == f"{NAME}.json"
+        (tmp_path / "my widths").rename(stored)
+        assert verify(out, tuned).passed  # brought to the checkpoint
+        (out / EXPORT_NAME).write_text(json.dumps(published))
+        assert verify(out, tuned).passed
+
+
+def test_verify_says_which_scales_are_gone(tuned: Path, tmp_path: Path) -> None:
+    out, opened, layers = tmp_path / "out", open_checkpoint(tuned), _layers(tuned)
+    matgptq.export(tuned, out, format="matgptq-slice", allocation=NAME)
+    save_scales(opened, NAME, layers, widths_scales(opened, layers), {})
+    with pytest.raises(ExportError, match="not those that were exported; they were tuned again"):
+        verify(out, tuned)
+    shutil.rmtree(tuned / DIRECTORY)
+    with pytest.raises(ExportError, match=r"scales that it was made with are not found: .*no such allocation"):
+        verify(out, tuned)
+
+
 def test_tuning_goes_on_from_them(tuned: Path, windows: torch.Tensor) -> None:
     (first,) = matgptq.refine(tuned, allocation=NAME, steps=4, dataset=windows[:12], learning_rate=1e-3)
     again = matgptq.refine(tuned, allocation=NAME, steps=4, dataset=windows[:12], learning_rate=1e-3)
@@ -210,18 +256,80 @@ def _stopping(event: int) -> Any:
     return stopping
 
 
-def test_a_new_search_of_that_name_has_none(tuned: Path) -> None:
-    text = token_ids(24, 16, seed=3)
-    matgptq.search(tuned, 3.5, save=NAME, dataset=text, tokens=256, seqlen=16, generations=0)
-    assert find_scales(open_checkpoint(tuned), NAME) is None
+class Notes(Silent):
+    """Notes about scales, and how many files of scales were there when each was written."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.notes: list[tuple[str, int]] = []
+
+    def note(self, message: str) -> None:
+        if "scales" in message:
+            self.notes.append((message, len(list(self.directory.glob("*.safetensors")))))
+
+
+def test_a_new_search_keeps_the_scales_of_the_same_widths(tuned: Path, windows: torch.Tensor) -> None:
+    notes = Notes(tuned / DIRECTORY)
+    options = {
+        "save": NAME, "dataset": token_ids(24, 16, seed=3), "tokens": 256, "seqlen": 16, "generations": 0,
+        "progress": notes,
+    }  # fmt: skip
+    matgptq.search(tuned, 3.5, **options)
+    assert find_scales(open_checkpoint(tuned), NAME, _layers(tuned)) is None
     assert not list((tuned / DIRECTORY).glob("*.safetensors"))
+    (note,) = notes.notes
+    assert note[0].startswith(f"{NAME}: the scales of its own were tuned for other widths")
+    assert note[1] == 1
+    matgptq.refine(tuned, allocation=NAME, steps=8, dataset=windows, learning_rate=1e-2)
+    before = files(tuned / DIRECTORY)
+    matgptq.search(tuned, 3.5, **options)
+    assert find_scales(open_checkpoint(tuned), NAME, _layers(tuned)) is not None
+    assert files(tuned / DIRECTORY) == before  # the record of the tuning, too
+    assert len(notes.notes) == 1
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_allocations_outlive_tuned_widths(early: bool, tuned: Path, windows: torch.Tensor) -> None:
+    """Widths are what they were, and scales of its own never were those of a width."""
+    opened, layers = open_checkpoint(tuned), _layers(tuned)
+    file = tuned / DIRECTORY / f"{NAME}.json"
+    codes, everything = opened.allocation_identities
+    plain = json.loads(file.read_text()) | {"checkpoint": everything if early else codes}
+    file.write_text(json.dumps(plain))
+    del plain["scales"]
+    file.with_name("plain.json").write_text(json.dumps(plain))
+    before = logits(matgptq.load(tuned, allocation=NAME))
+    matgptq.refine(tuned, (2,), steps=8, dataset=windows, learning_rate=1e-2)
+    again = open_checkpoint(tuned)
+    assert again.identity != everything
+    assert again.codes_identity == codes
+    assert torch.equal(logits(matgptq.load(tuned, allocation=NAME)), before)
+    widths = logits(matgptq.load(tuned, allocation=layers))
+    assert torch.equal(logits(matgptq.load(tuned, allocation="plain")), widths)
+    shown = CliRunner().invoke(app, ["info", str(tuned)], env={"COLUMNS": "160"})
+    assert "of another checkpoint" not in shown.output
+
+
+def test_other_codes_or_groups_are_another_checkpoint(mixed: Path, make_checkpoint: Any, tmp_path: Path) -> None:
+    opened = open_checkpoint(mixed)
+    for name, options in (("groups", {"group_size": 32}), ("codes", {"group_size": 64, "seed": 1})):
+        matgptq.quantize(make_checkpoint("llama")[0], tmp_path / name, dataset=token_ids(seed=1), **options)
+        other = open_checkpoint(tmp_path / name)
+        assert other.codes_identity not in opened.allocation_identities
+        with pytest.raises(AllocationError, match="made for another checkpoint"):
+            matgptq.load(tmp_path / name, allocation=mixed / DIRECTORY / f"{NAME}.json")
 
 
 def test_an_upload_takes_them_along(tuned: Path, tmp_path: Path) -> None:
     out = tmp_path / "upload"
     matgptq.load(tuned, 4).save_pretrained(out)
     prepare_upload(out, "owner/name", tuned)
-    assert find_scales(open_checkpoint(out), NAME) is not None
+    assert find_scales(open_checkpoint(out), NAME, _layers(tuned)) is not None
+
+
+def test_who_reads_the_widths_reads_the_scales(tuned: Path) -> None:
+    modes = {file.suffix: file.stat().st_mode for file in (tuned / DIRECTORY).iterdir()}
+    assert modes[".safetensors"] == modes[".json"] == modes[".txt"]
 
 
 def test_damage_is_found(tuned: Path) -> None:
@@ -239,7 +347,7 @@ def test_damage_is_found(tuned: Path) -> None:
         matgptq.evaluate(tuned, allocation=NAME, text=token_ids(1, 16))
     matgptq.load(tuned, allocation=tuned / DIRECTORY / f"{NAME}.txt")  # the widths alone
     record = json.loads((tuned / DIRECTORY / f"{NAME}.json").read_text())
-    for entry in (3, {"file": "a"}, {"file": "../a", "sha256": "b"}):
+    for entry in (3, {"file": "a"}, {"file": "../a", "sha256": "b"}, {"file": "a", "sha256": "b", "widths": 3}):
         (tuned / DIRECTORY / f"{NAME}.json").write_text(json.dumps({**record, "scales": entry}))
         with pytest.raises(AllocationError, match="must name a file"):
             matgptq.load(tuned, allocation=NAME)
@@ -260,14 +368,41 @@ def test_files_that_are_no_text_are_refused_by_name(mixed: Path, tmp_path: Path)
 
 def test_scales_of_other_layers_are_refused(mixed: Path) -> None:
     opened = open_checkpoint(mixed)
-    scales = widths_scales(opened, _layers(mixed))
+    layers = _layers(mixed)
+    scales = widths_scales(opened, layers)
     layer = next(iter(scales))
-    save_scales(opened, NAME, {**scales, layer: scales[layer][:, :1]}, {})
+    save_scales(opened, NAME, layers, {**scales, layer: scales[layer][:, :1]}, {})
     with pytest.raises(AllocationError, match="not those of the layers"):
         matgptq.load(mixed, allocation=NAME)
-    save_scales(opened, NAME, {**scales, layer: torch.full_like(scales[layer], torch.nan)}, {})
+    save_scales(opened, NAME, layers, {**scales, layer: torch.full_like(scales[layer], torch.nan)}, {})
     with pytest.raises(AllocationError, match="finite"):
         matgptq.load(mixed, allocation=NAME)
+
+
+def test_scales_of_other_widths_are_refused(tuned: Path) -> None:
+    opened, layers = open_checkpoint(tuned), _layers(tuned)
+    file = tuned / DIRECTORY / f"{NAME}.json"
+    record = json.loads(file.read_text())
+    first, second, *others = layers
+    swapped = {**layers, first: layers[second], second: layers[first]}
+    file.write_text(json.dumps({**record, "layers": swapped}))
+    for use in (
+        matgptq.load,
+        lambda path, allocation: matgptq.export(path, path / "x", format="dense", allocation=NAME),
+    ):
+        with pytest.raises(AllocationError, match="tuned for other widths than it gives"):
+            use(tuned, allocation=NAME)
+    (damage,) = check_integrity(tuned).damage
+    assert "other widths" in damage.problem
+    # Layers that it does not name have the width that it is completed with.
+    file.write_text(json.dumps({**record, "layers": {layer: layers[layer] for layer in (second, *others)}}))
+    assert find_scales(opened, NAME, find_allocation(opened, NAME, layers[first])) is not None
+    with pytest.raises(AllocationError, match="other widths"):
+        matgptq.load(tuned, 8, allocation=NAME)
+    # Files of earlier releases do not say.
+    del record["scales"]["widths"]
+    file.write_text(json.dumps({**record, "layers": swapped}))
+    assert find_scales(opened, NAME, swapped) is not None
 
 
 def test_what_cannot_be_tuned(mixed: Path, windows: torch.Tensor) -> None:

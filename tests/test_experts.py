@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from matgptq.nested_weight import NestedWeight
 from matgptq.recipe import make_recipe
 from matgptq.solver import solve
 from matgptq.source import read_headers, read_tensor
+from matgptq.verification import verify
 from matgptq.width_search.layer_groups import group_layers
 
 FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe"]
@@ -441,6 +443,33 @@ def test_compressed_tensors_and_gptq_exports_name_experts_and_leave_routers_alon
     assert f"{path}.3.{gate}.qweight" in read_headers(tmp_path / "gptq")
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
     assert f"-:^{router}$".replace(".", r"\.") in config["dynamic"]
+
+
+@pytest.mark.parametrize("format", ["dense", "compressed-tensors", "gptq", "matgptq-slice"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exports_of_experts_are_compared_with_the_slice(name, format, tmp_path):
+    if format == "compressed-tensors":
+        pytest.importorskip("compressed_tensors", reason="the engine of this format")
+    source = save_model(name, tmp_path / "source", torch.bfloat16)
+    ignore = ("lm_head", *(("*.experts.1.*",) if format == "dense" else ()))
+    matgptq.quantize(source, tmp_path / "out", method="rtn", group_size=32, ignore=ignore)
+    export = tmp_path / "export"
+    matgptq.export(tmp_path / "out", export, format=format, bits=4)
+    found = verify(export, tmp_path / "out")
+    assert found.passed
+    assert found.largest_difference == 0
+    checkpoint = open_checkpoint(tmp_path / "out")
+    experts = [layer for layer in checkpoint.layers if ".experts." in layer]
+    assert [*found.rounded] == (experts if format == "compressed-tensors" else [])
+    # One scale of one expert is another.
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors[f"{experts[-1]}.scales_8"][3, 0] *= 2
+    save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    found = verify(export, tmp_path / "other")
+    assert not found.passed
+    assert found.different == (experts[-1],)
+    assert found.largest_difference > 0
 
 
 def test_experts_of_different_widths_are_refused_where_one_kernel_runs_them(quantized, tmp_path):

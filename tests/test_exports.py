@@ -34,7 +34,7 @@ from matgptq.errors import (
 )
 from matgptq.exports import gguf_file
 from matgptq.exports.compressed_tensors import CompressedTensors
-from matgptq.exports.gguf_tokenizer import _PRE_TOKENIZERS
+from matgptq.exports.gguf_tokenizer import _PRE_TOKENIZERS, add_tokenizer
 from matgptq.exports.gptq import GPTQ
 from matgptq.exports.target import Target, kernel_group_size
 from matgptq.format import EXPORT_NAME
@@ -700,6 +700,60 @@ def test_tokenizers_that_llama_cpp_does_not_have(make_checkpoint, tmp_path):
     record = json.loads(tokenizer.backend_tokenizer.to_str())
     record["model"]["merges"].remove(["h", "e"])
     refuse(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(record))), "would merge")
+    record = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    record["model"]["end_of_word_suffix"] = "</w>"
+    refuse(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(record))), "no end_of_word_suffix")
+    spaces, prefix = normalizers.Replace(" ", "▁"), normalizers.Prepend("▁")
+    for normalizer, pre_tokenizer, problem in (
+        ([normalizers.Lowercase(), prefix, spaces], None, "Lowercase"),
+        ([normalizers.Strip(), prefix, spaces], None, "Strip"),
+        ([normalizers.NFKC(), prefix, spaces], None, "NFKC"),
+        ([prefix, spaces], pre_tokenizers.Digits(individual_digits=True), "Digits"),
+        ([prefix, spaces], pre_tokenizers.Split("l", "isolated"), "Split"),
+        ([spaces], pre_tokenizers.Metaspace(split=False), "replace; metaspace"),
+        ([], pre_tokenizers.Metaspace(split=True), "Metaspace"),
+        ([], pre_tokenizers.Split(" ", "merged_with_previous"), "split at spaces"),
+        ([], None, "nothing"),
+    ):
+        tokenizer = sentencepiece_like(True)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(normalizer)
+        if pre_tokenizer is not None:
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+        refuse(tokenizer, f"not what this tokenizer does: .*{problem}")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer", "prefix"),
+    [
+        (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="always", split=False), True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="never", split=False), False),
+        (normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous"), False),
+    ],
+    ids=["llama", "llama-legacy", "no-prefix", "gemma"],
+)
+def test_spaces_of_sentencepiece(normalizer, pre_tokenizer, prefix):
+    gguf = pytest.importorskip("gguf", reason="the package that writes the format")
+    tokenizer = sentencepiece_like(prefix)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+    record = json.loads(tokenizer.backend_tokenizer.to_str())
+    record["normalizer"] = normalizer and json.loads(normalizer.__getstate__())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(record)))
+    writer = gguf.GGUFWriter(None, "llama")
+    add_tokenizer(writer, tokenizer, 288, "here")
+    assert writer.kv_data[0]["tokenizer.ggml.add_space_prefix"].value is prefix
+
+
+def test_a_tokenizer_that_knows_no_letter():
+    gguf = pytest.importorskip("gguf", reason="the package that writes the format")
+    tokenizer = make_tokenizer()
+    record = json.loads(tokenizer.backend_tokenizer.to_str())
+    del record["model"]["vocab"]["a"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(record)), bos_token="<s>")
+    assert tokenizer("a")["input_ids"] == []
+    writer = gguf.GGUFWriter(None, "llama")
+    add_tokenizer(writer, tokenizer, 288, "here")
+    assert writer.kv_data[0]["tokenizer.ggml.add_bos_token"].value is False
 
 
 def test_every_known_pre_tokenizer_is_recognized(make_checkpoint, tmp_path):
@@ -756,6 +810,10 @@ def test_llama_3_frequency_factors():
         ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, None),
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar 24"),
         ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping None"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping None"),
+        ("qwen3", {"attention_bias": True}, r"k_proj.bias: llama.cpp's qwen3 adds no such bias"),
+        ("gemma2", {"attention_bias": True}, r"k_proj.bias: llama.cpp's gemma2 adds no such bias"),
+        ("gemma3_text", {"attention_bias": True}, r"k_proj.bias: llama.cpp's gemma3 adds no such bias"),
         ("phi3", {}, "gguf exports know llama, mistral, qwen2, qwen3, gemma2, gemma3_text, not phi3"),
     ],
 )

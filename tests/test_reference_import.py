@@ -502,6 +502,14 @@ def test_bad_packed_config_is_refused(tmp_path, model, out, config, match):
     refused(SourceError, match, tmp_path / "packed", out)
 
 
+@pytest.mark.parametrize("record", ["x", [1], 3, None])
+def test_a_packed_config_that_is_no_object_is_refused(tmp_path, model, out, record):
+    write_packed(tmp_path / "packed", model)
+    file = tmp_path / "packed" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": record}))
+    refused(SourceError, r"config\.json: quantization_config is no object", tmp_path / "packed", out)
+
+
 def drop(name):
     return lambda tensors: tensors.pop(name)
 
@@ -559,8 +567,10 @@ def test_quantized_tied_head_is_refused(tmp_path, out):
         (lambda data: {**data, "qweight": data["qweight"][:, :64]}, "qweight is torch.uint8 .64, 64."),
         (lambda data: {**data, "scale": data["scale"][:, :3]}, "do not split into 3 groups"),
         (lambda data: {**data, "scale": data["scale"].flatten()}, "scale is"),
-        (lambda data: {**data, "zero": data["zero"][:, :2]}, "zero is .64, 2."),
+        (lambda data: {**data, "zero": data["zero"][:, :2]}, "zero is torch.bfloat16 .64, 2., must be numbers .64, 4."),
         (lambda data: {**data, "zero": data["zero"] * torch.nan}, "zero points hold NaN"),
+        (lambda data: {**data, "zero": data["zero"].to(torch.complex64)}, "zero is torch.complex64"),
+        (lambda data: {**data, "zero": data["zero"].bool()}, "zero is torch.bool"),
         (lambda data: {**data, "perm": torch.zeros(128, dtype=torch.int64)}, "not a permutation"),
         (lambda data: {**data, "perm": torch.arange(64)}, "not a permutation"),
         (lambda data: None, "missing.*interrupted"),

@@ -259,8 +259,9 @@ def test_an_allocation_of_another_checkpoint_is_refused(checkpoint: Path, make_c
     with pytest.raises(AllocationError, match="another checkpoint"):
         matgptq.evaluate(other, allocation="mine", text=TEXT)
     matgptq.load(other, allocation=file.with_suffix(".txt"))  # on purpose
-    with pytest.raises(AllocationError, match=r"no such allocation: .* has mine"):
-        matgptq.load(checkpoint, allocation="yours")
+    for name in ("yours", "y" * 300, "y/" * 3000):
+        with pytest.raises(AllocationError, match=r"no such allocation: .* has mine"):
+            matgptq.load(checkpoint, allocation=name)
 
 
 def test_the_identity_is_that_of_the_tensors(checkpoint: Path) -> None:
@@ -294,6 +295,7 @@ def test_the_identity_is_that_of_the_tensors(checkpoint: Path) -> None:
         (3.5, {"offspring": 0}, "offspring"),
         (3.5, {"generations": -1}, "generations"),
         (3.5, {"save": "../escape"}, "name is letters"),
+        (3.5, {"save": "x" * 201}, "at most 200 characters, not 201"),
         (3.5, {"reference": "nowhere"}, "nowhere"),
     ],
 )

@@ -122,6 +122,13 @@ def test_a_quantized_model_is_refused(method, source, tmp_path):
     refused(source, tmp_path / "out", UnsupportedModelError, f"already quantized with {method or 'an unnamed method'}")
 
 
+@pytest.mark.parametrize("record", ["x", [1], 3])
+def test_quantized_in_a_way_that_no_one_knows(record, source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": record}))
+    refused(source, tmp_path / "out", UnsupportedModelError, "already quantized with an unnamed method")
+
+
 def test_a_layer_that_no_group_size_fits_is_refused_by_name(tmp_path):
     build_model("llama", intermediate_size=100).save_pretrained(tmp_path / "source")
     refused(

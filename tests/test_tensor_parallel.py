@@ -48,7 +48,25 @@ def _llama(hidden: int, mlp: int, kv: int, group_size: int) -> dict[str, LayerIn
     ],
 )
 def test_sizes_that_fit(config: dict[str, int], layers: dict[str, LayerInfo], sizes: list[int]) -> None:
-    assert fitting_sizes({"model_type": "llama", **config}, layers) == sizes
+    hidden = layers["model.layers.0.self_attn.q_proj"].in_features
+    assert fitting_sizes({"model_type": "llama", "hidden_size": hidden, **config}, layers) == sizes
+
+
+def test_heads_that_the_file_leaves_to_its_model_type() -> None:
+    layers = _llama(2048, 8192, 1024, 64)
+    # As google/gemma-3-4b-it: 8 heads, 4 of keys and values.
+    gemma = {f"model.language_model.{name.removeprefix('model.')}": info for name, info in layers.items()}
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 2560}}
+    assert fitting_sizes(config, gemma) == [1, 2, 4, 8]
+    # Mistral's default is 8 heads of keys and values, not as many as there are heads.
+    config = {"model_type": "mistral", "hidden_size": 3072, "num_attention_heads": 24}
+    assert fitting_sizes(config, _llama(3072, 12288, 1024, 64)) == [1, 2, 4, 8, 24]
+
+
+@pytest.mark.parametrize("heads", ["x", 0, 5, None])
+def test_heads_that_make_no_sense(heads: object) -> None:
+    with pytest.raises(UnsupportedModelError, match="how many attention heads"):
+        fitting_sizes({"model_type": "llama", "hidden_size": 64, "num_attention_heads": heads}, {})
 
 
 def test_an_unknown_architecture_is_named() -> None:

@@ -14,9 +14,9 @@ import torch
 import matgptq
 from matgptq import kernels, native
 from matgptq.checkpoint import Checkpoint, open_checkpoint
-from matgptq.errors import AllocationError, ConfigurationError
+from matgptq.errors import AllocationError, CheckpointError, ConfigurationError
 from matgptq.nested_weight import NestedWeight
-from matgptq.vllm_plugin.choice import Choice, chosen_layers, read_choice
+from matgptq.vllm_plugin.choice import Choice, ServedLayer, chosen_layers, held_layers, read_choice
 from matgptq.vllm_plugin.fused_experts import ExpertParts, FusedExperts
 from matgptq.vllm_plugin.fused_linear import FusedLinear, Part
 from matgptq.vllm_plugin.vllm_version import check_version
@@ -162,6 +162,30 @@ def test_widths_of_a_slice(checkpoint: Path, tmp_path: Path) -> None:
     assert _widths(Choice(bits=3), opened) == widths
     with pytest.raises(AllocationError, match="holds only the slice"):
         chosen_layers(Choice(bits=4), opened)
+
+
+def test_what_a_stack_of_vllm_holds() -> None:
+    layer = ServedLayer(3, 64)
+    attention, mlp = ([f"model.layers.0.{name}_proj" for name in names.split()] for names in ("q k v o", "gate up"))
+
+    def held(prefix: str, layers: list[str], plain: list[str]) -> list[str] | None:
+        found = held_layers(f"model.layers.0.{prefix}", {"qkv_proj": ["q_proj", "k_proj", "v_proj"]},
+                            dict.fromkeys(layers, layer), plain)  # fmt: skip
+        return None if found is None else [*found]
+
+    assert held("qkv_proj", attention, mlp) == attention[:3]
+    assert held("o_proj", attention, mlp) == attention[3:]
+    # Asked for by the name of the stack: a block, or a stack of it, at full precision.
+    assert held("gate_up_proj", attention, mlp) == []
+    assert held("qkv_proj", mlp, attention) == []
+    assert held("o_proj", mlp, attention) == []
+    fused = ["model.layers.0.qkv_proj"]  # Phi-3
+    assert held("qkv_proj", fused, []) == fused
+    assert held("qkv_proj", [], fused) == []
+    assert held("qkv_proj", mlp, attention[:2]) is None
+    assert held("norm", attention, mlp) is None
+    with pytest.raises(CheckpointError, match=r"up_proj: vLLM stacks it with .*gate_proj, but it is not quantized"):
+        held("gate_up_proj", mlp[:1], mlp[1:])
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def _store_mixed_allocation(checkpoint: Path) -> None:
     layers = {layer: MIXED[index % len(MIXED)] for index, layer in enumerate(opened.layers)}
     save_allocation(
         opened,
-        Allocation("mixed", opened.identity, "none", 4.7, 5.0, opened.served_bytes(layers), 0, {}, {}, layers),
+        Allocation("mixed", opened.codes_identity, "none", 4.7, 5.0, opened.served_bytes(layers), 0, {}, {}, layers),
     )
 
 
@@ -80,14 +80,15 @@ MakeTiny = Callable[..., Path]
 def make_tiny(work: Path) -> MakeTiny:
     """``make_tiny("qwen2", group_size=32)``: a checkpoint of a random model that two ranks can share."""
 
-    def make(name: str, group_size: int, **changes: Any) -> Path:
-        out = work / "-".join([name, str(group_size), *changes])
+    def make(name: str, group_size: int, ignore: tuple[str, ...] = ("lm_head",), **changes: Any) -> Path:
+        out = work / "-".join([name, str(group_size), *changes, *(pattern.strip("*.") for pattern in ignore[1:])])
         if not out.exists():
             sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, **changes}
             source = work / f"{out.name}-source"
             build_model(name, torch.float32, max_position_embeddings=128, **sizes).save_pretrained(source)
             make_tokenizer().save_pretrained(source)
-            matgptq.quantize(source, out, dataset=token_ids(8, 32), group_size=group_size, channel_scaling=0.0)
+            options: dict[str, Any] = {"group_size": group_size, "channel_scaling": 0.0, "ignore": ignore}
+            matgptq.quantize(source, out, dataset=token_ids(8, 32), **options)
             _store_mixed_allocation(out)
             shutil.rmtree(source)
         return out

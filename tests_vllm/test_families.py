@@ -65,3 +65,15 @@ def test_family(name: str, served: dict[str, tuple[Path, dict[str, Any]]]) -> No
 def test_compiled(name: str, make_tiny: Any, tmp_path: Path) -> None:
     checkpoint = make_tiny(name, 32)
     check(checkpoint, offline([checkpoint], tmp_path, MATGPTQ_ALLOCATION="mixed", COMPILED="1")[str(checkpoint)])
+
+
+def test_layers_at_full_precision(make_tiny: Any, tmp_path: Path) -> None:
+    """Those that vLLM asks for by the name of their stack, a shared expert's among them, and a whole block."""
+    kept = {
+        "llama": ("lm_head", "model.layers.0.*", "*.gate_proj", "*.up_proj"),
+        "qwen2_moe": ("lm_head", "*.self_attn.*", "*.shared_expert.*"),
+    }
+    checkpoints = [make_tiny(name, 32, ignore=ignore) for name, ignore in kept.items()]
+    results = offline(checkpoints, tmp_path, MATGPTQ_ALLOCATION="mixed")
+    for checkpoint in checkpoints:
+        check(checkpoint, results[str(checkpoint)])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.slicing import check_bits
 
 _QUOTED = 60  # characters of a wrong line that are shown
+_DIGITS = 60  # with spaces; Python makes no number of thousands
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Allocation:
 
     Attributes:
         name: of its file.
-        checkpoint: ``Checkpoint.identity`` of the one that it was made for.
+        checkpoint: ``Checkpoint.codes_identity`` of the one that it was made for.
         target: the budget, in words.
         bits: average width of the codes.
         bits_per_weight: with all scales that serving reads.
@@ -52,12 +54,18 @@ def format_lines(widths: Mapping[str, int]) -> str:
     return "".join(f"{layer}: {bits}\n" for layer, bits in widths.items())
 
 
-def read_allocation(file: str | Path, checkpoint: str | None = None) -> dict[str, int]:
+def digest_of_widths(widths: Mapping[str, int]) -> str:
+    """SHA-256 over the lines of all layers, sorted by their names."""
+    return hashlib.sha256(format_lines(dict(sorted(widths.items()))).encode()).hexdigest()
+
+
+def read_allocation(file: str | Path, identities: Sequence[str] = ()) -> dict[str, int]:
     """Read ``{layer: bits}`` from JSON (``{"layers": {...}}`` or the mapping itself) or from ``layer: bits`` lines.
 
     Args:
         file: of one of these forms.
-        checkpoint: identity of the checkpoint that it is to be used with; a file that names another one is refused.
+        identities: ``Checkpoint.allocation_identities`` of the one that it is to be used with; a file that names
+            another one is refused.
 
     Raises:
         AllocationError: the file cannot be read, a line or a width is wrong, or it belongs to another checkpoint.
@@ -70,14 +78,14 @@ def read_allocation(file: str | Path, checkpoint: str | None = None) -> dict[str
     except (OSError, UnicodeDecodeError) as error:
         raise AllocationError(f"{file}: cannot be read: {error}") from error
     if text.lstrip().startswith("{"):
-        pairs = _json_pairs(text, file, checkpoint)
+        pairs = _json_pairs(text, file, identities)
     else:
         pairs = []
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             layer, separator, bits = line.rpartition(":")
-            if not separator or not bits.strip().isdecimal():
+            if not separator or not bits.strip().isdecimal() or len(bits) > _DIGITS:
                 found = line.strip()[:_QUOTED]  # it may be a book on one line
                 raise AllocationError(f"{file}, line {number}: expected 'layer: bits', found {found!r}")
             pairs.append((layer.strip(), int(bits)))
@@ -91,21 +99,21 @@ def read_allocation(file: str | Path, checkpoint: str | None = None) -> dict[str
     return widths
 
 
-def _json_pairs(text: str, file: Path, checkpoint: str | None) -> list[tuple[str, Any]]:
+def _json_pairs(text: str, file: Path, identities: Sequence[str]) -> list[tuple[str, Any]]:
     try:
         # Objects become lists of pairs, so that a layer named twice is seen.
         record = json.loads(text, object_pairs_hook=list)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AllocationError(f"{file}: not valid JSON: {error}") from error
     pairs: list[tuple[str, Any]] = record
     for key, value in record:
         if key == "layers":
             pairs = value
-            made_for = dict(record).get("checkpoint", checkpoint)
-            if checkpoint is not None and made_for != checkpoint:
+            entries = dict(record)
+            if identities and "checkpoint" in entries and entries["checkpoint"] not in identities:
                 raise AllocationError(
-                    f"{file}: was made for another checkpoint ({made_for}, this one is {checkpoint}); search again, or "
-                    "give its 'layer: bits' lines if it is meant to be used here"
+                    f"{file}: was made for another checkpoint ({entries['checkpoint']}, this one is {identities[0]}); "
+                    "search again, or give its 'layer: bits' lines if it is meant to be used here"
                 )
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise AllocationError(f'{file}: "layers" must map layers to widths')

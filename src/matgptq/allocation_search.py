@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from matgptq.allocation import Allocation
-from matgptq.allocation_scales import forget_scales
-from matgptq.allocation_store import check_name, save_allocation
+from matgptq.allocation_scales import save_found
+from matgptq.allocation_store import check_name
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import multiplies_bfloat16, resolve_device, resolve_dtype
 from matgptq.errors import ConfigurationError
@@ -130,6 +130,8 @@ def search(
 ) -> Search:
     """Find an allocation for each budget and save it with the checkpoint.
 
+    One of the same name is replaced; scales of its own stay if its widths do.
+
     Args:
         path: checkpoint directory; tables, states and the log go to ``search/`` in it, results to ``allocations/``.
         target_bits: budget in bits per weight, every scale that serving reads included, or several.
@@ -219,7 +221,7 @@ def search(
             how = {**described, "text": windows.protocol, "generation": state.generation}
             shown = math.exp(min(value, 700)) if fitness == "ppl" else value
             fitness_record = {"measure": fitness, "value": shown, "windows": settings.held_out}
-            forget_scales(save_allocation(checkpoint, _allocation(checkpoint, space, found[-1], fitness_record, how)))
+            save_found(checkpoint, _allocation(checkpoint, space, found[-1], fitness_record, how), progress)
             log.write("found", **dataclasses.asdict(found[-1]))
     return Search(
         found=found,
@@ -299,7 +301,7 @@ def _allocation(
 ) -> Allocation:
     return Allocation(
         name=found.name,
-        checkpoint=checkpoint.identity,
+        checkpoint=checkpoint.codes_identity,
         target=found.target,
         bits=found.bits,
         bits_per_weight=found.bits_per_weight,

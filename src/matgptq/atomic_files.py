@@ -21,7 +21,8 @@ from matgptq.errors import CheckpointError
 def replacing(file: Path, *, durable: bool = True) -> Iterator[Path]:
     """A path beside a file, to be written inside; on leaving, it takes the file's place, or after an error goes away.
 
-    A hard link to the old file keeps what it had.
+    A hard link to the old file keeps what it had. The file's permissions are what the umask says, whoever writes it:
+    safetensors makes files that nobody but their owner can read.
 
     Args:
         file: to be replaced, or made; its directory must be there.
@@ -29,7 +30,10 @@ def replacing(file: Path, *, durable: bool = True) -> Iterator[Path]:
     """
     beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
+        beside.touch()
+        permissions = beside.stat().st_mode
         yield beside
+        beside.chmod(permissions)
         if durable:
             with beside.open("rb") as handle:
                 os.fsync(handle.fileno())

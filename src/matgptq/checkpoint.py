@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from matgptq.format import (
 )
 from matgptq.model_config import stored_dtype
 from matgptq.size import layer_bits
-from matgptq.slicing import WIDTHS
+from matgptq.slicing import PARENT_BITS, WIDTHS
 from matgptq.source import TensorInfo, read_headers, read_json
 from matgptq.stored_layers import parts_of_layers
 
@@ -103,16 +103,32 @@ class Checkpoint:
         megabytes to read at most. How the tensors are spread over files makes no difference, nor the default width.
         """
         names = (CODES, SLICED_CODES, SLICED_SCALES, *map(scales_name, self.settings.scale_bits))
-        own = sorted({f"{layer}.{name}" for layer in self.layers for name in names} & set(self.tensors))
+        return self._digest(names, names)
+
+    @functools.cached_property
+    def codes_identity(self) -> str:
+        """As ``identity``, of codes and group sizes alone: what widths are chosen for, however scales are tuned."""
+        codes = (CODES, SLICED_CODES)
+        return self._digest((*codes, scales_name(PARENT_BITS), SLICED_SCALES), codes)
+
+    @property
+    def allocation_identities(self) -> tuple[str, str]:
+        """What allocations for this checkpoint may name: its codes, or, in those of earlier releases, all of it."""
+        return self.codes_identity, self.identity
+
+    def _digest(self, described: Iterable[str], read: Collection[str]) -> str:
+        """16 hexadecimal digits of names and shapes of each layer's tensors, and of the first row of some of them."""
+        own = sorted({f"{layer}.{name}" for layer in self.layers for name in described} & set(self.tensors))
         digest = hashlib.sha256()
         with ExitStack() as stack:
             files = {info.file for info in map(self.tensors.__getitem__, own)}
             handles = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
             for name in own:
                 info = self.tensors[name]
-                row = handles[info.file].get_slice(name)[:1].contiguous().view(torch.uint8)
                 digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
-                digest.update(row.numpy().tobytes())
+                if name.rpartition(".")[2] in read:
+                    row = handles[info.file].get_slice(name)[:1].contiguous().view(torch.uint8)
+                    digest.update(row.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def widths(self, bits: int | Mapping[str, int]) -> dict[str, int]:

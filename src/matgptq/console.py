@@ -286,13 +286,13 @@ def search_table(search: Search) -> Table:
     return table
 
 
-def allocations_table(records: Mapping[str, Mapping[str, Any]], identity: str) -> Table:
-    """Allocations that lie with a checkpoint."""
+def allocations_table(records: Mapping[str, Mapping[str, Any]], identities: Sequence[str]) -> Table:
+    """Allocations that lie with a checkpoint, which has these identities."""
     table = Table(title="allocations")
     for column in ("name", "bits", "bits per weight", "size", "fitness", "method", "scales"):
         table.add_column(column, justify="left" if column in ("name", "method", "scales") else "right")
     for name, record in records.items():
-        fitness, foreign = record["fitness"], record["checkpoint"] != identity
+        fitness, foreign = record["fitness"], record["checkpoint"] not in identities
         table.add_row(
             f"{name} (of another checkpoint)" if foreign else name,
             f"{record['bits']:.3f}",
@@ -341,11 +341,14 @@ def verification_table(verification: Verification) -> Table:
         "loaded by": verification.engine,
         "tensors compared": str(verification.tensors),
         "tensors that differ": f"{len(different)}: {names}" if different else "none",
+        "layers that the engine rounds": f"{len(verification.rounded)}: experts, to the model's dtype",
         "largest difference of a weight": f"{verification.largest_difference:g}",
         "tokens compared": str(verification.tokens),
         "largest difference of a logit": f"{verification.logit_difference:.1e}",
         "KL": f"{verification.kl:.1e}",
     }
+    if not verification.rounded:
+        del rows["layers that the engine rounds"]
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from matgptq.allocation_scales import find_scales
+from matgptq.allocation_scales import find_scales, scales_origin
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
@@ -113,7 +113,8 @@ def export(
     check_destination(destination, force=force)
     if destination.exists() and os.path.samefile(destination, checkpoint.path):
         raise ConfigurationError(f"{destination}: an export cannot take the place of its checkpoint; choose another -o")
-    widths, own_scales = _widths(checkpoint, bits, allocation), find_scales(checkpoint, allocation)
+    widths = _widths(checkpoint, bits, allocation)
+    own_scales = find_scales(checkpoint, allocation, widths)
     target = Target(checkpoint, widths, _dtype(checkpoint, dtype), own_scales)
     exporter = FORMATS[format](target)
     for note in exporter.notes:
@@ -126,8 +127,7 @@ def export(
             if name not in _ABOUT_THE_PARENT and not own_card:
                 writer.copy_file(name, file)
         record = {"format": format, "checkpoint": checkpoint.path.resolve().name, "layer_bits": dict(target.widths)}
-        if own_scales is not None:
-            record["scales_of"] = Path(str(allocation)).name.removesuffix(".json")
+        record |= scales_origin(checkpoint, allocation)
         writer.write_json(EXPORT_NAME, record)
         writer.commit()
     size = sum(file.stat().st_size for file in destination.iterdir() if file.suffix in (".safetensors", ".gguf"))

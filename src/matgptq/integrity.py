@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from matgptq.allocation_scales import damage_of
 from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
-from matgptq.checkpoint import is_checkpoint, open_checkpoint
+from matgptq.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from matgptq.checksums import data_starts, read_checksum, read_checksums
 from matgptq.errors import CheckpointError, SourceError
 from matgptq.format import EXPORT_NAME, is_scales
@@ -85,7 +85,7 @@ def check_integrity(directory: str | Path, *, progress: Progress | None = None) 
     """
     progress = progress or Silent()
     directory = Path(directory)
-    kind, tensors = _open(directory)
+    kind, tensors, checkpoint = _open(directory)
     known = read_checksums(directory)
     damage = []
     files = {info.file for info in tensors.values()}
@@ -112,20 +112,25 @@ def check_integrity(directory: str | Path, *, progress: Progress | None = None) 
             checked += 1
     for name in sorted(set(known or ()) - set(tensors)):
         damage.append(Damage(str(directory), name, "is missing: no file holds it"))
-    for file in sorted((directory / ALLOCATIONS).glob("*.json")):
-        problem = damage_of(file)
-        if problem is not None:
-            damage.append(Damage(str(file), file.stem, f"has scales of its own that are damaged: {problem}"))
+    if checkpoint is not None:
+        damage += _damaged_allocations(checkpoint)
     size = sum(info.bytes for info in tensors.values())
     return Integrity(directory, kind, len(files), len(tensors), size, None if known is None else checked, tuple(damage))
 
 
-def _open(directory: Path) -> tuple[str, Mapping[str, TensorInfo]]:
+def _damaged_allocations(checkpoint: Checkpoint) -> Iterator[Damage]:
+    for file in sorted((checkpoint.path / ALLOCATIONS).glob("*.json")):
+        problem = damage_of(checkpoint, file)
+        if problem is not None:
+            yield Damage(str(file), file.stem, f"has scales of its own that are damaged: {problem}")
+
+
+def _open(directory: Path) -> tuple[str, Mapping[str, TensorInfo], Checkpoint | None]:
     if is_checkpoint(directory) or not (directory / EXPORT_NAME).is_file():
         checkpoint = open_checkpoint(directory, slices=True)
-        return "slice" if checkpoint.settings.is_slice else "checkpoint", checkpoint.tensors
+        return "slice" if checkpoint.settings.is_slice else "checkpoint", checkpoint.tensors, checkpoint
     try:
-        return "export", read_headers(directory)
+        return "export", read_headers(directory), None
     except SourceError as error:
         raise CheckpointError(f"{error}; an export of another kind can be compared: --against OUT") from error
 

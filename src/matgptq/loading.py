@@ -87,7 +87,7 @@ def load(
         checkpoint = open_checkpoint(local, slices=True)  # names what is wrong before transformers gets to see it
         if allocation is not None:
             widths = find_allocation(checkpoint, allocation, bits)
-            scales, allocation = find_scales(checkpoint, allocation), widths
+            scales, allocation = find_scales(checkpoint, allocation, widths), widths
         path = local
     elif isinstance(allocation, str | Path):
         allocation = read_allocation(allocation)

@@ -17,6 +17,21 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, **section} if isinstance(section, Mapping) else config
 
 
+def attention_heads(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Heads of queries, and of keys and values; None where transformers cannot tell.
+
+    A file need not name what is the default of its model type, and models of several parts often do not.
+    """
+    from transformers import CONFIG_MAPPING
+
+    try:
+        complete = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).get_text_config()
+        heads = int(complete.num_attention_heads)
+        return heads, int(getattr(complete, "num_key_value_heads", None) or heads)
+    except Exception:  # what a configuration class makes of values that make no sense
+        return None
+
+
 def stored_dtype(config: Mapping[str, Any]) -> str | None:
     """Name of the dtype that the weights are stored in, if the file names one; older files call it ``torch_dtype``."""
     value = config.get("dtype") or config.get("torch_dtype")

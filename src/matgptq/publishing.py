@@ -18,7 +18,7 @@ from matgptq.atomic_files import write_text
 from matgptq.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from matgptq.errors import ConfigurationError, UploadError
 from matgptq.evaluation_record import read_record
-from matgptq.format import CARD_NAME, RECORD_NAME, REPORT_NAME
+from matgptq.format import CARD_NAME, EXPORT_NAME, RECORD_NAME, REPORT_NAME
 from matgptq.model_card import card_text, read_card, without_paths
 from matgptq.run_log import LOG_NAME
 from matgptq.source import CHAT_TEMPLATES, INDEX_NAME, is_hub_id, read_json
@@ -99,6 +99,8 @@ def published_texts(checkpoint: Checkpoint, measured: Checkpoint, repo_id: str) 
     contents = {CARD_NAME: card, "config.json": _json(_published_config(checkpoint))}
     if (checkpoint.path / REPORT_NAME).exists():
         contents[REPORT_NAME] = _json(without_paths(read_json(checkpoint.path / REPORT_NAME)))
+    if (checkpoint.path / EXPORT_NAME).exists():
+        contents[EXPORT_NAME] = _json(without_paths(read_json(checkpoint.path / EXPORT_NAME)))
     if any(read_record(measured).values()):
         contents[RECORD_NAME] = _json(without_paths(read_json(measured.path / RECORD_NAME)))
     for name, record in stored_allocations(measured).items():

@@ -83,5 +83,6 @@ def by_layer(checkpoint: Checkpoint, flat: Tensor) -> dict[str, Tensor]:
 def stored_scales(path: Path, goal: Goal) -> Tensor:
     """All scales that a width or an allocation reads, float32, as one vector in the checkpoint's order of layers."""
     checkpoint = open_checkpoint(path)
-    scales = find_scales(checkpoint, goal.allocation) or widths_scales(checkpoint, checkpoint.widths(goal.widths))
+    widths = checkpoint.widths(goal.widths)
+    scales = find_scales(checkpoint, goal.allocation, widths) or widths_scales(checkpoint, widths)
     return torch.cat([scales[layer].float().flatten() for layer in checkpoint.layers])

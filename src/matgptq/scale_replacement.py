@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matgptq.allocation_store import name_codes
 from matgptq.atomic_files import json_text, replacing
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.checksums import CHECKSUMS_NAME, checksums_text, read_checksums
@@ -67,6 +68,7 @@ def replace_scales(
     try:
         with disk_errors(directory):
             shutil.copytree(directory, staging, copy_function=link_or_copy, symlinks=True)
+            name_codes(staging, checkpoint)
             _replace_tensors(staging, checkpoint, new)
             _replace_json(staging / "config.json", {**checkpoint.config, "quantization_config": settings.to_dict()})
             if (directory / REPORT_NAME).is_file():

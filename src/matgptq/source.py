@@ -319,8 +319,9 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> ModelS
             raise SourceError(f"{path}: several .gguf files, name one of them: {', '.join(f.name for f in gguf_files)}")
         raise SourceError(f"{path}: no config.json in it, so it is not a model directory")
     config = read_json(path / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
+    if record := config.get("quantization_config"):
+        method = record.get("quant_method") if isinstance(record, dict) else None
+        method = method or "an unnamed method"
         raise UnsupportedModelError(f"{model}: already quantized with {method}; start from the full-precision model")
     pickled = [*path.glob("*.bin"), *path.glob("*.pth")]
     if pickled and not (path / WEIGHTS_NAME).exists() and not (path / INDEX_NAME).exists():

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from matgptq.checkpoint import LayerInfo
+from matgptq.errors import UnsupportedModelError
 from matgptq.families import find_family
-from matgptq.model_config import language_config
+from matgptq.model_config import attention_heads
 
 
 def shard_obstacle(in_features: int, group_size: int, ranks: int) -> str | None:
@@ -36,12 +37,13 @@ def fitting_sizes(config: Mapping[str, Any], layers: Mapping[str, LayerInfo]) ->
         layers: shapes and group sizes of the quantized layers.
 
     Raises:
-        UnsupportedModelError: an architecture that is no entry of ``matgptq.families``.
+        UnsupportedModelError: an architecture that is no entry of ``matgptq.families``, or whose heads are not known.
     """
     family = find_family(str(config.get("model_type")))
-    config = language_config(config)
-    heads = int(config["num_attention_heads"])
-    kv_heads = int(config.get("num_key_value_heads") or heads)
+    known = attention_heads(config)
+    if known is None:
+        raise UnsupportedModelError("transformers cannot tell from config.json how many attention heads the model has")
+    heads, kv_heads = known
     paths = [(family.place(name)[1], info) for name, info in layers.items()]
     inputs = {(info.in_features, info.group_size) for path, info in paths if family.writes(path)}
     rows = {info.out_features for path, info in paths if family.is_hidden(path)}

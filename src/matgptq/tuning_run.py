@@ -144,9 +144,10 @@ class TuningRun(ABC):
             "kl_after": state.loss_after,
         }
         scales = by_layer(self.checkpoint, state.best)
-        if goal.allocation is not None:
-            save_scales(self.checkpoint, goal.allocation, scales, record)
-        elif isinstance(goal.widths, int):
+        if not isinstance(goal.widths, int):
+            assert goal.allocation is not None
+            save_scales(self.checkpoint, goal.allocation, goal.widths, scales, record)
+        else:
             replace_scales(self.checkpoint.path, goal.widths, scales, record, staging=self.workspace.staging)
 
 

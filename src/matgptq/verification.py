@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from matgptq.allocation_scales import find_scales
+from matgptq.allocation_scales import find_origin
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_dtype
 from matgptq.errors import AllocationError, ExportError, SourceError
+from matgptq.experts import unfuse_experts
 from matgptq.exports.gguf_file import ARCHITECTURES, FILE_NAME, context_length
 from matgptq.exports.target import Target
 from matgptq.format import EXPORT_NAME
@@ -38,7 +40,8 @@ class Verification:
         engine: what loaded it.
         tensors: how many were compared: the weights of all layers and everything that is not quantized.
         different: names of those that are not equal, bit for bit in float32.
-        largest_difference: between two weights.
+        rounded: layers whose weights the engine rounds to the model's dtype when it loads them; they are equal then.
+        largest_difference: between two weights, that rounding aside.
         tokens: positions whose logits were compared.
         logit_difference: largest.
         kl: mean KL of the export's distribution to the slice's, nats per token.
@@ -48,6 +51,7 @@ class Verification:
     engine: str
     tensors: int
     different: tuple[str, ...]
+    rounded: tuple[str, ...]
     largest_difference: float
     tokens: int
     logit_difference: float
@@ -60,7 +64,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return {**vars(self), "different": list(self.different), "passed": self.passed}
+        return {**vars(self), "different": list(self.different), "rounded": list(self.rounded), "passed": self.passed}
 
 
 def verify(directory: str | Path, against: str | Path, *, progress: Progress | None = None) -> Verification:
@@ -97,16 +101,17 @@ def verify(directory: str | Path, against: str | Path, *, progress: Progress | N
     )
     found = _log_probabilities(model, tokens)  # first: compressed-tensors unpacks its weights when they are used
     progress.start("compare the weights", len(target.widths))
-    tensors, different, largest = _compare(model, target, format, progress.advance)
+    compared = _compare(model, target, format, progress.advance)
     del model
     progress.start("compare the logits", 1)
-    expected = _log_probabilities(_dense_model(target, _slice_weights(target, format)).eval(), tokens)
+    expected = _log_probabilities(_dense_model(target, _slice_weights(target, format, compared.rounded)).eval(), tokens)
     return Verification(
         format=format,
         engine=engine,
-        tensors=tensors,
-        different=tuple(different),
-        largest_difference=largest,
+        tensors=compared.tensors,
+        different=tuple(compared.different),
+        rounded=tuple(compared.rounded),
+        largest_difference=compared.largest,
         tokens=tokens.numel(),
         logit_difference=float((found - expected).abs().max()),
         kl=float((expected.exp() * (expected - found)).sum(-1).mean()),
@@ -124,11 +129,14 @@ def _read_record(directory: Path, against: Path) -> tuple[Target, str]:
         if format not in _ENGINES or not isinstance(widths, dict):
             raise SourceError(f"{directory / EXPORT_NAME}: no known format in it")
         widths = checkpoint.widths(widths)
-        own_scales = find_scales(checkpoint, record.get("scales_of"))
     except SourceError as error:
         raise ExportError(str(error)) from error
     except AllocationError as error:
         raise ExportError(f"{directory}: not made from {against}: {error}") from error
+    try:
+        own_scales = find_origin(checkpoint, record, widths)
+    except AllocationError as error:
+        raise ExportError(f"{directory}: the scales that it was made with are not found: {error}") from error
     dtype = resolve_dtype(str(stored_dtype(config)), torch.device("meta"), None)
     return Target(checkpoint, widths, dtype, own_scales), str(format)
 
@@ -138,35 +146,56 @@ def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:
         return torch.log_softmax(model(input_ids=tokens, use_cache=False).logits.double(), -1)
 
 
-def _slice_weights(target: Target, format: str) -> Callable[[str], Tensor]:
-    """The weights that the engine should have: those of the slice, which a dense export may have rounded."""
-    rounded = target.dtype if format == "dense" else torch.float32
-    return lambda layer: target.read(layer).dequantize(rounded).float()
+def _slice_weights(target: Target, format: str, rounded: Collection[str] = ()) -> Callable[[str], Tensor]:
+    """The weights that the engine should have: those of the slice, which a dense export or the engine may round."""
+
+    def weights(layer: str) -> Tensor:
+        dtype = target.dtype if format == "dense" or layer in rounded else torch.float32
+        return target.read(layer).dequantize(dtype).float()
+
+    return weights
 
 
-def _compare(model: Any, target: Target, format: str, advance: Callable[[], None]) -> tuple[int, list[str], float]:
+@dataclass
+class _Compared:
+    """Tensors of the engine's model beside those of the slice; see ``Verification``."""
+
+    tensors: int
+    different: list[str] = field(default_factory=list)
+    rounded: list[str] = field(default_factory=list)
+    largest: float = 0.0
+
+
+def _compare(model: Any, target: Target, format: str, advance: Callable[[], None]) -> _Compared:
     weights = _slice_weights(target, format)
+    # To fuse experts, transformers unpacks those of compressed-tensors, in the dtype of their scales.
+    unpacked = {*chain.from_iterable(target.expert_groups)} if format == "compressed-tensors" else set()
+    if target.family is not None:
+        unfuse_experts(model, target.family)  # layers are then called as in the files
     state = model.state_dict()
     kept = [name for name, quantized in target.parts() if not quantized]
     names = match_names(model, kept)
     shifted = format == "gguf" and ARCHITECTURES[target.model_config.model_type].norms_plus_one
-    different, largest = [], 0.0
+    compared = _Compared(len(target.widths) + len(kept))
     for layer in target.widths:
-        difference = _difference(_weight(model.get_submodule(layer)), weights(layer))
-        largest = max(largest, difference)
-        if difference:
-            different.append(layer)
+        found = _weight(model.get_submodule(layer))
+        difference = _difference(found, weights(layer))
+        if difference and layer in unpacked and not _difference(found, _slice_weights(target, format, (layer,))(layer)):
+            compared.rounded.append(layer)
+        elif difference:
+            compared.different.append(layer)
+            compared.largest = max(compared.largest, difference)
         advance()
     for name in kept:
         if name not in names:
-            different.append(name)
+            compared.different.append(name)
             continue
         found, stored = state[names[name]].float(), target.read_kept(name).float()
         if shifted and name.endswith("norm.weight"):  # transformers subtracts 1, and adds it again to compute
             found, stored = found + 1, stored + 1
         if _difference(found, stored):
-            different.append(name)
-    return len(target.widths) + len(kept), different, largest
+            compared.different.append(name)
+    return compared
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -214,9 +243,11 @@ def _load_directory(directory: Path, target: Target) -> Any:
     from transformers import AutoModelForCausalLM
 
     options = attention_options(target.model_config.to_dict())
-    return _complete(
+    model = _complete(
         *AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True, **options)
     )
+    # Experts that it unpacked are still in the dtype of their scales; its own method refuses quantized models.
+    return nn.Module.float(model)
 
 
 def _load_gguf(directory: Path, target: Target) -> Any:

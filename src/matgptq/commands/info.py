@@ -63,7 +63,7 @@ def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
         out_console.print(f"[bold]{name}[/bold]: {escape(str(fact))}", highlight=False)
     allocations = stored_allocations(opened)
     if allocations:
-        out_console.print(allocations_table(allocations, opened.identity))
+        out_console.print(allocations_table(allocations, opened.allocation_identities))
     records = [
         {"bits": bits, "bits_per_weight": opened.bits_per_weight(bits), "bytes": opened.served_bytes(bits)}
         for bits in opened.widths_held
@@ -72,6 +72,7 @@ def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
         json_file,
         {
             "identity": opened.identity,
+            "codes_identity": opened.codes_identity,
             "quantization_config": settings.to_dict(),
             "widths": records,
             "tensor_parallel_sizes": ranks,

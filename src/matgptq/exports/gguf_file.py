@@ -50,6 +50,7 @@ class Architecture:
         sliding_pattern: every how many layers one attends to everything; 0 where all of them do.
         square_heads: whether all heads together must be as wide as the model.
         big: number of layers of the one size whose attention scale is ``(hidden_size / heads) ** -0.5``.
+        biases: Linears of a block whose biases it adds.
     """
 
     name: str
@@ -59,12 +60,15 @@ class Architecture:
     sliding_pattern: int = 0
     square_heads: bool = False
     big: int = 0
+    biases: tuple[str, ...] = ()
 
 
+_QKV = ("q_proj", "k_proj", "v_proj")
+_LLAMA = Architecture("llama", rotates_neighbours=True, biases=(*_QKV, "o_proj", "gate_proj", "up_proj", "down_proj"))
 ARCHITECTURES = {
-    "llama": Architecture("llama", rotates_neighbours=True),
-    "mistral": Architecture("llama", rotates_neighbours=True),
-    "qwen2": Architecture("qwen2", square_heads=True),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Architecture("qwen2", square_heads=True, biases=_QKV),
     "qwen3": Architecture("qwen3"),
     "gemma2": Architecture("gemma2", "gelu_pytorch_tanh", norms_plus_one=True, sliding_pattern=2, big=46),
     "gemma3_text": Architecture("gemma3", "gelu_pytorch_tanh", norms_plus_one=True, sliding_pattern=6, big=62),
@@ -107,9 +111,10 @@ class GGUF(Export):
         # Everything that can be refused is looked at now, in a writer that is thrown away.
         self._add_metadata(gguf.GGUFWriter(None, self.architecture.name))
         for name, quantized in target.parts():
-            self._name(name if quantized else name.rpartition(".")[0])
-            if not quantized:
-                _stored_type(name, target.checkpoint.tensors[name])
+            if quantized:
+                self._name(name)
+            else:
+                self._check_kept(name)
         narrow = sorted({bits for bits in target.widths.values() if bits not in (4, 5, 8)})
         if (length := context_length(config)) < config.max_position_embeddings:
             self.notes.append(f"context length {length}: llama.cpp has no sliding window for this model")
@@ -175,6 +180,16 @@ class GGUF(Export):
             raise ExportError(f"{module}: llama.cpp's {self.architecture.name} has no such tensor")
         return name
 
+    def _check_kept(self, name: str) -> None:
+        """Refuse a tensor that is not quantized if the architecture has no place for it, or none for its type."""
+        module, _, leaf = name.rpartition(".")
+        self._name(module)
+        if leaf == "bias" and module.rpartition(".")[2] not in self.architecture.biases:
+            raise ExportError(
+                f"{name}: llama.cpp's {self.architecture.name} adds no such bias; export compressed-tensors or dense"
+            )
+        _stored_type(name, self.target.checkpoint.tensors[name])
+
     def _in_order(self, layer: str, weight: SlicedWeight) -> SlicedWeight:
         order = self._row_order(layer, len(weight.codes))
         return weight if order is None else SlicedWeight(weight.codes[order], weight.scales[order], weight.bits)
@@ -216,6 +231,7 @@ class GGUF(Export):
         rope = self._rope
         local = config.rope_parameters.get("sliding_attention", {"rope_type": "default"})
         softcap = getattr(config, "attn_logit_softcapping", None)
+        final_softcap = getattr(config, "final_logit_softcapping", None)
         obstacles = {
             f"the activation {activation}": activation != architecture.activation,
             f"rotary embeddings of type {rope['rope_type']}": rope["rope_type"]
@@ -226,6 +242,8 @@ class GGUF(Export):
             and self._head_dim * config.num_attention_heads != config.hidden_size,
             "a head that is not tied to the embedding": architecture.norms_plus_one and not config.tie_word_embeddings,
             f"attn_logit_softcapping {softcap}": (softcap is None) == (architecture.name == "gemma2"),
+            # It has a bound of its own where the file names none.
+            f"final_logit_softcapping {final_softcap}": not final_softcap and architecture.name == "gemma2",
             "attention to both sides": bool(getattr(config, "use_bidirectional_attention", False)),
         }
         if architecture.norms_plus_one:

@@ -7,6 +7,7 @@ and scores; the two neighbours whose union has the highest score are merged firs
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,14 @@ _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_CONTRACTIONS + _WORDS + r"|\p{N}{1,3}" + _REST,), True): "llama-bpe",
     ((_CASED,), True): "tekken",
 }
+# What is done to spaces before SentencePiece's BPE -> whether one is put in front of the text.
+_SPACES: dict[tuple[str, ...], bool] = {
+    ("prepend", "replace"): True,
+    ("replace",): False,
+    ("replace", "split at spaces"): False,  # Gemma's, where no space is left to split at
+    ("metaspace",): True,  # what transformers makes of Llama 2's
+    ("metaspace without prefix",): False,
+}
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, name: str) -> None:
@@ -58,6 +67,9 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, name: str
     model = record["model"]
     if model["type"] != "BPE":
         raise ExportError(f"{name}: gguf exports hold BPE tokenizers, not {model['type']}")
+    for marks in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(marks):
+            raise ExportError(f"{name}: llama.cpp's BPE has no {marks} ({model[marks]!r})")
     added = {token["id"]: token for token in record["added_tokens"]}
     largest = max([*model["vocab"].values(), *added])
     if largest >= vocab_size:
@@ -81,7 +93,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, name: str
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([scores.get(number, _UNREACHED) for number in range(vocab_size)])
-        writer.add_add_space_prefix(_adds_space(record))
+        writer.add_add_space_prefix(_adds_space(record, name))
     else:
         raise ExportError(f"{name}: its tokenizer is neither byte-level nor SentencePiece with bytes to fall back on")
     for number, token in added.items():
@@ -99,9 +111,9 @@ def _add_special(writer: GGUFWriter, tokenizer: Any) -> None:
         number = getattr(tokenizer, f"{role}_token_id")
         if number is not None:
             getattr(writer, f"add_{role}_token_id")(number)
-    encoded = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and encoded[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(tokenizer.eos_token_id is not None and encoded[-1] == tokenizer.eos_token_id)
+    encoded = tokenizer("a")["input_ids"]  # none, if it does not know the letter
+    writer.add_add_bos_token(encoded[:1] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(encoded[-1:] == [tokenizer.eos_token_id])
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         template = [{"name": role, "template": text} for role, text in template.items()]
@@ -168,12 +180,25 @@ def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-def _adds_space(record: Mapping[str, Any]) -> bool:
-    steps = [
-        *_steps(record["normalizer"], "normalizers"),
-        *_steps(record["pre_tokenizer"], "pretokenizers"),
-    ]
-    return any(
-        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-        for step in steps
-    )
+def _adds_space(record: Mapping[str, Any], name: str) -> bool:
+    done = []
+    steps = _steps(record["normalizer"], "normalizers"), _steps(record["pre_tokenizer"], "pretokenizers")
+    for step in itertools.chain.from_iterable(steps):
+        match step:
+            case {"type": "Prepend", "prepend": "▁"}:
+                done.append("prepend")
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+                done.append("replace")
+            case {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}:
+                done.append("split at spaces")
+            case {"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}:
+                done.append("metaspace without prefix" if scheme == "never" else "metaspace")
+            case _:
+                done.append(json.dumps(step, ensure_ascii=False))
+    adds = _SPACES.get(tuple(done))
+    if adds is None:
+        raise ExportError(
+            f"{name}: before it merges tokens, llama.cpp's SentencePiece only makes {_SPACE} of spaces and puts one in "
+            f"front, not what this tokenizer does: {'; '.join(done) or 'nothing'}"
+        )
+    return adds

@@ -28,6 +28,7 @@ from matgptq.source import ModelSource
 DATA_NAME = "data.pt"
 _DATA_FIELDS = {"qweight", "scale", "zero", "perm"}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_NUMBERS = (*_FLOATS, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def open_folders(directory: Path, model: ModelSource | None) -> Reference:
@@ -138,8 +139,10 @@ def read_data(file: Path, layer: str, shape: tuple[int, int]) -> ReferenceLayer:
         )
     if shape[1] % scales.shape[1]:
         raise SourceError(f"layer {layer}: {shape[1]} input features do not split into {scales.shape[1]} groups")
-    if zeros.shape != scales.shape:
-        raise SourceError(f"layer {layer}: zero is {list(zeros.shape)}, but scale is {list(scales.shape)}")
+    if zeros.dtype not in _NUMBERS or zeros.shape != scales.shape:
+        raise SourceError(
+            f"layer {layer}: zero is {zeros.dtype} {list(zeros.shape)}, must be numbers {list(scales.shape)} as scale"
+        )
     if order is not None:
         in_features = torch.arange(shape[1])
         if order.dtype != torch.int64 or order.dim() != 1 or not torch.equal(order.sort().values, in_features):

@@ -37,7 +37,9 @@ def open_packed(directory: Path, model: ModelSource | None, trust_remote_code: b
     """Read the configuration and the headers of a packed model and match them with its architecture."""
     config = read_json(directory / "config.json")
     where = str(directory / "config.json")
-    record = config.pop("quantization_config", None) or {}
+    record = config.pop("quantization_config", None)
+    if not isinstance(record, dict):
+        raise SourceError(f"{where}: quantization_config is no object")
     group_size, default_bits, excluded = _packed_settings(record, where)
     if group_size == PER_CHANNEL and model is None:
         raise ConfigurationError(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 from matgptq.allocation_scales import has_own_scales
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import Checkpoint
-from matgptq.errors import ConfigurationError, UnsupportedModelError
+from matgptq.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from matgptq.kernels import Activations
 from matgptq.loading import check_held
 from matgptq.slicing import check_bits
@@ -17,6 +17,8 @@ from matgptq.slicing import check_bits
 BITS = "MATGPTQ_BITS"
 ALLOCATION = "MATGPTQ_ALLOCATION"
 ACTIVATIONS = "MATGPTQ_ACTIVATIONS"
+# Some models of vLLM (Qwen3-MoE with a dense block) say too late that they stack these.
+_USUAL_STACKS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,34 @@ def chosen_layers(choice: Choice, checkpoint: Checkpoint) -> dict[str, ServedLay
     return {
         layer: ServedLayer(allocation.get(layer, default), info.group_size) for layer, info in checkpoint.layers.items()
     }
+
+
+def held_layers(
+    prefix: str, stacks: Mapping[str, Sequence[str]], layers: Mapping[str, ServedLayer], plain: Collection[str]
+) -> dict[str, ServedLayer] | None:
+    """The checkpoint's layers that one of vLLM's holds, in order.
+
+    Args:
+        prefix: vLLM's name of its layer.
+        stacks: which names it stacks under which; layers that it does not stack are named as the checkpoint's.
+        layers: what is served of each quantized layer.
+        plain: layers at full precision.
+
+    Returns:
+        Empty if all of them are at full precision, None if the checkpoint does not have them.
+
+    Raises:
+        CheckpointError: some of a stack are quantized, and not all.
+    """
+    names = [prefix]
+    if prefix not in layers and prefix not in plain:
+        parent, _, leaf = prefix.rpartition(".")
+        stacked = stacks.get(leaf) or _USUAL_STACKS.get(leaf, ())
+        names = [f"{parent}.{name}" if parent else name for name in stacked]
+    held = {name: layers[name] for name in names if name in layers}
+    if held and len(held) < len(names):
+        lost = next(name for name in names if name not in held)
+        raise CheckpointError(f"layer {lost}: vLLM stacks it with {next(iter(held))}, but it is not quantized")
+    if not held and not (names and all(name in plain for name in names)):
+        return None
+    return held

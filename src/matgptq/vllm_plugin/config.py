@@ -19,13 +19,10 @@ from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from matgptq.format import QUANT_METHOD, Settings
 from matgptq.tensor_parallel import fitting_sizes
-from matgptq.vllm_plugin.choice import Choice, ServedLayer, chosen_layers, read_choice
+from matgptq.vllm_plugin.choice import Choice, ServedLayer, chosen_layers, held_layers, read_choice
 from matgptq.vllm_plugin.vllm_version import check_version
 
 _log = init_logger("vllm.matgptq")
-
-# Some models of vLLM (Qwen3-MoE with a dense block) say too late that they stack these.
-_USUAL_STACKS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class ServedConfig(QuantizationConfig):  # type: ignore[misc]
@@ -129,7 +126,7 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
             raise ConfigurationError(
                 "vLLM did not show the checkpoint to the plugin; this release of vLLM is not known"
             )
-        layers = self._stacked_in(prefix)
+        layers = held_layers(prefix, self.packed_modules_mapping, self.layers, {*self.ignore, *self.plain})
         if not isinstance(layer, LinearBase):
             kind = type(layer).__name__
             inside = any(name.startswith(f"{prefix}.") for name in self.layers) and "Attention" not in kind
@@ -140,27 +137,14 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
             if layers or inside:
                 raise UnsupportedModelError(f"{prefix}: vLLM builds it as {kind}, which the plugin cannot serve")
             return None
-        if not layers:
-            if prefix in self.ignore or prefix in self.plain:
-                return UnquantizedLinearMethod()
+        if layers is None:
             raise CheckpointError(
                 f"layer {prefix}: vLLM's model has it, the checkpoint has no codes for it and does not list it under "
                 "ignore"
             )
+        if not layers:
+            return UnquantizedLinearMethod()
         return ServedLinearMethod(prefix, layers, self.settings, self.choice.activations, self.sizes)
-
-    def _stacked_in(self, prefix: str) -> dict[str, ServedLayer]:
-        """The checkpoint's layers that one of vLLM's holds, in order."""
-        if prefix in self.layers:
-            return {prefix: self.layers[prefix]}
-        parent, _, leaf = prefix.rpartition(".")
-        stacked = self.packed_modules_mapping.get(leaf) or _USUAL_STACKS.get(leaf, ())
-        names = [f"{parent}.{name}" if parent else name for name in stacked]
-        held = {name: self.layers[name] for name in names if name in self.layers}
-        if held and len(held) < len(names):
-            lost = next(name for name in names if name not in held)
-            raise CheckpointError(f"layer {lost}: vLLM stacks it with {next(iter(held))}, but it is not quantized")
-        return held
 
 
 def _directory(model: str, revision: str | None) -> Path:

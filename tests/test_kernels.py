@@ -207,8 +207,78 @@ def test_a_model_compiles_into_one_graph(packed, make_checkpoint):
 
 
 @needs_native
-def test_the_operator_follows_the_rules_of_torch():
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_operators_follow_the_rules_of_torch(trained):
     weight = kernels.remember(pack(make_weight(20, 64, 2)))
-    for bias in (None, torch.randn(20)):
-        arguments = (torch.randn(3, 2, 64), weight.key, 4, bias, "exact")
+    for bias in (None, torch.randn(20, requires_grad=trained)):
+        arguments = (torch.randn(3, 2, 64, requires_grad=trained), weight.key, 4, bias, "exact")
         torch.library.opcheck(torch.ops.matgptq.packed_matmul.default, arguments)
+    torch.library.opcheck(torch.ops.matgptq.packed_weight.default, (weight.key, 3, torch.bfloat16))
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 5, 64), (40, 64), (0, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_input_and_bias(dtype, shape, activations):
+    weight = make_weight(20, 64, 2)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    bias = torch.randn(20, requires_grad=True)
+    weights = torch.randn(*shape[:-1], 20, dtype=dtype)
+    expected = torch.autograd.grad((kernels.matmul(x, weight, 3, bias) * weights).sum(), (x, bias))
+    for form in (pack(weight), pack(weight, 3)):
+        product = kernels.matmul(x, kernels.remember(form), 3, bias, activations=activations)
+        found = torch.autograd.grad((product * weights).sum(), (x, bias))
+        torch.testing.assert_close(found, expected)
+        assert not kernels.matmul(x.detach(), form, 3, bias.detach()).requires_grad
+
+
+@needs_native
+def test_a_weight_lives_until_its_gradient_is_known():
+    layer = NestedLinear(64, 20, False, 32)
+    layer.codes.random_(0, 256)
+    x = torch.randn(40, 64, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), x)
+    layer.pack()
+    product = layer(x)
+    layer.unpack()
+    torch.testing.assert_close(torch.autograd.grad(product.sum(), x), expected)
+
+
+class Adapter(torch.nn.Module):
+    """A layer and a trainable product of two small matrices beside it (LoRA)."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        generator = torch.Generator().manual_seed(layer.out_features)
+        self.down = torch.nn.Parameter(torch.randn(2, layer.in_features, generator=generator) * 0.1)
+        self.up = torch.nn.Parameter(torch.randn(layer.out_features, 2, generator=generator) * 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+@needs_native
+@pytest.mark.parametrize("tokens", [1, 12, 48])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adapters_around_the_layers_of_a_loaded_model_learn(compiled, tokens, make_checkpoint, monkeypatch):
+    model = matgptq.load(make_checkpoint("qwen2", torch.float32)[1], bits=3)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for block in model.model.layers:
+        block.self_attn.v_proj = Adapter(block.self_attn.v_proj)
+        block.mlp.gate_proj = Adapter(block.mlp.gate_proj)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = token_ids(1, tokens, seed=3)
+
+    def gradients(model):
+        logits = model(input_ids=ids, use_cache=False).logits
+        return torch.autograd.grad(logits.log_softmax(-1)[..., 7].sum(), trained)
+
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    found = gradients(run)
+    monkeypatch.setenv("MATGPTQ_KERNEL", "reference")
+    torch.testing.assert_close(found, gradients(model), rtol=1e-3, atol=1e-4)

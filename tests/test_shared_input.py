@@ -34,6 +34,7 @@ class Attention(torch.nn.Module):
             )
             self.add_module(name, layer)
         pack_layers(self, activations=activations, shared=[("q", "k", "v")])
+        self.requires_grad_(False)  # as of a loaded model
 
     def alone(self, name: str, x: torch.Tensor) -> torch.Tensor:
         layer = self.get_submodule(name)
@@ -102,6 +103,18 @@ def test_prompts_go_layer_by_layer(calls):
     x = torch.randn(100, 64)
     assert torch.equal(model.q(x), model.alone("q", x))
     assert calls == []
+
+
+def test_a_product_with_a_gradient_is_made_alone(calls):
+    model = Attention()
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        expected = model.q(x).clone()
+    model.k.bias.requires_grad_()
+    assert model.k(x).requires_grad
+    assert not model.q(x).requires_grad
+    assert torch.equal(model.q(x.requires_grad_()), expected)  # nothing that was ready without a gradient
+    assert calls == [3, 1, 1, 1]
 
 
 def test_copies_do_not_share_results():

@@ -87,18 +87,31 @@ def matmul(
         activations: ``exact``, or ``int8`` to round x to 8 bits per row and stretch of columns (CPU only).
 
     Returns:
-        ``[..., out]`` in the dtype of ``x``.
+        ``[..., out]`` in the dtype of ``x``; differentiable in x and bias.
 
     Raises:
         ConfigurationError: the kernel that ``MATGPTQ_KERNEL`` names refuses the product.
     """
-    if isinstance(weight, PackedWeight) and torch.compiler.is_compiling():
+    if isinstance(weight, PackedWeight) and (torch.compiler.is_compiling() or not is_plain(x, bias)):
         result: Tensor = _packed_matmul(x, weight.key, bits, bias, activations)
         return result
+    return _multiply(x, weight, bits, bias, activations)
+
+
+def _multiply(x: Tensor, weight: AnyWeight, bits: int, bias: Tensor | None, activations: Activations) -> Tensor:
+    """``matmul`` by whichever kernel is chosen."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     product = Product(form_of(weight), x.device.type, x.dtype, len(rows), activations)
     result = choose(product).run(rows, weight, bits, bias, activations)
     return result.view(*x.shape[:-1], result.shape[1])
+
+
+def is_plain(x: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether only the numbers of x and bias matter, and no gradient of them.
+
+    Kernels read memory by its address, which PyTorch does not notice. This is asked for every product.
+    """
+    return not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 class Operand(NamedTuple):
@@ -115,8 +128,8 @@ def matmul_shared(x: Tensor, operands: Sequence[Operand], *, activations: Activa
     Takes and raises what ``matmul`` does; widths may differ.
     """
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    packed = all(isinstance(operand.weight, native.Weight) for operand in operands)
-    if not packed or not fuses(Product("native", x.device.type, x.dtype, len(rows), activations)):
+    fitting = all(isinstance(weight, native.Weight) and is_plain(x, bias) for weight, _, bias in operands)
+    if not fitting or not fuses(Product("native", x.device.type, x.dtype, len(rows), activations)):
         return [matmul(x, *operand, activations=activations) for operand in operands]
     results = native.matmul_many(
         rows,
@@ -131,7 +144,8 @@ def matmul_shared(x: Tensor, operands: Sequence[Operand], *, activations: Activa
 class JoinedProduct:
     """``matmul_shared`` with its results side by side, for operands that do not change any more.
 
-    Without a copy, and with little work in front of the product, where the fused native kernel runs.
+    Without a copy, and with little work in front of the product, where the fused native kernel runs. For inference: no
+    gradient passes through it.
 
     Args:
         operands: weights with one ``in``.
@@ -366,11 +380,48 @@ def remember(weight: PackedWeight) -> PackedWeight:
     return weight
 
 
+def _remembered(key: int) -> PackedWeight:
+    weight = _packed.get(key)
+    if weight is None:
+        raise ConfigurationError("the packed weight that a recorded product reads is gone, and its model with it")
+    return weight
+
+
 @torch.library.custom_op("matgptq::packed_matmul", mutates_args=())
 def _packed_matmul(x: Tensor, key: int, bits: int, bias: Tensor | None, activations: str) -> Tensor:
-    return matmul(x, _packed[key], bits, bias, activations=activations)  # type: ignore[arg-type]
+    return _multiply(x, _remembered(key), bits, bias, activations)  # type: ignore[arg-type]
 
 
 @_packed_matmul.register_fake
 def _(x: Tensor, key: int, bits: int, bias: Tensor | None, activations: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], _packed[key].out_features)
+    return x.new_empty(*x.shape[:-1], _remembered(key).out_features)
+
+
+@torch.library.custom_op("matgptq::packed_weight", mutates_args=())
+def _packed_weight(key: int, bits: int, dtype: torch.dtype) -> Tensor:
+    return dequantize(_remembered(key), bits, dtype)
+
+
+@_packed_weight.register_fake
+def _(key: int, bits: int, dtype: torch.dtype) -> Tensor:
+    weight = _remembered(key)
+    return torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.device)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.key, ctx.bits, bias, _ = inputs
+    ctx.weight = _packed.get(ctx.key)  # alive until the gradient is computed
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+    """Of what x and bias were; rounding activations to 8 bits counts as not rounding them."""
+    of_x = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = gradient @ _packed_weight(ctx.key, ctx.bits, gradient.dtype)
+    if ctx.needs_input_grad[3]:
+        of_bias = gradient.sum_to_size(gradient.shape[-1]).to(ctx.bias_dtype)
+    return of_x, None, None, of_bias, None
+
+
+_packed_matmul.register_autograd(_differentiate, setup_context=_keep)

@@ -68,7 +68,9 @@ class SharedInput:
         return {**self.__dict__, "_ready": None, "_prepared": ([], None)}
 
     def product(self, member: Member, inputs: Tensor) -> Tensor | None:
-        """The product of one layer, or None where the kernels take one weight at a time."""
+        """The product of one layer, or None where the kernels take one weight at a time or a gradient is due."""
+        if not all(kernels.is_plain(inputs, each.operand.bias) for each in self._members):
+            return None
         ready = self._ready
         if ready is not None and ready.belongs_to(inputs):
             result = ready.results.pop((id(member), member.bits), None)

@@ -61,7 +61,7 @@ class PlaneWeight:
         resident: true for the parent's 8 planes, false for a packed slice.
         arrived: int32 zeros, scratch with which the parts of a product find out which is the last. So one weight must
             not be multiplied on two streams at the same time.
-        key: a number that no other packed weight has; negative, as those of the native library are not.
+        key: a number that no other packed weight has; negative, as those of the native library's are not.
     """
 
     def __init__(

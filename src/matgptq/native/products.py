@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from matgptq.native.library import (
     thread_count,
 )
 from matgptq.slicing import PARENT_BITS, check_bits, check_widths
+
+_keys = itertools.count(1)
 
 
 def spread_threads(num_threads: int | None = None) -> None:
@@ -87,6 +90,7 @@ class Weight:
         widths: widths that it serves, ascending.
         resident: true for the parent's 8 planes, false for a packed slice.
         device: the CPU.
+        key: a number that no other packed weight has; positive, as those of the GPU's form are not.
     """
 
     device = torch.device("cpu")
@@ -107,12 +111,8 @@ class Weight:
         self.group_size = group_size
         self.widths = widths
         self.resident = resident
+        self.key = next(_keys)
         weakref.finalize(self, require_library().matgptq_weight_free, handle).atexit = False
-
-    @property
-    def key(self) -> int:
-        """A number that belongs to this weight as long as it lives."""
-        return self._handle
 
     def __deepcopy__(self, memo: object) -> Weight:
         """The same weight: it never changes, so copies of a model may share it."""

@@ -9,11 +9,13 @@ import random
 import pytest
 import torch
 from tiny_models import token_ids
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import matgptq
 from matgptq import kernels, native
 from matgptq.errors import AllocationError, ConfigurationError
-from matgptq.nested_linear import NestedLinear, nested_layers
+from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS
 
@@ -282,3 +284,94 @@ def test_adapters_around_the_layers_of_a_loaded_model_learn(compiled, tokens, ma
     found = gradients(run)
     monkeypatch.setenv("MATGPTQ_KERNEL", "reference")
     torch.testing.assert_close(found, gradients(model), rtol=1e-3, atol=1e-4)
+
+
+# --- what goes on around a product ------------------------------------------------------------------------------------
+
+
+class Plain(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+@pytest.fixture
+def layers():
+    """The same layer packed and not, with nothing to train."""
+    pair = [NestedLinear(64, 20, True, 32, bits=3) for _ in range(2)]
+    for layer in pair:
+        layer.codes.copy_(make_weight(20, 64, 2).codes)
+        layer.scales_8.copy_(make_weight(20, 64, 2).scales[8])
+        torch.nn.init.ones_(layer.bias)
+        layer.requires_grad_(False)
+    pack_layers(pair[0])
+    return pair
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_tensors_that_are_not_what_lies_in_memory(layers, rows):
+    packed, plain = layers
+    x = torch.randn(rows, 64)
+    torch.testing.assert_close(packed(torch._neg_view(x)), plain(-x))
+    found = packed(x.as_subclass(Plain))
+    assert type(found) is Plain
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), plain(x))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = packed(mode.from_tensor(x))
+    assert isinstance(fake, FakeTensor)
+    assert fake.shape == (rows, 20)
+    torch.testing.assert_close(packed(x), plain(x))
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_a_recorded_product_is_one_of_its_input(layers, rows):
+    packed, plain = layers
+    traced = torch.jit.trace(packed, torch.randn(rows, 64))
+    x = torch.randn(rows, 64)
+    torch.testing.assert_close(traced(x), plain(x))
+    graph = make_fx(packed)(torch.randn(rows, 64))
+    torch.testing.assert_close(graph(x), plain(x))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_is_followed_as_linear_layers_do(layers, dtype, compiled):
+    packed, plain = layers
+    if compiled:
+        torch.compiler.reset()  # graphs of other tests count
+        packed = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    for rows, cast in itertools.product((1, 5, 40), (torch.bfloat16, torch.float16)):
+        x = torch.randn(rows, 64).to(dtype)
+        with torch.autocast("cpu", cast):
+            found, expected = packed(x), plain(x)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else cast)
+        torch.testing.assert_close(
+            found, expected, rtol=0.02, atol=0.05
+        )  # where codes are unpacked: no rounded weights
+
+
+@needs_native
+def test_transformations(layers):
+    packed, plain = layers
+    x = torch.randn(3, 5, 64)
+    for transformed in (
+        lambda layer: torch.vmap(layer)(x),
+        lambda layer: torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1],
+        lambda layer: torch.func.grad(lambda y: layer(y).square().sum())(x),
+        lambda layer: torch.func.jacfwd(layer)(x[0, :2]),
+        lambda layer: torch.func.hessian(lambda y: layer(y).square().sum())(x[0, :2]),
+    ):
+        torch.testing.assert_close(transformed(packed), transformed(plain), rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+def test_a_default_device_is_not_where_weights_lie(layers):
+    packed, plain = layers
+    x = torch.randn(40, 64)
+    with torch.device("meta"):
+        found = packed(x)
+        dense = packed.dequantize()
+    torch.testing.assert_close(found, plain(x))
+    assert torch.equal(dense, plain.dequantize())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matgptq import kernels
 from matgptq.native import DTYPES, RowSteps
 from matgptq.nested_linear import NestedLinear
 from matgptq.shared_input import SharedInput
@@ -118,6 +119,8 @@ class RowBlock:
     def takes(self, hidden: Tensor, keywords: dict[str, Any]) -> bool:
         """Whether a call is the one that ``run`` is for."""
         if hidden.shape[:-1] != (1, 1) or hidden.dtype != self._dtype or torch.is_grad_enabled():
+            return False
+        if not kernels.is_plain(hidden):
             return False
         if (
             hidden.device.type != "cpu"

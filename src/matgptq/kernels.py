@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from matgptq import native
 from matgptq.errors import ConfigurationError
@@ -44,6 +45,12 @@ _TILE_BYTES = 1 << 20  # a dequantized tile has to stay in the second-level cach
 TRITON_FUSED_ROWS = 128
 _TRITON_TILE_BYTES = 64 << 20  # bounds the memory that a product takes beside its result
 _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
+
+# What may be going on around a product, asked where PyTorch keeps it: its own questions take several times as long.
+_casts = torch._C._is_any_autocast_enabled
+_modes = torch._C._len_torch_dispatch_stack  # fake tensors, counters of operations, make_fx
+_traces = torch._C._is_tracing  # torch.jit.trace
+_transformation = torch._C._functorch.peek_interpreter_stack  # torch.func
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,23 @@ def matmul(
         ConfigurationError: the kernel that ``MATGPTQ_KERNEL`` names refuses the product.
     """
     if isinstance(weight, PackedWeight) and (torch.compiler.is_compiling() or not is_plain(x, bias)):
-        result: Tensor = _packed_matmul(x, weight.key, bits, bias, activations)
-        return result
+        return _multiply_openly(x, weight, bits, bias, activations)
     return _multiply(x, weight, bits, bias, activations)
+
+
+def _multiply_openly(
+    x: Tensor, weight: PackedWeight, bits: int, bias: Tensor | None, activations: Activations
+) -> Tensor:
+    """``matmul`` as operations that PyTorch sees, so that it can record, differentiate, cast and transform them."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # as for nn.Linear
+        x = x.to(torch.get_autocast_dtype(kind))
+    if not torch.compiler.is_compiling() and (_transformation() is not None or forward_ad._current_level >= 0):
+        # Forward derivatives and vmap know PyTorch's own operations only.
+        dense = _packed_weight(weight.key, bits, x.dtype)
+        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    result: Tensor = _packed_matmul(x, weight.key, bits, bias, activations)
+    return result
 
 
 def _multiply(x: Tensor, weight: AnyWeight, bits: int, bias: Tensor | None, activations: Activations) -> Tensor:
@@ -107,11 +128,20 @@ def _multiply(x: Tensor, weight: AnyWeight, bits: int, bias: Tensor | None, acti
 
 
 def is_plain(x: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether only the numbers of x and bias matter, and no gradient of them.
+    """Whether only the numbers of x and bias matter: no gradient is due, nothing records, casts or transforms.
 
     Kernels read memory by its address, which PyTorch does not notice. This is asked for every product.
     """
-    return not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad))
+    return (
+        type(x) is Tensor
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not x.is_neg()
+        and not _casts()
+        and not _modes()
+        and not _traces()
+        and _transformation() is None
+        and forward_ad._current_level < 0
+    )
 
 
 class Operand(NamedTuple):
@@ -303,7 +333,7 @@ def _run_tiled(x: Tensor, weight: native.Weight, bits: int, bias: Tensor | None,
     out_features = weight.out_features
     result = x.new_empty(len(x), out_features)
     step = max(16, _TILE_BYTES // (weight.in_features * x.element_size()) // 16 * 16)
-    tile = torch.empty(min(step, out_features), weight.in_features, dtype=x.dtype)
+    tile = x.new_empty(min(step, out_features), weight.in_features)
     for start in range(0, out_features, step):
         stop = min(start + step, out_features)
         rows = native.dequantize_rows(weight, bits, start, stop, dtype=x.dtype, out=tile[: stop - start])

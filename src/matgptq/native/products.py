@@ -444,7 +444,7 @@ def dequantize_rows(
         raise ConfigurationError(f"dtype must be torch.float32 or torch.bfloat16, not {dtype}")
     shape = (stop - start, weight.in_features)
     if out is None:
-        out = torch.empty(shape, dtype=dtype)
+        out = torch.empty(shape, dtype=dtype, device="cpu")
     elif out.device.type != "cpu" or out.dtype != dtype or tuple(out.shape) != shape or out.stride(1) != 1:
         raise ConfigurationError(f"out must be a {dtype} CPU tensor of shape {shape} with contiguous rows")
     check_status(

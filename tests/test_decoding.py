@@ -162,6 +162,12 @@ def test_what_the_short_way_would_pass_over_is_not(change, checkpoint, monkeypat
     assert all(result is None for result in seen)
 
 
+def test_activations_of_one_layer(checkpoint, monkeypatch):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    model.model.layers[1].mlp.up_proj.activations = "int8"
+    torch.testing.assert_close(decode(model), the_long_way(model, monkeypatch), rtol=1e-5, atol=1e-5)
+
+
 def test_a_hook_sees_every_token(checkpoint):
     model = matgptq.load(checkpoint("llama"), 8, device="cpu")
     seen = []

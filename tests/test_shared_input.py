@@ -14,7 +14,7 @@ from matgptq import kernels, native
 from matgptq.errors import ConfigurationError, UnsupportedModelError
 from matgptq.families import find_family
 from matgptq.native import products
-from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers
+from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers, set_bits
 from matgptq.output_head import OutputHead, pack_head
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native library")
@@ -96,6 +96,58 @@ def test_a_width_changed_between_two_layers_takes_effect():
     model.q(x)
     model.k.set_bits(8)
     assert torch.equal(model.k(x), model.alone("k", x))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_width_changed_while_the_library_computes_takes_effect_afterwards(rows, monkeypatch):
+    """As another thread may do."""
+    model = Attention()
+    x = torch.randn(rows, 64)
+    expected = model.alone("q", x)
+    for module, name in ((kernels, "matmul_shared"), (native.Joined, "__call__")):
+        original = getattr(module, name)
+
+        def meddling(*given, original=original, **options):
+            result = original(*given, **options)
+            set_bits(model, 8)
+            return result
+
+        monkeypatch.setattr(module, name, meddling)
+    assert torch.equal(model.q(x), expected)
+    assert {model.q.bits, model.k.bits} == {8}
+    assert torch.equal(model.k(x), model.alone("k", x))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_another_bias_takes_effect(dtype, rows):
+    model = Attention()
+    model.k.bias.data = model.k.bias.data.to(dtype)
+    x = torch.randn(rows, 64)
+    model.k(x)
+    before = model.k(x)
+    model.q(x)
+    model.k.bias = torch.nn.Parameter(model.k.bias + 100, requires_grad=False)
+    torch.testing.assert_close(model.k(x), before + 100)
+    model.k.bias.data = model.k.bias.data + 100
+    torch.testing.assert_close(model.k(x), before + 200)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_activations_may_change(rows):
+    model = Attention()
+    x = torch.randn(rows, 64)
+    for change in (("k",), ("q", "k", "v"), ("q",)):
+        for name in ("q", "k", "v"):
+            model.get_submodule(name).activations = "int8" if name in change else "exact"
+        for name in ("q", "k", "v"):
+            assert torch.equal(model.get_submodule(name)(x), model.alone(name, x))
+
+
+def test_a_copy_of_one_layer_is_none_of_the_group():
+    model = Attention()
+    x = torch.randn(3, 64)
+    assert torch.equal(copy.copy(model.k)(x), model.alone("k", x))
 
 
 def test_prompts_go_layer_by_layer(calls):

@@ -180,8 +180,8 @@ class NestedLinear(nn.Module):
     @property
     def operand(self) -> kernels.Operand:
         """What inputs are multiplied by at present."""
-        weight = self._packed if self._packed is not None else self.nested_weight
-        return kernels.Operand(weight, self._bits, self.bias)
+        packed = self._packed
+        return kernels.Operand(self.nested_weight if packed is None else packed, self._bits, self.bias)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

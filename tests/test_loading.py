@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -326,6 +329,37 @@ def test_a_deep_copy_is_independent(out, expected):
     assert torch.equal(logits(twin), expected[2])
     twin.get_submodule(Q).codes.zero_()
     assert torch.equal(logits(model), expected[8])
+
+
+def test_a_copy_has_methods_of_its_own(out, expected):
+    model = matgptq.load(out, bits=8)
+    for twin in (copy.deepcopy(model), copy.copy(model)):
+        twin.set_bits(2)
+        assert type(twin) is type(model)
+        assert type(twin).__name__ == "LlamaForCausalLM"
+        assert torch.equal(logits(twin), expected[2])
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    twin = pickle.loads(pickle.dumps(model))
+    twin.set_bits(2)
+    assert torch.equal(logits(twin), expected[2])
+    assert widths(model) == {8}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("load", [matgptq.load, AutoModelForCausalLM.from_pretrained], ids=["ours", "transformers"])
+def test_the_memory_of_a_model_is_free_when_its_last_name_is_gone(name, load, make_checkpoint, monkeypatch):
+    monkeypatch.delenv("MATGPTQ_KERNEL")
+    model = load(make_checkpoint(name)[1])
+    with torch.no_grad():
+        model.generate(token_ids(1, 5), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    parts = [weakref.ref(model), *map(weakref.ref, nested_layers(model).values())]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not any(part() for part in parts)
+    finally:
+        gc.enable()
 
 
 def test_a_copy_that_shares_storage_has_its_own_width(out, expected):

@@ -144,10 +144,15 @@ def test_activations_may_change(rows):
             assert torch.equal(model.get_submodule(name)(x), model.alone(name, x))
 
 
-def test_a_copy_of_one_layer_is_none_of_the_group():
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_layer_without_the_others_of_its_group(rows):
     model = Attention()
-    x = torch.randn(3, 64)
-    assert torch.equal(copy.copy(model.k)(x), model.alone("k", x))
+    x = torch.randn(rows, 64)
+    expected = model.alone("k", x)
+    for layer in (copy.copy(model.k), copy.deepcopy(model.k), copy.deepcopy(model).k):
+        torch.testing.assert_close(layer(x), expected)
+    del model.q, model.v
+    torch.testing.assert_close(model.k(x), expected)
 
 
 def test_prompts_go_layer_by_layer(calls):

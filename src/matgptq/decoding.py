@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from matgptq import kernels
+from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import DTYPES, RowSteps
 from matgptq.nested_linear import NestedLinear
 from matgptq.shared_input import SharedInput
@@ -26,7 +27,7 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")
 
 
-class DecodesRows:
+class DecodesRows(Mixin):
     """Mixed into the class of a block: a single token takes the short way."""
 
     _row_block: RowBlock
@@ -56,18 +57,9 @@ def decode_in_rows(model: nn.Module, blocks: str) -> int:
         if row_block is None:
             continue
         block.__dict__["_row_block"] = row_block
-        block.__class__ = _mixed(type(block))
+        mix_in(DecodesRows, block)
         changed += 1
     return changed
-
-
-_classes: dict[type, type] = {}
-
-
-def _mixed(own: type) -> type:
-    if own not in _classes:
-        _classes[own] = type(own.__name__, (DecodesRows, own), {"__module__": own.__module__, "__doc__": own.__doc__})
-    return _classes[own]
 
 
 def _row_block(block: Any) -> RowBlock | None:

@@ -6,6 +6,8 @@ kept for as long as weights and widths stay the same. A layer that shares its in
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -59,17 +61,25 @@ class SharedInput:
     threads may run the model at once: what one of them prepared is useless to the others, never wrong.
 
     Args:
-        members: layers that multiply the same input by packed weights.
+        members: layers that multiply the same input by packed weights. They keep this object, not it them; when one of
+            them is gone, the others are on their own.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self._members = tuple(members)
+        self._members = tuple(map(weakref.ref, members))
         self._ready: _Ready | None = None
         self._prepared: _Prepared | None = None
 
-    def __getstate__(self) -> dict[str, object]:
-        """For copies: what was computed or prepared belongs to the layers of the original."""
-        return {**self.__dict__, "_ready": None, "_prepared": None}
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        """That of the members' copies; what was computed or prepared belongs to the layers of the original."""
+        twin = memo[id(self)] = SharedInput(())  # before the members, which refer to it
+        twin._members = tuple(weakref.ref(copy.deepcopy(each, memo)) for each in self._present())
+        return twin
+
+    def _present(self) -> list[Member]:
+        """The members, or none if one of them is gone."""
+        members = [reference() for reference in self._members]
+        return [] if None in members else members  # type: ignore[return-value]
 
     def product(self, member: Member, inputs: Tensor) -> Tensor | None:
         """The product of one layer, or None where the kernels take one weight at a time or a gradient is due."""
@@ -84,9 +94,11 @@ class SharedInput:
                     self._ready = None
                 return result
         rows = inputs.shape[:-1].numel()
-        if not kernels.fuses(kernels.Product("native", inputs.device.type, inputs.dtype, rows, activations)):
+        members = self._present()
+        if not members or not kernels.fuses(
+            kernels.Product("native", inputs.device.type, inputs.dtype, rows, activations)
+        ):
             return None
-        members = self._members
         operands = [operand if each is member else each.operand for each in members]
         if torch.is_grad_enabled() and any(bias is not None and bias.requires_grad for _, _, bias in operands):
             return None
@@ -103,8 +115,8 @@ class SharedInput:
         if results:
             # Inference tensors have no version counter; the few rows that are shared are cheap to compare.
             counted = not inputs.is_inference()
-            version, copy = (inputs._version, None) if counted else (None, inputs.clone())
-            self._ready = _Ready(inputs, version, copy, results)
+            version, twin = (inputs._version, None) if counted else (None, inputs.clone())
+            self._ready = _Ready(inputs, version, twin, results)
         return result
 
     def is_of(self, members: Sequence[Member]) -> bool:
@@ -112,8 +124,8 @@ class SharedInput:
         if len(members) != len(self._members):
             return False
         activations = members[0].activations
-        for each, own in zip(members, self._members, strict=True):
-            if each is not own or each.activations != activations:
+        for each, reference in zip(members, self._members, strict=True):
+            if each is not reference() or each.activations != activations:
                 return False
         return True
 
@@ -122,10 +134,11 @@ class SharedInput:
 
         For members of which ``is_of`` is true.
         """
-        activations = self._members[0].activations
+        members = self._present()
+        activations = members[0].activations
         if not kernels.fuses(kernels.Product("native", inputs.device.type, inputs.dtype, 1, activations)):
             return None
-        joined = self._join([each.operand for each in self._members], activations)
+        joined = self._join([each.operand for each in members], activations)
         return None if joined is None else joined(inputs)
 
     def _multiply_row(

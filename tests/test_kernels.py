@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import random
 
 import pytest
@@ -152,6 +153,18 @@ def test_a_model_uses_the_kernels_by_default(make_checkpoint, tmp_path):
     twin.set_bits(2)
     assert {layer.bits for layer in nested_layers(model).values()} == {8}
     torch.testing.assert_close(twin(ids).logits, expected[2], rtol=1e-3, atol=1e-3)
+
+
+@needs_native
+def test_packed_weights_are_copied_by_name_and_not_pickled(make_checkpoint, tmp_path):
+    model = matgptq.load(make_checkpoint("llama")[1], bits=3)
+    layer = next(iter(nested_layers(model).values()))
+    assert copy.copy(layer.packed) is copy.deepcopy(layer.packed) is layer.packed
+    for refused in (layer.packed, native.Arena(), layer, model.model.layers[0], model):
+        with pytest.raises(TypeError, match="save_pretrained"):
+            pickle.dumps(refused)
+        with pytest.raises(TypeError, match="save_pretrained"):
+            torch.save(refused, tmp_path / "whole.pt")
 
 
 @needs_native

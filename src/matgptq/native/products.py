@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -56,7 +57,20 @@ def spread_threads(num_threads: int | None = None) -> None:
         os.sched_setaffinity(int(name), processors)
 
 
-class Arena:
+class _Held:
+    """Lies in memory of the library: copies are the same object, and a pickle could not hold it."""
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("packed weights are not pickled; save the model with save_pretrained and load it again")
+
+
+class Arena(_Held):
     """Memory shared by many weights: large blocks aligned to 2 MB, advised for huge pages.
 
     Weights keep it alive. Worth using for every model: small weights would otherwise get pages of 4 KB, which are up
@@ -81,7 +95,7 @@ class Arena:
         return int(require_library().matgptq_arena_bytes(self._handle))
 
 
-class Weight:
+class Weight(_Held):
     """A packed weight, made by ``pack_parent`` or ``pack_slice``.
 
     Attributes:
@@ -113,10 +127,6 @@ class Weight:
         self.resident = resident
         self.key = next(_keys)
         weakref.finalize(self, require_library().matgptq_weight_free, handle).atexit = False
-
-    def __deepcopy__(self, memo: object) -> Weight:
-        """The same weight: it never changes, so copies of a model may share it."""
-        return self
 
     def __repr__(self) -> str:
         form = "resident parent" if self.resident else "packed slice"

@@ -4,7 +4,7 @@ Between the products of a block transformers runs some thirty small operations, 
 they compute: in a small model longer than the products. Here a block of the plain kind (Llama's and its likes) is four
 products, attention, and five calls of the native library, with the same rounding as in transformers' own code; only
 attention's order of sums may differ. Whatever is not this case goes to the block's own code: more than a token, a mask,
-gradients, a graph that is being compiled, a hook or another module inside the block.
+gradients, a graph that is being compiled, a hook, another module or another ``forward`` inside the block.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks as _global_hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
 from matgptq import kernels
 from matgptq.mixed_classes import Mixin, mix_in
@@ -107,6 +109,7 @@ class RowBlock:
         self._passed += [(attention._modules, name) for name in (*_ATTENTION, *_HEAD_NORMS) if hasattr(attention, name)]
         self._passed += [(mlp._modules, name) for name in (*_MLP, "act_fn")]
         self._known = [modules[name] for modules, name in self._passed]
+        self._forwards = {type(module): type(module).forward for module in self._known}
 
     def takes(self, hidden: Tensor, keywords: dict[str, Any]) -> bool:
         """Whether a call is the one that ``run`` is for."""
@@ -124,9 +127,16 @@ class RowBlock:
             or self._attention.config._attn_implementation != "sdpa"
         ):
             return False
+        if _global_hooks or _global_pre_hooks:
+            return False
+        for own, forward in self._forwards.items():
+            if own.forward is not forward:
+                return False
         for (modules, name), known in zip(self._passed, self._known, strict=True):
             module = modules.get(name)
             if module is not known or module._forward_hooks or module._forward_pre_hooks:
+                return False
+            if "forward" in module.__dict__:  # replaced, or wrapped in a hook of accelerate's
                 return False
         return True
 

@@ -202,6 +202,22 @@ def test_a_forward_that_was_replaced_is_called(where, checkpoint, monkeypatch):
     assert not torch.allclose(found, unchanged)
 
 
+@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm", "self_attn.q_norm"])
+@pytest.mark.parametrize("change", ["cast", "strided", "parametrized"])
+def test_norms_that_were_changed(change, name, checkpoint, monkeypatch):
+    model = matgptq.load(checkpoint("qwen3"), 8, device="cpu")
+    for block in model.model.layers:
+        norm = block.get_submodule(name)
+        if change == "cast":
+            norm.bfloat16()
+        elif change == "strided":
+            norm.weight = nn.Parameter(torch.stack([norm.weight, torch.zeros_like(norm.weight)], 1)[:, 0])
+        else:
+            nn.utils.parametrizations.weight_norm(norm, dim=None)
+    found, expected = decode(model), the_long_way(model, monkeypatch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_activations_of_one_layer(checkpoint, monkeypatch):
     model = matgptq.load(checkpoint("llama"), 8, device="cpu")
     model.model.layers[1].mlp.up_proj.activations = "int8"

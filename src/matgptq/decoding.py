@@ -71,12 +71,9 @@ def _row_block(block: Any) -> RowBlock | None:
     if any(owner is None or not hasattr(owner, name) for owner, wanted in names.items() for name in wanted):
         return None
     linears = [getattr(owner, name) for owner in (attention, mlp) for name in names[owner]]
-    norms = [getattr(block, name) for name in _NORMS]
-    norms += [getattr(attention, name) for name in _HEAD_NORMS if hasattr(attention, name)]
-    dtype = norms[0].weight.dtype
+    dtype = block.input_layernorm.weight.dtype
     if (
         dtype not in DTYPES
-        or any(norm.weight.dtype != dtype or norm.weight.device.type != "cpu" for norm in norms)
         or any(not isinstance(linear, NestedLinear) or linear.packed is None for linear in linears)
         or attention.config.hidden_act not in ("silu", "swish")
     ):
@@ -102,6 +99,7 @@ class RowBlock:
         self._out: list[NestedLinear] = [attention.o_proj]
         self._gate_up: list[NestedLinear] = [mlp.gate_proj, mlp.up_proj]
         self._down: list[NestedLinear] = [mlp.down_proj]
+        self._norms = [self._first_norm, self._second_norm, *filter(None, self._head_norms)]
         self._size: int = attention.head_dim
         self._dtype = self._first_norm.weight.dtype
         # What the short way passes over: if one of them is replaced or watched, it is not taken.
@@ -118,7 +116,7 @@ class RowBlock:
         if not kernels.is_plain(hidden):
             return False
         if (
-            hidden.device.type != "cpu"
+            not hidden.is_cpu
             or keywords.get("attention_mask") is not None
             or keywords.get("past_key_values") is None
             or (position := keywords.get("position_embeddings")) is None
@@ -127,16 +125,23 @@ class RowBlock:
             or self._attention.config._attn_implementation != "sdpa"
         ):
             return False
+        for norm in self._norms:  # which may have been cast since; the library takes an address
+            weight = norm._parameters.get("weight")
+            if weight is None or weight.dtype is not self._dtype or not weight.is_cpu or not weight.is_contiguous():
+                return False
         if _global_hooks or _global_pre_hooks:
             return False
-        for own, forward in self._forwards.items():
-            if own.forward is not forward:
+        for kind, forward in self._forwards.items():
+            if kind.forward is not forward:
                 return False
         for (modules, name), known in zip(self._passed, self._known, strict=True):
-            module = modules.get(name)
-            if module is not known or module._forward_hooks or module._forward_pre_hooks:
-                return False
-            if "forward" in module.__dict__:  # replaced, or wrapped in a hook of accelerate's
+            own = known.__dict__
+            if (
+                modules.get(name) is not known
+                or own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or "forward" in own  # replaced, or wrapped in a hook of accelerate's
+            ):
                 return False
         return True
 

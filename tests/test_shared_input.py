@@ -240,6 +240,62 @@ def test_the_full_precision_head_is_what_is_saved(make_checkpoint, tmp_path):
     assert torch.equal(again, expected)
 
 
+def _resized(model):
+    model.resize_token_embeddings(300, mean_resizing=False)
+
+
+def _edited(model):
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:7] = 0
+
+
+def _replaced(model):
+    model.get_output_embeddings().weight = torch.nn.Parameter(torch.ones(288, 64), requires_grad=False)
+
+
+def _put_in_place(model):
+    weight = model.get_output_embeddings().weight
+    weight.data = weight.data + 1
+
+
+def _trained(model):
+    model.get_output_embeddings().weight.requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "change", [_resized, _edited, _replaced, _put_in_place, _trained], ids=lambda f: f.__name__[1:]
+)
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_head_that_was_changed_is_the_one_that_serves(copied, name, change, make_checkpoint):
+    model = matgptq.load(make_checkpoint(name, torch.float32)[1], 8, head_bits=2)
+    if copied:
+        model = copy.deepcopy(model)
+    change(model)
+    head = model.get_output_embeddings()
+    x = torch.randn(3, 64)
+    logits = head(x)
+    torch.testing.assert_close(logits, torch.nn.functional.linear(x, head.weight))
+    assert logits.requires_grad == (change is _trained)
+    if change is not _trained:
+        assert not getattr(copy.deepcopy(head), "is_packed", False)  # resizing may make a plain one of it
+        pack_head(model, 8)
+        assert 0 < (model.get_output_embeddings()(x) - logits).abs().max() < 0.1 * logits.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_head_that_was_copied_or_cast_is_still_packed(name, make_checkpoint):
+    model = matgptq.load(make_checkpoint(name, torch.float32)[1], 8, head_bits=2)
+    x = torch.randn(3, 64)
+    expected = model.get_output_embeddings()(x)
+    for twin in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model).bfloat16()), copy.copy(model)):
+        head = twin.get_output_embeddings()
+        assert head.is_packed
+        assert torch.equal(head(x), expected)
+    compiled = torch.compile(model.get_output_embeddings(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+
+
 def test_head_bits_are_checked(make_checkpoint):
     _, out = make_checkpoint("llama")
     with pytest.raises(ConfigurationError, match="1"):

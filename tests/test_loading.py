@@ -22,6 +22,7 @@ from tiny_models import build_model, token_ids
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import matgptq
+from matgptq import native
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, SourceError
 from matgptq.nested_linear import NestedLinear, nested_layers, set_bits
@@ -158,6 +159,21 @@ def test_set_bits_changes_all_or_nothing(out, expected):
     assert torch.equal(logits(model), expected[4])
     with pytest.raises(AllocationError, match="no nested layers"):
         set_bits(build_model("llama"), 4)
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
+def test_one_layer_that_cannot_change_keeps_all_from_changing(out, expected):
+    model = matgptq.load(out, bits=4)
+    layer = model.get_submodule(DOWN)
+    layer.unpack()
+    layer.pack(resident=False)
+    with pytest.raises(AllocationError, match=f"layer {DOWN}: .*resident=True"):
+        model.set_bits(3)
+    assert widths(model) == {4}
+    with pytest.raises(ConfigurationError, match=f"layer {DOWN} cannot move"):
+        model.to("meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    torch.testing.assert_close(logits(model), expected[4], rtol=1e-4, atol=1e-4)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class NestedLinear(nn.Module):
 
         Every dtype that a model is cast to on the way (bfloat16, float32) holds them exactly.
         """
-        if self._packed is not None and fn(self.weight).device != self._packed.device:
+        if self.leaves(fn):
             self.unpack()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for own in self.scale_bits:
@@ -81,13 +81,22 @@ class NestedLinear(nn.Module):
                 self.register_buffer(scales_name(own), scales.to(torch.float16))
         return self
 
+    def leaves(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Whether what ``model.to(...)`` applies takes a packed layer away from where its kernels compute."""
+        return self._packed is not None and fn(self.weight).device != self._packed.device
+
     @property
     def bits(self) -> int:
         """The width in use."""
         return self._bits
 
     def set_bits(self, bits: int) -> None:
-        """Multiply by the slice of ``bits`` bits from now on.
+        """Multiply by the slice of ``bits`` bits from now on; raises as ``require_bits`` does."""
+        self.require_bits(bits)
+        self._bits = bits
+
+    def require_bits(self, bits: int) -> None:
+        """Refuse a width that cannot be set.
 
         Raises:
             AllocationError: the layer is packed as a slice of another width, or serves an allocation with scales of
@@ -103,7 +112,6 @@ class NestedLinear(nn.Module):
                 f"only the slice of {self._packed.widths[0]} bits is in memory; "
                 "load with resident=True to change widths"
             )
-        self._bits = bits
 
     def adopt_scales(self, scales: Tensor) -> None:
         """Serve the width in use with other scales, ``[out_features, groups]``, and no other width from now on."""
@@ -234,7 +242,7 @@ class SlicedLinear(NestedLinear):
         self.scales_8 = self.sliced_scales
         del self.sliced_codes, self.sliced_scales
 
-    def set_bits(self, bits: int) -> None:
+    def require_bits(self, bits: int) -> None:
         """Accept the one width that exists.
 
         Raises:
@@ -245,7 +253,7 @@ class SlicedLinear(NestedLinear):
                 f"these files hold only the slice of {self._only_bits} bits, not that of {bits}; "
                 "load the checkpoint that it was exported from, or export another slice"
             )
-        super().set_bits(bits)
+        super().require_bits(bits)
 
     def pack(self, arena: native.Arena | None = None, *, resident: bool = True) -> None:
         """Pack the slice for the native kernels; there are no other planes that could stay resident."""
@@ -312,8 +320,8 @@ def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:
     """Set the width of all layers, or of the layers that an allocation names.
 
     Raises:
-        AllocationError: the model has no such layer, or none at all.
-        ConfigurationError: a width outside 2..8. Nothing is changed in either case.
+        AllocationError: the model has no such layer, or none at all, or a layer that cannot serve its width.
+        ConfigurationError: a width outside 2..8. Nothing is changed in any case.
     """
     layers = nested_layers(model)
     if not layers:
@@ -324,8 +332,8 @@ def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:
         raise AllocationError(f"the model has no nested layer {unknown[0]}")
     for name, width in widths.items():
         try:
-            check_bits(width)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"layer {name}: {error}") from None
+            layers[name].require_bits(width)
+        except (AllocationError, ConfigurationError) as error:
+            raise type(error)(f"layer {name}: {error}") from None
     for name, width in widths.items():
         layers[name].set_bits(width)

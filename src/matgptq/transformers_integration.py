@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -145,6 +145,15 @@ class NestedModel(Mixin):
     def set_bits(self, bits: int | Mapping[str, int]) -> None:
         """``model.set_bits(3)`` or ``model.set_bits({layer: width})``; see ``matgptq.nested_linear.set_bits``."""
         set_bits(cast(nn.Module, self), bits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """``to``, ``cuda`` and the like; refused before anything moves if a layer cannot follow."""
+        for name, layer in nested_layers(cast(nn.Module, self)).items():
+            if not layer.is_complete and layer.leaves(fn):
+                raise ConfigurationError(
+                    f"layer {name} cannot move: only its slice is in memory; load it there instead"
+                )
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """``save_pretrained`` as ever, and then the checksums of what was saved."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from matgptq import kernels, native
 from matgptq.bit_stream import pack_rows, row_bytes, unpack_rows
 from matgptq.errors import AllocationError, ConfigurationError
+from matgptq.finiteness import all_finite
 from matgptq.format import CODES, SLICED_CODES, SLICED_SCALES, scales_name
 from matgptq.gpu.layout import PlaneWeight, unpack
 from matgptq.nested_weight import NestedWeight, scale_source
@@ -172,6 +173,19 @@ class NestedLinear(nn.Module):
     def is_complete(self) -> bool:
         """Whether all that the files hold is still in memory."""
         return not self._fixed and (self._packed is None or self._packed.resident)
+
+    @property
+    def scale_fault(self) -> str | None:
+        """What is wrong with its scales, None if nothing is: from a weight packed with zeros no codes are recovered."""
+        for name in map(scales_name, self.scale_bits):
+            scales = getattr(self, name)
+            if scales.is_meta:
+                continue
+            if not all_finite(scales):
+                return f"{name} holds NaN or Inf"
+            if not bool(scales.all()):
+                return f"{name} holds zeros"
+        return None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[out_features, in_features]`` weights at the width in use."""

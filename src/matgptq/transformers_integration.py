@@ -20,8 +20,7 @@ from matgptq.checksums import CHECKSUMS_NAME, write_checksums
 from matgptq.errors import CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.experts import Experts, unfuse_experts
 from matgptq.families import Family, find_family
-from matgptq.finiteness import all_finite
-from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
+from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
@@ -107,10 +106,8 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, layer in nested_layers(model).items():
             if isinstance(layer, SlicedLinear):
                 layer.take_slice()
-            for bits in layer.scale_bits:
-                scales = getattr(layer, scales_name(bits))
-                if not scales.is_meta and not all_finite(scales):
-                    raise CheckpointError(f"layer {name}: {scales_name(bits)} holds NaN or Inf")
+            if (fault := layer.scale_fault) is not None:
+                raise CheckpointError(f"layer {name}: {fault}")
         family = _family(model)
         if family is not None and family.parts:
             # Saved under the names of its modules, as config.json has them; some would be renamed otherwise.

@@ -176,6 +176,56 @@ def test_one_layer_that_cannot_change_keeps_all_from_changing(out, expected):
     torch.testing.assert_close(logits(model), expected[4], rtol=1e-4, atol=1e-4)
 
 
+def clones(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kernel", ["reference", ""])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_state_dict_is_loaded_into_what_it_came_from(packed, kernel, out, expected, monkeypatch):
+    monkeypatch.setenv("MATGPTQ_KERNEL", kernel)
+    model = matgptq.load(out, bits=4)
+    if not packed:
+        for layer in nested_layers(model).values():
+            layer.unpack()
+    was_packed = {name for name, layer in nested_layers(model).items() if layer.packed is not None}
+    groups = [layer.shared_input for layer in nested_layers(model).values()]
+    whole = clones(model)
+    single = model(token_ids(1, 1)).logits
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in whole.items() if ".codes" in name or "bias" in name}
+    assert not model.load_state_dict(zeros, strict=False).unexpected_keys
+    assert not torch.allclose(logits(model), expected[4])
+    assert not torch.allclose(model(token_ids(1, 1)).logits, single)
+    halved = {name: tensor / 2 for name, tensor in whole.items() if ".scales_" in name}
+    model.load_state_dict(whole)
+    model.load_state_dict(halved, strict=False)
+    for name, layer in nested_layers(model).items():
+        assert torch.equal(layer.scales_8, whole[f"{name}.scales_8"] / 2)
+        assert torch.equal(layer.nested_weight.codes, whole[f"{name}.codes"])
+    model.load_state_dict(whole)
+    torch.testing.assert_close(logits(model), expected[4], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(token_ids(1, 1)).logits, single)
+    assert {name for name, layer in nested_layers(model).items() if layer.packed is not None} == was_packed
+    assert [layer.shared_input for layer in nested_layers(model).values()] == groups
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
+def test_state_dicts_that_a_packed_model_cannot_load(out, expected):
+    whole = clones(matgptq.load(out))
+    model = matgptq.load(out, bits=4, resident=False)
+    scales = {name: tensor for name, tensor in whole.items() if ".scales_" in name}
+    for state, strict in ((whole, True), (scales, False)):
+        with pytest.raises(RuntimeError, match=f"layer {Q}: only its slice is in memory"):
+            model.load_state_dict(state, strict=strict)
+    model.load_state_dict({"lm_head.weight": whole["lm_head.weight"]}, strict=False)
+    torch.testing.assert_close(logits(model), expected[4], rtol=1e-4, atol=1e-4)
+    model = matgptq.load(out, bits=4)
+    with pytest.raises(RuntimeError, match=f"layer {Q}: scales_8 holds zeros"):
+        model.load_state_dict({f"{Q}.scales_8": torch.zeros_like(whole[f"{Q}.scales_8"])}, strict=False)
+    assert torch.equal(model.state_dict()[f"{Q}.codes"], whole[f"{Q}.codes"])
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -210,6 +212,32 @@ class NestedLinear(nn.Module):
         if self._packed is not None:
             destination[prefix + CODES] = self.nested_weight.codes
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Codes and scales are loaded into an unpacked layer."""
+        errors: list[str] = others[-1]
+        if self._packed is None or not _holds(state_dict, prefix, (CODES, *map(scales_name, self.scale_bits))):
+            super()._load_from_state_dict(state_dict, prefix, *others)
+        elif not self.is_complete:
+            errors.append(f"layer {prefix[:-1]}: only its slice is in memory; load with resident=True to change it")
+        else:
+            with self._unpacked(prefix, errors):
+                super()._load_from_state_dict(state_dict, prefix, *others)
+
+    @contextmanager
+    def _unpacked(self, prefix: str, errors: list[str]) -> Iterator[None]:
+        """Plain codes for a while; they are packed again, in memory of their own, unless the new scales forbid it."""
+        packed, shared = self._packed, self._shared
+        if packed is not None:
+            self.unpack()
+        yield
+        if packed is None:
+            return
+        if (fault := self.scale_fault) is not None:
+            errors.append(f"layer {prefix[:-1]}: {fault}")
+            return
+        self.pack(resident=packed.resident)
+        self._shared = shared
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -281,10 +309,28 @@ class SlicedLinear(NestedLinear):
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if SLICED_CODES not in self._buffers:
-            weight = self.nested_weight
             destination.pop(prefix + CODES, None)
-            destination[prefix + SLICED_CODES] = pack_rows(slice_codes(weight.codes, self._only_bits), self._only_bits)
-            destination[prefix + SLICED_SCALES] = weight.scales[PARENT_BITS]
+            destination[prefix + SLICED_CODES], destination[prefix + SLICED_SCALES] = self._stored()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Into what the buffers were while the file was loaded."""
+        if SLICED_CODES in self._buffers or not _holds(state_dict, prefix, (SLICED_CODES, SLICED_SCALES)):
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            return
+        with self._unpacked(prefix, others[-1]):
+            for name, stored in zip((SLICED_CODES, SLICED_SCALES), self._stored(), strict=True):
+                self.register_buffer(name, stored)
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            self.take_slice()
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales as files hold them."""
+        weight = self.nested_weight
+        return pack_rows(slice_codes(weight.codes, self._only_bits), self._only_bits), weight.scales[PARENT_BITS]
+
+
+def _holds(state_dict: Mapping[str, Any], prefix: str, names: Iterable[str]) -> bool:
+    return any(prefix + name in state_dict for name in names)
 
 
 def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:

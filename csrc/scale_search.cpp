@@ -33,7 +33,7 @@ struct Pieces {
 
     // Squared distance to the piece's mean level plus the spread of its levels, both in steps of the parent's grid.
     float error(float position) const {
-        const float inside = std::min(std::max(position, kLow), kHigh);
+        const float inside = std::min(std::max(kLow, position), kHigh);  // in this order also for a NaN
         int piece = first[static_cast<int>((inside - kLow) * kPerUnit)];
         while (piece < job->num_pieces - 1 && position > job->breakpoints[piece]) ++piece;
         const float distance = position - job->mean_level[piece];

@@ -17,10 +17,13 @@ class Blocks {
     Blocks(const Blocks&) = delete;
     Blocks& operator=(const Blocks&) = delete;
     uint8_t* take(int64_t bytes);  // zeroed; nullptr when out of memory
-    int64_t taken() const { return taken_; }
+    int64_t taken() const {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return taken_;
+    }
 
   private:
-    std::mutex mutex_;
+    mutable std::mutex mutex_;
     std::vector<void*> blocks_;
     int64_t block_bytes_;
     uint8_t* free_ = nullptr;

@@ -570,10 +570,13 @@ def test_a_config_that_transformers_cannot_use_is_named(key, value, checkpoint):
         matgptq.load(checkpoint)
 
 
-def test_a_scale_that_is_not_finite_is_refused(checkpoint):
-    change(f"{DOWN}.scales_3", lambda t: t.index_fill(0, torch.tensor([5]), torch.nan))(checkpoint)
+@pytest.mark.parametrize(
+    ("scale", "message"), [(torch.nan, "holds NaN or Inf"), (torch.inf, "holds NaN or Inf"), (-0.0, "holds zeros")]
+)
+def test_a_scale_that_is_none_is_refused(scale, message, checkpoint):
+    change(f"{DOWN}.scales_3", lambda t: t.index_fill(0, torch.tensor([5]), scale))(checkpoint)
     for load in (matgptq.load, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(CheckpointError, match=f"layer {DOWN}: scales_3 holds NaN or Inf"):
+        with pytest.raises(CheckpointError, match=f"layer {DOWN}: scales_3 {message}"):
             load(checkpoint)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_models import GROUP_SIZE, make_tokenizer, save_model, token_ids
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
@@ -131,6 +132,13 @@ def test_the_state_of_the_caller_is_not_written_to(checkpoint, calls):
     assert torch.equal(given, before)
 
 
+class Doubling(ModelHook):
+    """As accelerate hooks into a module: by another ``forward``."""
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        return 2 * output
+
+
 def _hooked(model: nn.Module) -> None:
     for block in model.model.layers:
         block.mlp.register_forward_hook(lambda *_: None)
@@ -160,6 +168,60 @@ def test_what_the_short_way_would_pass_over_is_not(change, checkpoint, monkeypat
     monkeypatch.setattr(RowBlock, "run", lambda *given: seen.append(run(*given)) or seen[-1])
     torch.testing.assert_close(decode(model), expected, rtol=1e-4, atol=1e-4)
     assert all(result is None for result in seen)
+
+
+def _doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *given, **options: 2 * forward(*given, **options)
+
+
+@pytest.mark.parametrize("where", ["instance", "class", "accelerate", "all modules"])
+def test_a_forward_that_was_replaced_is_called(where, checkpoint, monkeypatch):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    unchanged = decode(model)
+    handle = None
+    if where == "class":
+        own = type(model.model.layers[0].mlp)
+        monkeypatch.setattr(own, "forward", _doubled(own.forward))
+    elif where == "all modules":
+        own = type(model.model.layers[0].mlp)
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, _, output: 2 * output if isinstance(module, own) else None
+        )
+    else:
+        for block in model.model.layers:
+            if where == "accelerate":
+                add_hook_to_module(block.mlp, Doubling())
+            else:
+                block.mlp.forward = _doubled(block.mlp.forward)
+    try:
+        found, expected = decode(model), the_long_way(model, monkeypatch)
+    finally:
+        if handle is not None:
+            handle.remove()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, unchanged)
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm", "self_attn.q_norm"])
+@pytest.mark.parametrize("change", ["cast", "strided", "parametrized"])
+def test_norms_that_were_changed(change, name, checkpoint, monkeypatch):
+    model = matgptq.load(checkpoint("qwen3"), 8, device="cpu")
+    for block in model.model.layers:
+        norm = block.get_submodule(name)
+        if change == "cast":
+            norm.bfloat16()
+        elif change == "strided":
+            norm.weight = nn.Parameter(torch.stack([norm.weight, torch.zeros_like(norm.weight)], 1)[:, 0])
+        else:
+            nn.utils.parametrizations.weight_norm(norm, dim=None)
+    found, expected = decode(model), the_long_way(model, monkeypatch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_activations_of_one_layer(checkpoint, monkeypatch):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    model.model.layers[1].mlp.up_proj.activations = "int8"
+    torch.testing.assert_close(decode(model), the_long_way(model, monkeypatch), rtol=1e-5, atol=1e-5)
 
 
 def test_a_hook_sees_every_token(checkpoint):

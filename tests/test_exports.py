@@ -519,6 +519,21 @@ def test_a_slice_serves_its_width(sliced, monkeypatch):
     )
 
 
+def test_a_state_dict_of_a_slice_is_loaded_again(sliced, monkeypatch):
+    _, output = sliced
+    for kernel in ("reference", None):
+        monkeypatch.setenv("MATGPTQ_KERNEL", kernel) if kernel else monkeypatch.delenv("MATGPTQ_KERNEL")
+        model = matgptq.load(output)
+        expected = logits(model)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items() if ".sliced_codes" in name}
+        model.load_state_dict(zeros, strict=False)
+        assert not torch.allclose(logits(model), expected)
+        model.load_state_dict(state)
+        assert torch.equal(logits(model), expected)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_slice_holds_nothing_else(sliced):
     checkpoint, output = sliced
     parent, own = open_checkpoint(checkpoint), open_checkpoint(output, slices=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import random
 
 import pytest
 import torch
 from tiny_models import token_ids
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import matgptq
 from matgptq import kernels, native
 from matgptq.errors import AllocationError, ConfigurationError
-from matgptq.nested_linear import NestedLinear, nested_layers
+from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS
 
@@ -153,6 +156,18 @@ def test_a_model_uses_the_kernels_by_default(make_checkpoint, tmp_path):
 
 
 @needs_native
+def test_packed_weights_are_copied_by_name_and_not_pickled(make_checkpoint, tmp_path):
+    model = matgptq.load(make_checkpoint("llama")[1], bits=3)
+    layer = next(iter(nested_layers(model).values()))
+    assert copy.copy(layer.packed) is copy.deepcopy(layer.packed) is layer.packed
+    for refused in (layer.packed, native.Arena(), layer, model.model.layers[0], model):
+        with pytest.raises(TypeError, match="save_pretrained"):
+            pickle.dumps(refused)
+        with pytest.raises(TypeError, match="save_pretrained"):
+            torch.save(refused, tmp_path / "whole.pt")
+
+
+@needs_native
 def test_one_slice_in_memory(make_checkpoint):
     _, out = make_checkpoint("llama")
     ids = token_ids()[:1, :16]
@@ -207,8 +222,169 @@ def test_a_model_compiles_into_one_graph(packed, make_checkpoint):
 
 
 @needs_native
-def test_the_operator_follows_the_rules_of_torch():
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_operators_follow_the_rules_of_torch(trained):
     weight = kernels.remember(pack(make_weight(20, 64, 2)))
-    for bias in (None, torch.randn(20)):
-        arguments = (torch.randn(3, 2, 64), weight.key, 4, bias, "exact")
+    for bias in (None, torch.randn(20, requires_grad=trained)):
+        arguments = (torch.randn(3, 2, 64, requires_grad=trained), weight.key, 4, bias, "exact")
         torch.library.opcheck(torch.ops.matgptq.packed_matmul.default, arguments)
+    torch.library.opcheck(torch.ops.matgptq.packed_weight.default, (weight.key, 3, torch.bfloat16))
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 5, 64), (40, 64), (0, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_input_and_bias(dtype, shape, activations):
+    weight = make_weight(20, 64, 2)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    bias = torch.randn(20, requires_grad=True)
+    weights = torch.randn(*shape[:-1], 20, dtype=dtype)
+    expected = torch.autograd.grad((kernels.matmul(x, weight, 3, bias) * weights).sum(), (x, bias))
+    for form in (pack(weight), pack(weight, 3)):
+        product = kernels.matmul(x, kernels.remember(form), 3, bias, activations=activations)
+        found = torch.autograd.grad((product * weights).sum(), (x, bias))
+        torch.testing.assert_close(found, expected)
+        assert not kernels.matmul(x.detach(), form, 3, bias.detach()).requires_grad
+
+
+@needs_native
+def test_a_weight_lives_until_its_gradient_is_known():
+    layer = NestedLinear(64, 20, False, 32)
+    layer.codes.random_(0, 256)
+    x = torch.randn(40, 64, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), x)
+    layer.pack()
+    product = layer(x)
+    layer.unpack()
+    torch.testing.assert_close(torch.autograd.grad(product.sum(), x), expected)
+
+
+class Adapter(torch.nn.Module):
+    """A layer and a trainable product of two small matrices beside it (LoRA)."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        generator = torch.Generator().manual_seed(layer.out_features)
+        self.down = torch.nn.Parameter(torch.randn(2, layer.in_features, generator=generator) * 0.1)
+        self.up = torch.nn.Parameter(torch.randn(layer.out_features, 2, generator=generator) * 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+@needs_native
+@pytest.mark.parametrize("tokens", [1, 12, 48])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adapters_around_the_layers_of_a_loaded_model_learn(compiled, tokens, make_checkpoint, monkeypatch):
+    model = matgptq.load(make_checkpoint("qwen2", torch.float32)[1], bits=3)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for block in model.model.layers:
+        block.self_attn.v_proj = Adapter(block.self_attn.v_proj)
+        block.mlp.gate_proj = Adapter(block.mlp.gate_proj)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = token_ids(1, tokens, seed=3)
+
+    def gradients(model):
+        logits = model(input_ids=ids, use_cache=False).logits
+        return torch.autograd.grad(logits.log_softmax(-1)[..., 7].sum(), trained)
+
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    found = gradients(run)
+    monkeypatch.setenv("MATGPTQ_KERNEL", "reference")
+    torch.testing.assert_close(found, gradients(model), rtol=1e-3, atol=1e-4)
+
+
+# --- what goes on around a product ------------------------------------------------------------------------------------
+
+
+class Plain(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+@pytest.fixture
+def layers():
+    """The same layer packed and not, with nothing to train."""
+    pair = [NestedLinear(64, 20, True, 32, bits=3) for _ in range(2)]
+    for layer in pair:
+        layer.codes.copy_(make_weight(20, 64, 2).codes)
+        layer.scales_8.copy_(make_weight(20, 64, 2).scales[8])
+        torch.nn.init.ones_(layer.bias)
+        layer.requires_grad_(False)
+    pack_layers(pair[0])
+    return pair
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_tensors_that_are_not_what_lies_in_memory(layers, rows):
+    packed, plain = layers
+    x = torch.randn(rows, 64)
+    torch.testing.assert_close(packed(torch._neg_view(x)), plain(-x))
+    found = packed(x.as_subclass(Plain))
+    assert type(found) is Plain
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), plain(x))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = packed(mode.from_tensor(x))
+    assert isinstance(fake, FakeTensor)
+    assert fake.shape == (rows, 20)
+    torch.testing.assert_close(packed(x), plain(x))
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_a_recorded_product_is_one_of_its_input(layers, rows):
+    packed, plain = layers
+    traced = torch.jit.trace(packed, torch.randn(rows, 64))
+    x = torch.randn(rows, 64)
+    torch.testing.assert_close(traced(x), plain(x))
+    graph = make_fx(packed)(torch.randn(rows, 64))
+    torch.testing.assert_close(graph(x), plain(x))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_is_followed_as_linear_layers_do(layers, dtype, compiled):
+    packed, plain = layers
+    if compiled:
+        torch.compiler.reset()  # graphs of other tests count
+        packed = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    for rows, cast in itertools.product((1, 5, 40), (torch.bfloat16, torch.float16)):
+        x = torch.randn(rows, 64).to(dtype)
+        with torch.autocast("cpu", cast):
+            found, expected = packed(x), plain(x)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else cast)
+        torch.testing.assert_close(
+            found, expected, rtol=0.02, atol=0.05
+        )  # where codes are unpacked: no rounded weights
+
+
+@needs_native
+def test_transformations(layers):
+    packed, plain = layers
+    x = torch.randn(3, 5, 64)
+    for transformed in (
+        lambda layer: torch.vmap(layer)(x),
+        lambda layer: torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1],
+        lambda layer: torch.func.grad(lambda y: layer(y).square().sum())(x),
+        lambda layer: torch.func.jacfwd(layer)(x[0, :2]),
+        lambda layer: torch.func.hessian(lambda y: layer(y).square().sum())(x[0, :2]),
+    ):
+        torch.testing.assert_close(transformed(packed), transformed(plain), rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+def test_a_default_device_is_not_where_weights_lie(layers):
+    packed, plain = layers
+    x = torch.randn(40, 64)
+    with torch.device("meta"):
+        found = packed(x)
+        dense = packed.dequantize()
+    torch.testing.assert_close(found, plain(x))
+    assert torch.equal(dense, plain.dequantize())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from tiny_models import build_model, token_ids
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import matgptq
+from matgptq import native
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, SourceError
 from matgptq.nested_linear import NestedLinear, nested_layers, set_bits
@@ -155,6 +159,71 @@ def test_set_bits_changes_all_or_nothing(out, expected):
     assert torch.equal(logits(model), expected[4])
     with pytest.raises(AllocationError, match="no nested layers"):
         set_bits(build_model("llama"), 4)
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
+def test_one_layer_that_cannot_change_keeps_all_from_changing(out, expected):
+    model = matgptq.load(out, bits=4)
+    layer = model.get_submodule(DOWN)
+    layer.unpack()
+    layer.pack(resident=False)
+    with pytest.raises(AllocationError, match=f"layer {DOWN}: .*resident=True"):
+        model.set_bits(3)
+    assert widths(model) == {4}
+    with pytest.raises(ConfigurationError, match=f"layer {DOWN} cannot move"):
+        model.to("meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    torch.testing.assert_close(logits(model), expected[4], rtol=1e-4, atol=1e-4)
+
+
+def clones(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kernel", ["reference", ""])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_state_dict_is_loaded_into_what_it_came_from(packed, kernel, out, expected, monkeypatch):
+    monkeypatch.setenv("MATGPTQ_KERNEL", kernel)
+    model = matgptq.load(out, bits=4)
+    if not packed:
+        for layer in nested_layers(model).values():
+            layer.unpack()
+    was_packed = {name for name, layer in nested_layers(model).items() if layer.packed is not None}
+    groups = [layer.shared_input for layer in nested_layers(model).values()]
+    whole = clones(model)
+    single = model(token_ids(1, 1)).logits
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in whole.items() if ".codes" in name or "bias" in name}
+    assert not model.load_state_dict(zeros, strict=False).unexpected_keys
+    assert not torch.allclose(logits(model), expected[4])
+    assert not torch.allclose(model(token_ids(1, 1)).logits, single)
+    halved = {name: tensor / 2 for name, tensor in whole.items() if ".scales_" in name}
+    model.load_state_dict(whole)
+    model.load_state_dict(halved, strict=False)
+    for name, layer in nested_layers(model).items():
+        assert torch.equal(layer.scales_8, whole[f"{name}.scales_8"] / 2)
+        assert torch.equal(layer.nested_weight.codes, whole[f"{name}.codes"])
+    model.load_state_dict(whole)
+    torch.testing.assert_close(logits(model), expected[4], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(token_ids(1, 1)).logits, single)
+    assert {name for name, layer in nested_layers(model).items() if layer.packed is not None} == was_packed
+    assert [layer.shared_input for layer in nested_layers(model).values()] == groups
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
+def test_state_dicts_that_a_packed_model_cannot_load(out, expected):
+    whole = clones(matgptq.load(out))
+    model = matgptq.load(out, bits=4, resident=False)
+    scales = {name: tensor for name, tensor in whole.items() if ".scales_" in name}
+    for state, strict in ((whole, True), (scales, False)):
+        with pytest.raises(RuntimeError, match=f"layer {Q}: only its slice is in memory"):
+            model.load_state_dict(state, strict=strict)
+    model.load_state_dict({"lm_head.weight": whole["lm_head.weight"]}, strict=False)
+    torch.testing.assert_close(logits(model), expected[4], rtol=1e-4, atol=1e-4)
+    model = matgptq.load(out, bits=4)
+    with pytest.raises(RuntimeError, match=f"layer {Q}: scales_8 holds zeros"):
+        model.load_state_dict({f"{Q}.scales_8": torch.zeros_like(whole[f"{Q}.scales_8"])}, strict=False)
+    assert torch.equal(model.state_dict()[f"{Q}.codes"], whole[f"{Q}.codes"])
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
@@ -326,6 +395,37 @@ def test_a_deep_copy_is_independent(out, expected):
     assert torch.equal(logits(twin), expected[2])
     twin.get_submodule(Q).codes.zero_()
     assert torch.equal(logits(model), expected[8])
+
+
+def test_a_copy_has_methods_of_its_own(out, expected):
+    model = matgptq.load(out, bits=8)
+    for twin in (copy.deepcopy(model), copy.copy(model)):
+        twin.set_bits(2)
+        assert type(twin) is type(model)
+        assert type(twin).__name__ == "LlamaForCausalLM"
+        assert torch.equal(logits(twin), expected[2])
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    twin = pickle.loads(pickle.dumps(model))
+    twin.set_bits(2)
+    assert torch.equal(logits(twin), expected[2])
+    assert widths(model) == {8}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("load", [matgptq.load, AutoModelForCausalLM.from_pretrained], ids=["ours", "transformers"])
+def test_the_memory_of_a_model_is_free_when_its_last_name_is_gone(name, load, make_checkpoint, monkeypatch):
+    monkeypatch.delenv("MATGPTQ_KERNEL")
+    model = load(make_checkpoint(name)[1])
+    with torch.no_grad():
+        model.generate(token_ids(1, 5), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    parts = [weakref.ref(model), *map(weakref.ref, nested_layers(model).values())]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not any(part() for part in parts)
+    finally:
+        gc.enable()
 
 
 def test_a_copy_that_shares_storage_has_its_own_width(out, expected):

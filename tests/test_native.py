@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from threading import Thread
 
 import pytest
 import torch
@@ -447,6 +448,32 @@ def test_sweep_refusals() -> None:
     with pytest.raises(ConfigurationError, match="kernels"):
         native.sweep(base, coupling, scales, group_of + 1, [2, 8], [1, 1])
     assert native.sweep(base[:, :0], coupling, scales[:, :0], group_of, [2, 8], [1, 1]).shape == (0, 4)
+
+
+@needs_library
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scale_search_with_weights_that_are_no_numbers(bad: float) -> None:
+    """The position of a NaN must not become an index."""
+    weight, candidates = torch.randn(3, 64), torch.rand(5, 3, 2) + 0.01
+    weight[1, 5] = bad
+    table = torch.linspace(-128, 127, 255), torch.linspace(-128, 127, 256), torch.rand(256)
+    found = native.search_scales(weight, torch.rand(64), candidates, *table)
+    assert ((found >= 0) & (found < 5)).all()
+    assert found[1, 0] == 0
+
+
+@needs_library
+def test_an_arena_is_asked_while_others_pack_into_it() -> None:
+    arena, weights = native.Arena(), []
+    codes, scales = torch.zeros(64, 64, dtype=torch.uint8), torch.ones(64, 2)
+    thread = Thread(target=lambda: weights.extend(native.pack_parent(codes, scales, arena=arena) for _ in range(50)))
+    thread.start()
+    seen = [0]
+    while thread.is_alive():
+        seen.append(arena.nbytes)
+    thread.join()
+    assert seen == sorted(seen)
+    assert arena.nbytes == sum(weight.nbytes for weight in weights)
 
 
 def test_structures_match_the_header() -> None:

@@ -14,7 +14,7 @@ from matgptq import kernels, native
 from matgptq.errors import ConfigurationError, UnsupportedModelError
 from matgptq.families import find_family
 from matgptq.native import products
-from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers
+from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers, set_bits
 from matgptq.output_head import OutputHead, pack_head
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native library")
@@ -34,6 +34,7 @@ class Attention(torch.nn.Module):
             )
             self.add_module(name, layer)
         pack_layers(self, activations=activations, shared=[("q", "k", "v")])
+        self.requires_grad_(False)  # as of a loaded model
 
     def alone(self, name: str, x: torch.Tensor) -> torch.Tensor:
         layer = self.get_submodule(name)
@@ -97,11 +98,80 @@ def test_a_width_changed_between_two_layers_takes_effect():
     assert torch.equal(model.k(x), model.alone("k", x))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_width_changed_while_the_library_computes_takes_effect_afterwards(rows, monkeypatch):
+    """As another thread may do."""
+    model = Attention()
+    x = torch.randn(rows, 64)
+    expected = model.alone("q", x)
+    for module, name in ((kernels, "matmul_shared"), (native.Joined, "__call__")):
+        original = getattr(module, name)
+
+        def meddling(*given, original=original, **options):
+            result = original(*given, **options)
+            set_bits(model, 8)
+            return result
+
+        monkeypatch.setattr(module, name, meddling)
+    assert torch.equal(model.q(x), expected)
+    assert {model.q.bits, model.k.bits} == {8}
+    assert torch.equal(model.k(x), model.alone("k", x))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_another_bias_takes_effect(dtype, rows):
+    model = Attention()
+    model.k.bias.data = model.k.bias.data.to(dtype)
+    x = torch.randn(rows, 64)
+    model.k(x)
+    before = model.k(x)
+    model.q(x)
+    model.k.bias = torch.nn.Parameter(model.k.bias + 100, requires_grad=False)
+    torch.testing.assert_close(model.k(x), before + 100)
+    model.k.bias.data = model.k.bias.data + 100
+    torch.testing.assert_close(model.k(x), before + 200)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_activations_may_change(rows):
+    model = Attention()
+    x = torch.randn(rows, 64)
+    for change in (("k",), ("q", "k", "v"), ("q",)):
+        for name in ("q", "k", "v"):
+            model.get_submodule(name).activations = "int8" if name in change else "exact"
+        for name in ("q", "k", "v"):
+            assert torch.equal(model.get_submodule(name)(x), model.alone(name, x))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_layer_without_the_others_of_its_group(rows):
+    model = Attention()
+    x = torch.randn(rows, 64)
+    expected = model.alone("k", x)
+    for layer in (copy.copy(model.k), copy.deepcopy(model.k), copy.deepcopy(model).k):
+        torch.testing.assert_close(layer(x), expected)
+    del model.q, model.v
+    torch.testing.assert_close(model.k(x), expected)
+
+
 def test_prompts_go_layer_by_layer(calls):
     model = Attention()
     x = torch.randn(100, 64)
     assert torch.equal(model.q(x), model.alone("q", x))
     assert calls == []
+
+
+def test_a_product_with_a_gradient_is_made_alone(calls):
+    model = Attention()
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        expected = model.q(x).clone()
+    model.k.bias.requires_grad_()
+    assert model.k(x).requires_grad
+    assert not model.q(x).requires_grad
+    assert torch.equal(model.q(x.requires_grad_()), expected)  # nothing that was ready without a gradient
+    assert calls == [3, 1, 1, 1]
 
 
 def test_copies_do_not_share_results():
@@ -168,6 +238,62 @@ def test_the_full_precision_head_is_what_is_saved(make_checkpoint, tmp_path):
     tokens = token_ids()[:1, :5]
     again, expected = (matgptq.load(path, 8)(input_ids=tokens).logits for path in (tmp_path / "again", out))
     assert torch.equal(again, expected)
+
+
+def _resized(model):
+    model.resize_token_embeddings(300, mean_resizing=False)
+
+
+def _edited(model):
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:7] = 0
+
+
+def _replaced(model):
+    model.get_output_embeddings().weight = torch.nn.Parameter(torch.ones(288, 64), requires_grad=False)
+
+
+def _put_in_place(model):
+    weight = model.get_output_embeddings().weight
+    weight.data = weight.data + 1
+
+
+def _trained(model):
+    model.get_output_embeddings().weight.requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "change", [_resized, _edited, _replaced, _put_in_place, _trained], ids=lambda f: f.__name__[1:]
+)
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_head_that_was_changed_is_the_one_that_serves(copied, name, change, make_checkpoint):
+    model = matgptq.load(make_checkpoint(name, torch.float32)[1], 8, head_bits=2)
+    if copied:
+        model = copy.deepcopy(model)
+    change(model)
+    head = model.get_output_embeddings()
+    x = torch.randn(3, 64)
+    logits = head(x)
+    torch.testing.assert_close(logits, torch.nn.functional.linear(x, head.weight))
+    assert logits.requires_grad == (change is _trained)
+    if change is not _trained:
+        assert not getattr(copy.deepcopy(head), "is_packed", False)  # resizing may make a plain one of it
+        pack_head(model, 8)
+        assert 0 < (model.get_output_embeddings()(x) - logits).abs().max() < 0.1 * logits.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_head_that_was_copied_or_cast_is_still_packed(name, make_checkpoint):
+    model = matgptq.load(make_checkpoint(name, torch.float32)[1], 8, head_bits=2)
+    x = torch.randn(3, 64)
+    expected = model.get_output_embeddings()(x)
+    for twin in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model).bfloat16()), copy.copy(model)):
+        head = twin.get_output_embeddings()
+        assert head.is_packed
+        assert torch.equal(head(x), expected)
+    compiled = torch.compile(model.get_output_embeddings(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
 
 
 def test_head_bits_are_checked(make_checkpoint):

@@ -194,6 +194,19 @@ def test_activations_anywhere_in_memory(monkeypatch):
         check(kernels.matmul(x, packed, 5).reshape(-1, 20), flat_rows, weight.dequantize(5))
 
 
+@pytest.mark.parametrize("kernel", ["triton-fused", "triton-tiled"])
+def test_gradients(kernel, monkeypatch):
+    monkeypatch.setenv("MATGPTQ_KERNEL", kernel)
+    monkeypatch.setenv("MATGPTQ_AUTOTUNE", "0")
+    weight = make_weight(20, 64, 2)
+    packed = kernels.remember(pack(weight))
+    x = normal(3, 64, dtype=torch.float16).to(DEVICE).requires_grad_()
+    bias = normal(20, dtype=torch.float16).to(DEVICE).requires_grad_()
+    kernels.matmul(x, packed, 3, bias).sum().backward()
+    torch.testing.assert_close(x.grad.cpu(), (torch.ones(3, 20) @ weight.dequantize(3)).half(), rtol=2e-3, atol=2e-3)
+    assert torch.equal(bias.grad.cpu(), torch.full((20,), 3.0).half())
+
+
 def layer(bits: int = 4) -> NestedLinear:
     made = NestedLinear(96, 20, True, 32, (3, 8), bits)
     weight = make_weight(20, 96, 3)

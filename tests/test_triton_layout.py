@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -92,7 +93,9 @@ def test_what_it_costs():
     shared = pack_parent(weight.codes, dict.fromkeys(WIDTHS, weight.scales[8]))
     assert parent.nbytes - shared.nbytes == 6 * scales
     assert len({packed.key for packed in (parent, single, shared)}) == 3
-    assert copy.deepcopy(parent) is parent
+    assert copy.deepcopy(parent) is copy.copy(parent) is parent
+    with pytest.raises(TypeError, match="save_pretrained"):
+        pickle.dumps(parent)
 
 
 def test_what_it_refuses():

@@ -4,7 +4,7 @@ Between the products of a block transformers runs some thirty small operations, 
 they compute: in a small model longer than the products. Here a block of the plain kind (Llama's and its likes) is four
 products, attention, and five calls of the native library, with the same rounding as in transformers' own code; only
 attention's order of sums may differ. Whatever is not this case goes to the block's own code: more than a token, a mask,
-gradients, a graph that is being compiled, a hook or another module inside the block.
+gradients, a graph that is being compiled, a hook, another module or another ``forward`` inside the block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks as _global_hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
+from matgptq import kernels
+from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import DTYPES, RowSteps
 from matgptq.nested_linear import NestedLinear
 from matgptq.shared_input import SharedInput
@@ -25,7 +29,7 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")
 
 
-class DecodesRows:
+class DecodesRows(Mixin):
     """Mixed into the class of a block: a single token takes the short way."""
 
     _row_block: RowBlock
@@ -55,18 +59,9 @@ def decode_in_rows(model: nn.Module, blocks: str) -> int:
         if row_block is None:
             continue
         block.__dict__["_row_block"] = row_block
-        block.__class__ = _mixed(type(block))
+        mix_in(DecodesRows, block)
         changed += 1
     return changed
-
-
-_classes: dict[type, type] = {}
-
-
-def _mixed(own: type) -> type:
-    if own not in _classes:
-        _classes[own] = type(own.__name__, (DecodesRows, own), {"__module__": own.__module__, "__doc__": own.__doc__})
-    return _classes[own]
 
 
 def _row_block(block: Any) -> RowBlock | None:
@@ -76,12 +71,9 @@ def _row_block(block: Any) -> RowBlock | None:
     if any(owner is None or not hasattr(owner, name) for owner, wanted in names.items() for name in wanted):
         return None
     linears = [getattr(owner, name) for owner in (attention, mlp) for name in names[owner]]
-    norms = [getattr(block, name) for name in _NORMS]
-    norms += [getattr(attention, name) for name in _HEAD_NORMS if hasattr(attention, name)]
-    dtype = norms[0].weight.dtype
+    dtype = block.input_layernorm.weight.dtype
     if (
         dtype not in DTYPES
-        or any(norm.weight.dtype != dtype or norm.weight.device.type != "cpu" for norm in norms)
         or any(not isinstance(linear, NestedLinear) or linear.packed is None for linear in linears)
         or attention.config.hidden_act not in ("silu", "swish")
     ):
@@ -107,6 +99,7 @@ class RowBlock:
         self._out: list[NestedLinear] = [attention.o_proj]
         self._gate_up: list[NestedLinear] = [mlp.gate_proj, mlp.up_proj]
         self._down: list[NestedLinear] = [mlp.down_proj]
+        self._norms = [self._first_norm, self._second_norm, *filter(None, self._head_norms)]
         self._size: int = attention.head_dim
         self._dtype = self._first_norm.weight.dtype
         # What the short way passes over: if one of them is replaced or watched, it is not taken.
@@ -114,13 +107,16 @@ class RowBlock:
         self._passed += [(attention._modules, name) for name in (*_ATTENTION, *_HEAD_NORMS) if hasattr(attention, name)]
         self._passed += [(mlp._modules, name) for name in (*_MLP, "act_fn")]
         self._known = [modules[name] for modules, name in self._passed]
+        self._forwards = {type(module): type(module).forward for module in self._known}
 
     def takes(self, hidden: Tensor, keywords: dict[str, Any]) -> bool:
         """Whether a call is the one that ``run`` is for."""
         if hidden.shape[:-1] != (1, 1) or hidden.dtype != self._dtype or torch.is_grad_enabled():
             return False
+        if not kernels.is_plain(hidden):
+            return False
         if (
-            hidden.device.type != "cpu"
+            not hidden.is_cpu
             or keywords.get("attention_mask") is not None
             or keywords.get("past_key_values") is None
             or (position := keywords.get("position_embeddings")) is None
@@ -129,9 +125,23 @@ class RowBlock:
             or self._attention.config._attn_implementation != "sdpa"
         ):
             return False
+        for norm in self._norms:  # which may have been cast since; the library takes an address
+            weight = norm._parameters.get("weight")
+            if weight is None or weight.dtype is not self._dtype or not weight.is_cpu or not weight.is_contiguous():
+                return False
+        if _global_hooks or _global_pre_hooks:
+            return False
+        for kind, forward in self._forwards.items():
+            if kind.forward is not forward:
+                return False
         for (modules, name), known in zip(self._passed, self._known, strict=True):
-            module = modules.get(name)
-            if module is not known or module._forward_hooks or module._forward_pre_hooks:
+            own = known.__dict__
+            if (
+                modules.get(name) is not known
+                or own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or "forward" in own  # replaced, or wrapped in a hook of accelerate's
+            ):
                 return False
         return True
 

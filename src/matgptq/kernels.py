@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from matgptq import native
 from matgptq.errors import ConfigurationError
@@ -44,6 +45,12 @@ _TILE_BYTES = 1 << 20  # a dequantized tile has to stay in the second-level cach
 TRITON_FUSED_ROWS = 128
 _TRITON_TILE_BYTES = 64 << 20  # bounds the memory that a product takes beside its result
 _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
+
+# What may be going on around a product, asked where PyTorch keeps it: its own questions take several times as long.
+_casts = torch._C._is_any_autocast_enabled
+_modes = torch._C._len_torch_dispatch_stack  # fake tensors, counters of operations, make_fx
+_traces = torch._C._is_tracing  # torch.jit.trace
+_transformation = torch._C._functorch.peek_interpreter_stack  # torch.func
 
 
 @dataclass(frozen=True)
@@ -87,18 +94,54 @@ def matmul(
         activations: ``exact``, or ``int8`` to round x to 8 bits per row and stretch of columns (CPU only).
 
     Returns:
-        ``[..., out]`` in the dtype of ``x``.
+        ``[..., out]`` in the dtype of ``x``; differentiable in x and bias.
 
     Raises:
         ConfigurationError: the kernel that ``MATGPTQ_KERNEL`` names refuses the product.
     """
-    if isinstance(weight, PackedWeight) and torch.compiler.is_compiling():
-        result: Tensor = _packed_matmul(x, weight.key, bits, bias, activations)
-        return result
+    if isinstance(weight, PackedWeight) and (torch.compiler.is_compiling() or not is_plain(x, bias)):
+        return _multiply_openly(x, weight, bits, bias, activations)
+    return _multiply(x, weight, bits, bias, activations)
+
+
+def _multiply_openly(
+    x: Tensor, weight: PackedWeight, bits: int, bias: Tensor | None, activations: Activations
+) -> Tensor:
+    """``matmul`` as operations that PyTorch sees, so that it can record, differentiate, cast and transform them."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # as for nn.Linear
+        x = x.to(torch.get_autocast_dtype(kind))
+    if not torch.compiler.is_compiling() and (_transformation() is not None or forward_ad._current_level >= 0):
+        # Forward derivatives and vmap know PyTorch's own operations only.
+        dense = _packed_weight(weight.key, bits, x.dtype)
+        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    result: Tensor = _packed_matmul(x, weight.key, bits, bias, activations)
+    return result
+
+
+def _multiply(x: Tensor, weight: AnyWeight, bits: int, bias: Tensor | None, activations: Activations) -> Tensor:
+    """``matmul`` by whichever kernel is chosen."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     product = Product(form_of(weight), x.device.type, x.dtype, len(rows), activations)
     result = choose(product).run(rows, weight, bits, bias, activations)
     return result.view(*x.shape[:-1], result.shape[1])
+
+
+def is_plain(x: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether only the numbers of x and bias matter: no gradient is due, nothing records, casts or transforms.
+
+    Kernels read memory by its address, which PyTorch does not notice. This is asked for every product.
+    """
+    return (
+        type(x) is Tensor
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not x.is_neg()
+        and not _casts()
+        and not _modes()
+        and not _traces()
+        and _transformation() is None
+        and forward_ad._current_level < 0
+    )
 
 
 class Operand(NamedTuple):
@@ -115,8 +158,8 @@ def matmul_shared(x: Tensor, operands: Sequence[Operand], *, activations: Activa
     Takes and raises what ``matmul`` does; widths may differ.
     """
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    packed = all(isinstance(operand.weight, native.Weight) for operand in operands)
-    if not packed or not fuses(Product("native", x.device.type, x.dtype, len(rows), activations)):
+    fitting = all(isinstance(weight, native.Weight) and is_plain(x, bias) for weight, _, bias in operands)
+    if not fitting or not fuses(Product("native", x.device.type, x.dtype, len(rows), activations)):
         return [matmul(x, *operand, activations=activations) for operand in operands]
     results = native.matmul_many(
         rows,
@@ -131,7 +174,8 @@ def matmul_shared(x: Tensor, operands: Sequence[Operand], *, activations: Activa
 class JoinedProduct:
     """``matmul_shared`` with its results side by side, for operands that do not change any more.
 
-    Without a copy, and with little work in front of the product, where the fused native kernel runs.
+    Without a copy, and with little work in front of the product, where the fused native kernel runs. For inference: no
+    gradient passes through it.
 
     Args:
         operands: weights with one ``in``.
@@ -289,7 +333,7 @@ def _run_tiled(x: Tensor, weight: native.Weight, bits: int, bias: Tensor | None,
     out_features = weight.out_features
     result = x.new_empty(len(x), out_features)
     step = max(16, _TILE_BYTES // (weight.in_features * x.element_size()) // 16 * 16)
-    tile = torch.empty(min(step, out_features), weight.in_features, dtype=x.dtype)
+    tile = x.new_empty(min(step, out_features), weight.in_features)
     for start in range(0, out_features, step):
         stop = min(start + step, out_features)
         rows = native.dequantize_rows(weight, bits, start, stop, dtype=x.dtype, out=tile[: stop - start])
@@ -366,11 +410,48 @@ def remember(weight: PackedWeight) -> PackedWeight:
     return weight
 
 
+def _remembered(key: int) -> PackedWeight:
+    weight = _packed.get(key)
+    if weight is None:
+        raise ConfigurationError("the packed weight that a recorded product reads is gone, and its model with it")
+    return weight
+
+
 @torch.library.custom_op("matgptq::packed_matmul", mutates_args=())
 def _packed_matmul(x: Tensor, key: int, bits: int, bias: Tensor | None, activations: str) -> Tensor:
-    return matmul(x, _packed[key], bits, bias, activations=activations)  # type: ignore[arg-type]
+    return _multiply(x, _remembered(key), bits, bias, activations)  # type: ignore[arg-type]
 
 
 @_packed_matmul.register_fake
 def _(x: Tensor, key: int, bits: int, bias: Tensor | None, activations: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], _packed[key].out_features)
+    return x.new_empty(*x.shape[:-1], _remembered(key).out_features)
+
+
+@torch.library.custom_op("matgptq::packed_weight", mutates_args=())
+def _packed_weight(key: int, bits: int, dtype: torch.dtype) -> Tensor:
+    return dequantize(_remembered(key), bits, dtype)
+
+
+@_packed_weight.register_fake
+def _(key: int, bits: int, dtype: torch.dtype) -> Tensor:
+    weight = _remembered(key)
+    return torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.device)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.key, ctx.bits, bias, _ = inputs
+    ctx.weight = _packed.get(ctx.key)  # alive until the gradient is computed
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+    """Of what x and bias were; rounding activations to 8 bits counts as not rounding them."""
+    of_x = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = gradient @ _packed_weight(ctx.key, ctx.bits, gradient.dtype)
+    if ctx.needs_input_grad[3]:
+        of_bias = gradient.sum_to_size(gradient.shape[-1]).to(ctx.bias_dtype)
+    return of_x, None, None, of_bias, None
+
+
+_packed_matmul.register_autograd(_differentiate, setup_context=_keep)

@@ -66,8 +66,8 @@ def load(
         trust_remote_code: allow code in the checkpoint to run. Off unless asked for.
 
     Returns:
-        The model in eval mode. ``model.set_bits(3)`` or ``model.set_bits({layer: 3, ...})`` changes widths at once,
-        without reading the disk.
+        The model in eval mode, its parameters frozen; adapters around its layers can be trained.
+        ``model.set_bits(3)`` or ``model.set_bits({layer: 3, ...})`` changes widths at once, without reading the disk.
 
     Raises:
         ConfigurationError: ``resident=False``, int8 activations or ``head_bits`` where no kernels can do it.
@@ -113,7 +113,7 @@ def load(
             trust_remote_code=trust_remote_code,
             **attention_options(config.to_dict()),
         )
-    model = model.to(target).eval()
+    model = model.to(target).eval().requires_grad_(False)
     if allocation is not None and not settings.is_slice:
         layers = nested_layers(model)
         default = next(iter(layers.values())).bits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from matgptq import kernels, native
 from matgptq.bit_stream import pack_rows, row_bytes, unpack_rows
 from matgptq.errors import AllocationError, ConfigurationError
+from matgptq.finiteness import all_finite
 from matgptq.format import CODES, SLICED_CODES, SLICED_SCALES, scales_name
 from matgptq.gpu.layout import PlaneWeight, unpack
 from matgptq.nested_weight import NestedWeight, scale_source
@@ -72,7 +75,7 @@ class NestedLinear(nn.Module):
 
         Every dtype that a model is cast to on the way (bfloat16, float32) holds them exactly.
         """
-        if self._packed is not None and fn(self.weight).device != self._packed.device:
+        if self.leaves(fn):
             self.unpack()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for own in self.scale_bits:
@@ -81,13 +84,22 @@ class NestedLinear(nn.Module):
                 self.register_buffer(scales_name(own), scales.to(torch.float16))
         return self
 
+    def leaves(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Whether what ``model.to(...)`` applies takes a packed layer away from where its kernels compute."""
+        return self._packed is not None and fn(self.weight).device != self._packed.device
+
     @property
     def bits(self) -> int:
         """The width in use."""
         return self._bits
 
     def set_bits(self, bits: int) -> None:
-        """Multiply by the slice of ``bits`` bits from now on.
+        """Multiply by the slice of ``bits`` bits from now on; raises as ``require_bits`` does."""
+        self.require_bits(bits)
+        self._bits = bits
+
+    def require_bits(self, bits: int) -> None:
+        """Refuse a width that cannot be set.
 
         Raises:
             AllocationError: the layer is packed as a slice of another width, or serves an allocation with scales of
@@ -103,7 +115,6 @@ class NestedLinear(nn.Module):
                 f"only the slice of {self._packed.widths[0]} bits is in memory; "
                 "load with resident=True to change widths"
             )
-        self._bits = bits
 
     def adopt_scales(self, scales: Tensor) -> None:
         """Serve the width in use with other scales, ``[out_features, groups]``, and no other width from now on."""
@@ -165,6 +176,19 @@ class NestedLinear(nn.Module):
         """Whether all that the files hold is still in memory."""
         return not self._fixed and (self._packed is None or self._packed.resident)
 
+    @property
+    def scale_fault(self) -> str | None:
+        """What is wrong with its scales, None if nothing is: from a weight packed with zeros no codes are recovered."""
+        for name in map(scales_name, self.scale_bits):
+            scales = getattr(self, name)
+            if scales.is_meta:
+                continue
+            if not all_finite(scales):
+                return f"{name} holds NaN or Inf"
+            if not bool(scales.all()):
+                return f"{name} holds zeros"
+        return None
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[out_features, in_features]`` weights at the width in use."""
         return kernels.dequantize(self.operand.weight, self._bits, dtype)
@@ -180,13 +204,39 @@ class NestedLinear(nn.Module):
     @property
     def operand(self) -> kernels.Operand:
         """What inputs are multiplied by at present."""
-        weight = self._packed if self._packed is not None else self.nested_weight
-        return kernels.Operand(weight, self._bits, self.bias)
+        packed = self._packed
+        return kernels.Operand(self.nested_weight if packed is None else packed, self._bits, self.bias)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._packed is not None:
             destination[prefix + CODES] = self.nested_weight.codes
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Codes and scales are loaded into an unpacked layer."""
+        errors: list[str] = others[-1]
+        if self._packed is None or not _holds(state_dict, prefix, (CODES, *map(scales_name, self.scale_bits))):
+            super()._load_from_state_dict(state_dict, prefix, *others)
+        elif not self.is_complete:
+            errors.append(f"layer {prefix[:-1]}: only its slice is in memory; load with resident=True to change it")
+        else:
+            with self._unpacked(prefix, errors):
+                super()._load_from_state_dict(state_dict, prefix, *others)
+
+    @contextmanager
+    def _unpacked(self, prefix: str, errors: list[str]) -> Iterator[None]:
+        """Plain codes for a while; they are packed again, in memory of their own, unless the new scales forbid it."""
+        packed, shared = self._packed, self._shared
+        if packed is not None:
+            self.unpack()
+        yield
+        if packed is None:
+            return
+        if (fault := self.scale_fault) is not None:
+            errors.append(f"layer {prefix[:-1]}: {fault}")
+            return
+        self.pack(resident=packed.resident)
+        self._shared = shared
 
     def extra_repr(self) -> str:
         return (
@@ -234,7 +284,7 @@ class SlicedLinear(NestedLinear):
         self.scales_8 = self.sliced_scales
         del self.sliced_codes, self.sliced_scales
 
-    def set_bits(self, bits: int) -> None:
+    def require_bits(self, bits: int) -> None:
         """Accept the one width that exists.
 
         Raises:
@@ -245,7 +295,7 @@ class SlicedLinear(NestedLinear):
                 f"these files hold only the slice of {self._only_bits} bits, not that of {bits}; "
                 "load the checkpoint that it was exported from, or export another slice"
             )
-        super().set_bits(bits)
+        super().require_bits(bits)
 
     def pack(self, arena: native.Arena | None = None, *, resident: bool = True) -> None:
         """Pack the slice for the native kernels; there are no other planes that could stay resident."""
@@ -259,10 +309,28 @@ class SlicedLinear(NestedLinear):
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if SLICED_CODES not in self._buffers:
-            weight = self.nested_weight
             destination.pop(prefix + CODES, None)
-            destination[prefix + SLICED_CODES] = pack_rows(slice_codes(weight.codes, self._only_bits), self._only_bits)
-            destination[prefix + SLICED_SCALES] = weight.scales[PARENT_BITS]
+            destination[prefix + SLICED_CODES], destination[prefix + SLICED_SCALES] = self._stored()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Into what the buffers were while the file was loaded."""
+        if SLICED_CODES in self._buffers or not _holds(state_dict, prefix, (SLICED_CODES, SLICED_SCALES)):
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            return
+        with self._unpacked(prefix, others[-1]):
+            for name, stored in zip((SLICED_CODES, SLICED_SCALES), self._stored(), strict=True):
+                self.register_buffer(name, stored)
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            self.take_slice()
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales as files hold them."""
+        weight = self.nested_weight
+        return pack_rows(slice_codes(weight.codes, self._only_bits), self._only_bits), weight.scales[PARENT_BITS]
+
+
+def _holds(state_dict: Mapping[str, Any], prefix: str, names: Iterable[str]) -> bool:
+    return any(prefix + name in state_dict for name in names)
 
 
 def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:
@@ -312,8 +380,8 @@ def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:
     """Set the width of all layers, or of the layers that an allocation names.
 
     Raises:
-        AllocationError: the model has no such layer, or none at all.
-        ConfigurationError: a width outside 2..8. Nothing is changed in either case.
+        AllocationError: the model has no such layer, or none at all, or a layer that cannot serve its width.
+        ConfigurationError: a width outside 2..8. Nothing is changed in any case.
     """
     layers = nested_layers(model)
     if not layers:
@@ -324,8 +392,8 @@ def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:
         raise AllocationError(f"the model has no nested layer {unknown[0]}")
     for name, width in widths.items():
         try:
-            check_bits(width)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"layer {name}: {error}") from None
+            layers[name].require_bits(width)
+        except (AllocationError, ConfigurationError) as error:
+            raise type(error)(f"layer {name}: {error}") from None
     for name, width in widths.items():
         layers[name].set_bits(width)

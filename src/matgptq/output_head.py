@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +20,36 @@ GROUP_SIZE = 64
 _ROWS = 8192  # rounded at a time, to bound the temporaries
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What tells whether a weight is still the one that was packed."""
+
+    identity: int
+    shape: torch.Size
+    device: torch.device
+    version: int
+    dtype: torch.dtype
+    address: int
+
+    @staticmethod
+    def of(weight: Tensor) -> _Origin:
+        version = -1 if weight.is_inference() else weight._version
+        return _Origin(id(weight), weight.shape, weight.device, version, weight.dtype, weight.data_ptr())
+
+    def matches(self, weight: Tensor) -> bool:
+        """A cast puts other memory under the same parameter, and is no other weight."""
+        if id(weight) != self.identity:
+            return False
+        now = _Origin.of(weight)
+        return now == self or (now.dtype != self.dtype and replace(now, dtype=self.dtype, address=self.address) == self)
+
+
 class OutputHead(nn.Linear):
     """The model's own head, whose products run on a packed copy rounded to nearest.
 
-    The full-precision weight stays: it may be the embedding table as well, and saving the model writes it.
+    The full-precision weight stays: it may be the embedding table as well, and saving the model writes it. Once it is
+    another one (resized, edited, moved to another device; a cast does not count), or is to be trained, products are
+    those of a plain Linear; ``pack_head`` makes a packed copy of it as it is then.
 
     Args:
         head: the head it takes the place of; weight and bias are shared with it.
@@ -47,9 +74,32 @@ class OutputHead(nn.Linear):
         scales = torch.cat([piece.scales_for(bits) for piece in pieces])
         rounded = NestedWeight(codes, {PARENT_BITS: scales})
         self.packed = kernels.pack(rounded, bits, arena=kernels.new_arena(codes.device))
+        self._packed_from: _Origin | None = _Origin.of(self.weight)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the packed copy is one of the weight as it is."""
+        origin = self._packed_from
+        if torch.compiler.is_compiling():  # a graph can tell no more
+            return origin is not None and self.weight.shape == origin.shape
+        if origin is None or not origin.matches(self.weight):
+            return False
+        if origin.dtype != self.weight.dtype:
+            self._packed_from = _Origin.of(self.weight)
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, whose weight lies elsewhere."""
+        return {**super().__getstate__(), "_packed_from": self.is_packed}  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._packed_from = _Origin.of(self.weight) if state["_packed_from"] else None
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits, in the dtype of ``input``."""
+        if not self.is_packed or (self.weight.requires_grad and torch.is_grad_enabled()):
+            return super().forward(input)
         return kernels.matmul(input, self.packed, self.bits, self.bias, activations=self.activations)
 
 

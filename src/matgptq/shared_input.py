@@ -6,10 +6,11 @@ kept for as long as weights and widths stay the same. A layer that shares its in
 
 from __future__ import annotations
 
-import operator
+import copy
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class _Ready:
     inputs: Tensor
     version: int | None
     copy: Tensor | None
-    results: dict[tuple[int, int], Tensor]  # by layer and width
+    results: dict[tuple[Any, ...], Tensor]  # by layer and what it multiplied by
 
     def belongs_to(self, inputs: Tensor) -> bool:
         if inputs is not self.inputs:
@@ -34,14 +35,19 @@ class _Ready:
         return inputs._version == self.version
 
 
+@dataclass
+class _Prepared:
+    """A call that is made again and again for as long as its state is the same."""
+
+    state: list[tuple[object, ...]]
+    joined: native.Joined
+    kept: list[Tensor]  # memory of the biases, so that no other one can get the address of one of them
+
+
 class Member(Protocol):
     """A layer of a group."""
 
     activations: kernels.Activations
-
-    @property
-    def bits(self) -> int:
-        """The width in use."""
 
     @property
     def operand(self) -> kernels.Operand:
@@ -55,55 +61,84 @@ class SharedInput:
     threads may run the model at once: what one of them prepared is useless to the others, never wrong.
 
     Args:
-        members: layers that multiply the same input by packed weights.
+        members: layers that multiply the same input by packed weights. They keep this object, not it them; when one of
+            them is gone, the others are on their own.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self._members = tuple(members)
+        self._members = tuple(map(weakref.ref, members))
         self._ready: _Ready | None = None
-        self._prepared: tuple[list[tuple[int, int, int]], native.Joined | None] = ([], None)
+        self._prepared: _Prepared | None = None
 
-    def __getstate__(self) -> dict[str, object]:
-        """For copies: what was computed or prepared belongs to the layers of the original."""
-        return {**self.__dict__, "_ready": None, "_prepared": ([], None)}
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        """That of the members' copies; what was computed or prepared belongs to the layers of the original."""
+        twin = memo[id(self)] = SharedInput(())  # before the members, which refer to it
+        twin._members = tuple(weakref.ref(copy.deepcopy(each, memo)) for each in self._present())
+        return twin
+
+    def _present(self) -> list[Member]:
+        """The members, or none if one of them is gone."""
+        members = [reference() for reference in self._members]
+        return [] if None in members else members  # type: ignore[return-value]
 
     def product(self, member: Member, inputs: Tensor) -> Tensor | None:
-        """The product of one layer, or None where the kernels take one weight at a time."""
+        """The product of one layer, or None where the kernels take one weight at a time or a gradient is due."""
+        operand, activations = member.operand, member.activations  # read once: another thread may set another width
+        if not kernels.is_plain(inputs, operand.bias):
+            return None
         ready = self._ready
         if ready is not None and ready.belongs_to(inputs):
-            result = ready.results.pop((id(member), member.bits), None)
+            result = ready.results.pop((id(member), *_state(operand, activations)), None)
             if result is not None:
                 if not ready.results:
                     self._ready = None
                 return result
-        activations = member.activations
         rows = inputs.shape[:-1].numel()
-        if not kernels.fuses(kernels.Product("native", inputs.device.type, inputs.dtype, rows, activations)):
+        members = self._present()
+        if not members or not kernels.fuses(
+            kernels.Product("native", inputs.device.type, inputs.dtype, rows, activations)
+        ):
             return None
-        operands = [each.operand for each in self._members]
+        operands = [operand if each is member else each.operand for each in members]
+        if torch.is_grad_enabled() and any(bias is not None and bias.requires_grad for _, _, bias in operands):
+            return None
         if rows == 1:
             products = self._multiply_row(inputs, operands, activations)
         else:
             products = kernels.matmul_shared(inputs, operands, activations=activations)
-        results = {(id(each), each.bits): product for each, product in zip(self._members, products, strict=True)}
-        result = results.pop((id(member), member.bits))
+        result, results = None, {}
+        for each, its, product in zip(members, operands, products, strict=True):
+            if each is member:
+                result = product
+            else:
+                results[id(each), *_state(its, activations)] = product
         if results:
             # Inference tensors have no version counter; the few rows that are shared are cheap to compare.
             counted = not inputs.is_inference()
-            version, copy = (inputs._version, None) if counted else (None, inputs.clone())
-            self._ready = _Ready(inputs, version, copy, results)
+            version, twin = (inputs._version, None) if counted else (None, inputs.clone())
+            self._ready = _Ready(inputs, version, twin, results)
         return result
 
     def is_of(self, members: Sequence[Member]) -> bool:
-        """Whether these are the members, in this order."""
-        return len(members) == len(self._members) and all(map(operator.is_, members, self._members))
+        """Whether these are the members, in this order, with activations that one call can take."""
+        if len(members) != len(self._members):
+            return False
+        activations = members[0].activations
+        for each, reference in zip(members, self._members, strict=True):
+            if each is not reference() or each.activations != activations:
+                return False
+        return True
 
     def row(self, inputs: Tensor) -> Tensor | None:
-        """``[1, in]`` times all members, their results side by side; None where no prepared call does that."""
-        activations = self._members[0].activations
+        """``[1, in]`` times all members, their results side by side; None where no prepared call does that.
+
+        For members of which ``is_of`` is true.
+        """
+        members = self._present()
+        activations = members[0].activations
         if not kernels.fuses(kernels.Product("native", inputs.device.type, inputs.dtype, 1, activations)):
             return None
-        joined = self._join([each.operand for each in self._members], activations)
+        joined = self._join([each.operand for each in members], activations)
         return None if joined is None else joined(inputs)
 
     def _multiply_row(
@@ -116,16 +151,21 @@ class SharedInput:
         return [piece.view(*inputs.shape[:-1], piece.shape[1]) for piece in pieces]
 
     def _join(self, operands: Sequence[kernels.Operand], activations: kernels.Activations) -> native.Joined | None:
-        # The prepared call keeps the weights alive, so that no other one can get the id of one of them.
-        state = [(id(weight), bits, _version(bias)) for weight, bits, bias in operands]
-        known, joined = self._prepared
-        if known != state or joined is None:
-            joined = kernels.join(operands, activations)
-            if joined is not None:
-                self._prepared = state, joined
+        state = [_state(operand, activations) for operand in operands]
+        prepared = self._prepared
+        if prepared is not None and prepared.state == state:
+            return prepared.joined
+        joined = kernels.join(operands, activations)
+        if joined is not None:
+            kept = [bias.detach() for _, _, bias in operands if bias is not None]
+            self._prepared = _Prepared(state, joined, kept)
         return joined
 
 
-def _version(tensor: Tensor | None) -> int:
-    """Grows with every change in place; inference tensors do not count theirs, and cannot be changed outside."""
-    return -1 if tensor is None or tensor.is_inference() else tensor._version
+def _state(operand: kernels.Operand, activations: kernels.Activations) -> tuple[object, ...]:
+    """What a product depends on beside its input; equal only where nothing has changed."""
+    weight, bits, bias = operand
+    if bias is None:
+        return weight, bits, activations
+    # Inference tensors do not count their changes, and cannot be changed outside.
+    return weight, bits, activations, bias.data_ptr(), -1 if bias.is_inference() else bias._version

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib
 import re
-import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -21,8 +20,8 @@ from matgptq.checksums import CHECKSUMS_NAME, write_checksums
 from matgptq.errors import CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.experts import Experts, unfuse_experts
 from matgptq.families import Family, find_family
-from matgptq.finiteness import all_finite
-from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings, scales_name
+from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings
+from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
 from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_header
@@ -107,18 +106,13 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, layer in nested_layers(model).items():
             if isinstance(layer, SlicedLinear):
                 layer.take_slice()
-            for bits in layer.scale_bits:
-                scales = getattr(layer, scales_name(bits))
-                if not scales.is_meta and not all_finite(scales):
-                    raise CheckpointError(f"layer {name}: {scales_name(bits)} holds NaN or Inf")
+            if (fault := layer.scale_fault) is not None:
+                raise CheckpointError(f"layer {name}: {fault}")
         family = _family(model)
         if family is not None and family.parts:
             # Saved under the names of its modules, as config.json has them; some would be renamed otherwise.
             model._weight_conversions = []
-        model.set_bits = types.MethodType(_set_bits, model)
-        model.save_pretrained = types.MethodType(_save, model)
-        # What push_to_hub, and save_pretrained when it pushes, call once everything is saved.
-        model._upload_modified_files = types.MethodType(_upload, model)
+        mix_in(NestedModel, model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
@@ -140,32 +134,47 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _set_bits(model: Any, bits: int | Mapping[str, int]) -> None:
-    """``model.set_bits(3)`` or ``model.set_bits({layer: width})``; see ``matgptq.nested_linear.set_bits``."""
-    set_bits(model, bits)
+class NestedModel(Mixin):
+    """Mixed into the class of a model that was loaded."""
 
+    name_or_path: str
 
-def _save(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-    """``save_pretrained`` as ever, and then the checksums of what was saved."""
-    directory = Path(save_directory)
-    if directory.is_dir():  # of what lies there now, which is about to be replaced
-        (directory / CHECKSUMS_NAME).unlink(missing_ok=True)
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    _add_checksums(directory)
+    def set_bits(self, bits: int | Mapping[str, int]) -> None:
+        """``model.set_bits(3)`` or ``model.set_bits({layer: width})``; see ``matgptq.nested_linear.set_bits``."""
+        set_bits(cast(nn.Module, self), bits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """``to``, ``cuda`` and the like; refused before anything moves if a layer cannot follow."""
+        for name, layer in nested_layers(cast(nn.Module, self)).items():
+            if not layer.is_complete and layer.leaves(fn):
+                raise ConfigurationError(
+                    f"layer {name} cannot move: only its slice is in memory; load it there instead"
+                )
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """``save_pretrained`` as ever, and then the checksums of what was saved."""
+        directory = Path(save_directory)
+        if directory.is_dir():  # of what lies there now, which is about to be replaced
+            (directory / CHECKSUMS_NAME).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        _add_checksums(directory)
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload what was saved for it, with our model card and without paths of this machine.
+
+        What push_to_hub, and save_pretrained when it pushes, call once everything is saved.
+        """
+        from matgptq.publishing import prepare_upload  # a verb, which stands above this file; needed by nothing else
+
+        _add_checksums(Path(working_dir))
+        prepare_upload(working_dir, repo_id, self.name_or_path)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
 
 def _add_checksums(directory: Path) -> None:
     if not (directory / CHECKSUMS_NAME).exists() and any((directory / name).exists() for name in _WEIGHTS):
         write_checksums(directory)
-
-
-def _upload(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    """Upload what was saved for it, with our model card and without paths of this machine."""
-    from matgptq.publishing import prepare_upload  # a verb, which stands above this file; needed by nothing else here
-
-    _add_checksums(Path(working_dir))
-    prepare_upload(working_dir, repo_id, model.name_or_path)
-    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 
 def _family(model: Any) -> Family | None:

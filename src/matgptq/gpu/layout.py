@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class PlaneWeight:
         resident: true for the parent's 8 planes, false for a packed slice.
         arrived: int32 zeros, scratch with which the parts of a product find out which is the last. So one weight must
             not be multiplied on two streams at the same time.
-        key: a number that no other packed weight has; negative, as those of the native library are not.
+        key: a number that no other packed weight has; negative, as those of the native library's are not.
     """
 
     def __init__(
@@ -109,9 +110,17 @@ class PlaneWeight:
             resident=self.resident,
         )
 
-    def __deepcopy__(self, memo: object) -> PlaneWeight:
+    def __copy__(self) -> PlaneWeight:
         """The same weight: it never changes, so copies of a model may share it."""
         return self
+
+    def __deepcopy__(self, memo: object) -> PlaneWeight:
+        """As ``copy.copy``."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse: a weight that comes out of a pickle would have the key of another one."""
+        raise TypeError("packed weights are not pickled; save the model with save_pretrained and load it again")
 
 
 def packable(in_features: int, group_size: int) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ from matgptq.native.library import (
     thread_count,
 )
 from matgptq.slicing import PARENT_BITS, check_bits, check_widths
+
+_keys = itertools.count(1)
 
 
 def spread_threads(num_threads: int | None = None) -> None:
@@ -53,7 +57,20 @@ def spread_threads(num_threads: int | None = None) -> None:
         os.sched_setaffinity(int(name), processors)
 
 
-class Arena:
+class _Held:
+    """Lies in memory of the library: copies are the same object, and a pickle could not hold it."""
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("packed weights are not pickled; save the model with save_pretrained and load it again")
+
+
+class Arena(_Held):
     """Memory shared by many weights: large blocks aligned to 2 MB, advised for huge pages.
 
     Weights keep it alive. Worth using for every model: small weights would otherwise get pages of 4 KB, which are up
@@ -78,7 +95,7 @@ class Arena:
         return int(require_library().matgptq_arena_bytes(self._handle))
 
 
-class Weight:
+class Weight(_Held):
     """A packed weight, made by ``pack_parent`` or ``pack_slice``.
 
     Attributes:
@@ -87,6 +104,7 @@ class Weight:
         widths: widths that it serves, ascending.
         resident: true for the parent's 8 planes, false for a packed slice.
         device: the CPU.
+        key: a number that no other packed weight has; positive, as those of the GPU's form are not.
     """
 
     device = torch.device("cpu")
@@ -107,16 +125,8 @@ class Weight:
         self.group_size = group_size
         self.widths = widths
         self.resident = resident
+        self.key = next(_keys)
         weakref.finalize(self, require_library().matgptq_weight_free, handle).atexit = False
-
-    @property
-    def key(self) -> int:
-        """A number that belongs to this weight as long as it lives."""
-        return self._handle
-
-    def __deepcopy__(self, memo: object) -> Weight:
-        """The same weight: it never changes, so copies of a model may share it."""
-        return self
 
     def __repr__(self) -> str:
         form = "resident parent" if self.resident else "packed slice"
@@ -444,7 +454,7 @@ def dequantize_rows(
         raise ConfigurationError(f"dtype must be torch.float32 or torch.bfloat16, not {dtype}")
     shape = (stop - start, weight.in_features)
     if out is None:
-        out = torch.empty(shape, dtype=dtype)
+        out = torch.empty(shape, dtype=dtype, device="cpu")
     elif out.device.type != "cpu" or out.dtype != dtype or tuple(out.shape) != shape or out.stride(1) != 1:
         raise ConfigurationError(f"out must be a {dtype} CPU tensor of shape {shape} with contiguous rows")
     check_status(

@@ -155,6 +155,15 @@ def test_a_layer_without_the_others_of_its_group(rows):
     torch.testing.assert_close(model.k(x), expected)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_layer_unpacked(rows):
+    model = Attention()
+    x = torch.randn(rows, 64)
+    model.k.unpack()
+    for name in ("q", "k", "v"):
+        assert torch.equal(model.get_submodule(name)(x), model.alone(name, x))
+
+
 def test_prompts_go_layer_by_layer(calls):
     model = Attention()
     x = torch.randn(100, 64)

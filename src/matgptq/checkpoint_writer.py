@@ -170,7 +170,7 @@ def check_destination(destination: Path, *, force: bool) -> None:
     """Refuse a destination that stands, unless ``force`` may replace it, or that cannot be made; see the writer."""
     place = next(each for each in destination.absolute().parents if os.path.lexists(each))
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise CheckpointError(f"{destination}: cannot be written: {place} is not a directory that can be written to")
+        raise CheckpointError(f"{destination}: cannot be written: {place} is read-only, or no directory")
     if not os.path.lexists(destination):  # a dangling link is in the way, too
         return
     if not force:

@@ -25,7 +25,8 @@ class _Ready:
     inputs: Tensor
     version: int | None
     copy: Tensor | None
-    results: dict[tuple[Any, ...], Tensor]  # by layer and what it multiplied by
+    results: dict[tuple[object, ...], Tensor]  # by layer and what it multiplied by
+    kept: Sequence[kernels.Operand]  # so that no other weight can get the id of one of them
 
     def belongs_to(self, inputs: Tensor) -> bool:
         if inputs is not self.inputs:
@@ -102,21 +103,22 @@ class SharedInput:
         operands = [operand if each is member else each.operand for each in members]
         if torch.is_grad_enabled() and any(bias is not None and bias.requires_grad for _, _, bias in operands):
             return None
+        states = [_state(each, activations) for each in operands]  # as they are before anything is computed
         if rows == 1:
             products = self._multiply_row(inputs, operands, activations)
         else:
             products = kernels.matmul_shared(inputs, operands, activations=activations)
         result, results = None, {}
-        for each, its, product in zip(members, operands, products, strict=True):
+        for each, state, product in zip(members, states, products, strict=True):
             if each is member:
                 result = product
             else:
-                results[id(each), *_state(its, activations)] = product
+                results[id(each), *state] = product
         if results:
             # Inference tensors have no version counter; the few rows that are shared are cheap to compare.
             counted = not inputs.is_inference()
             version, twin = (inputs._version, None) if counted else (None, inputs.clone())
-            self._ready = _Ready(inputs, version, twin, results)
+            self._ready = _Ready(inputs, version, twin, results, operands)
         return result
 
     def is_of(self, members: Sequence[Member]) -> bool:
@@ -151,6 +153,7 @@ class SharedInput:
         return [piece.view(*inputs.shape[:-1], piece.shape[1]) for piece in pieces]
 
     def _join(self, operands: Sequence[kernels.Operand], activations: kernels.Activations) -> native.Joined | None:
+        # The prepared call keeps the weights alive, so that no other one can get the id of one of them.
         state = [_state(operand, activations) for operand in operands]
         prepared = self._prepared
         if prepared is not None and prepared.state == state:
@@ -166,6 +169,6 @@ def _state(operand: kernels.Operand, activations: kernels.Activations) -> tuple[
     """What a product depends on beside its input; equal only where nothing has changed."""
     weight, bits, bias = operand
     if bias is None:
-        return weight, bits, activations
+        return id(weight), bits, activations
     # Inference tensors do not count their changes, and cannot be changed outside.
-    return weight, bits, activations, bias.data_ptr(), -1 if bias.is_inference() else bias._version
+    return id(weight), bits, activations, bias.data_ptr(), -1 if bias.is_inference() else bias._version

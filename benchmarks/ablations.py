@@ -36,7 +36,7 @@ from matgptq.recipe import Recipe
 from matgptq.slicing import slice_levels
 from matgptq.solver import Solution, solve
 from matgptq.source import open_source
-from matgptq.token_windows import SELF, calibration_windows
+from matgptq.text.windows import SELF, calibration_windows
 
 COARSE, FINE = 64, 32  # group sizes
 TEXT = "windows 0-3"

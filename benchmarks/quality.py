@@ -18,7 +18,7 @@ from typing import Any
 from quality_table import Row, figure, make_table
 
 from matgptq.recipe import make_recipe
-from matgptq.token_windows import SELF
+from matgptq.text.windows import SELF
 
 
 def _alone(bits: int, quality: str, but: str = "", **changed: Any) -> Row:

@@ -23,7 +23,7 @@ from machine import describe_machine, peak_memory_bytes
 from torch import Tensor
 
 from matgptq.source import open_source
-from matgptq.token_windows import evaluation_windows
+from matgptq.text.windows import evaluation_windows
 
 GROUP_SIZE = 64
 NSAMPLES, SEQLEN = 16, 2048

@@ -36,7 +36,7 @@ from matgptq.families import find_family
 from matgptq.plotting import plot_search
 from matgptq.slicing import WIDTHS
 from matgptq.source import load_tokenizer
-from matgptq.token_windows import evaluation_windows
+from matgptq.text.windows import evaluation_windows
 from matgptq.width_search.budget import SearchSpace, bits_budget, parse_sweep
 from matgptq.width_search.layer_groups import group_layers
 from matgptq.width_search.optimum import optimum

@@ -13,7 +13,6 @@ from tiny_models import VOCAB, token_ids
 from typer.testing import CliRunner
 
 import matgptq
-from matgptq import tuning_run, tuning_workspace
 from matgptq.allocation import Allocation
 from matgptq.allocation_scales import find_scales, save_scales, widths_scales
 from matgptq.allocation_store import DIRECTORY, find_allocation, save_allocation
@@ -27,7 +26,9 @@ from matgptq.nested_linear import nested_layers
 from matgptq.nested_weight import NestedWeight
 from matgptq.progress import Silent
 from matgptq.publishing import prepare_upload, published_texts
-from matgptq.scale_goals import default_learning_rate
+from matgptq.tuning import run as tuning_run
+from matgptq.tuning import workspace as tuning_workspace
+from matgptq.tuning.goals import default_learning_rate
 from matgptq.verification import verify
 from matgptq.vllm_plugin.choice import Choice, chosen_layers
 

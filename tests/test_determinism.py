@@ -10,8 +10,8 @@ from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
 from matgptq import block_hessians
-from matgptq.self_text import generate_windows
 from matgptq.source import open_source
+from matgptq.text.self_text import generate_windows
 
 
 @pytest.fixture

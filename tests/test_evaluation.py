@@ -19,7 +19,7 @@ from matgptq.evaluation import Divergence
 from matgptq.evaluation_record import read_record, record_evaluation
 from matgptq.nested_linear import nested_layers
 from matgptq.source import load_tokenizer
-from matgptq.token_windows import Windows
+from matgptq.text.windows import Windows
 
 
 @pytest.mark.parametrize("positions", [1, 5, 255, 256, 257, 600])

@@ -14,12 +14,13 @@ from safetensors import safe_open
 from tiny_models import VOCAB, token_ids
 
 import matgptq
-from matgptq import tuning_run, tuning_workspace
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
 from matgptq.grid import storable_scales
-from matgptq.tuning_text import HELD_OUT
-from matgptq.tuning_workspace import TuningWorkspace
+from matgptq.tuning import run as tuning_run
+from matgptq.tuning import workspace as tuning_workspace
+from matgptq.tuning.text import HELD_OUT
+from matgptq.tuning.workspace import TuningWorkspace
 
 TEXT = "\n".join(f"document {n}: the quick brown fox jumps over the lazy dog" for n in range(60))
 

@@ -14,8 +14,8 @@ import torch
 from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
-from matgptq import tuning_run
 from matgptq.errors import CheckpointError, ConfigurationError
+from matgptq.tuning import run as tuning_run
 from matgptq.work_directory import WorkDirectory, work_path
 
 BLOCKS = 3

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from matgptq.errors import ConfigurationError
 from matgptq.grid import storable_scales
-from matgptq.scale_tuning import ScaledProduct, ScaleVector, Schedule, TunedLinear, TuningState, tune
 from matgptq.slicing import dequantize, slice_levels
+from matgptq.tuning.scales import ScaledProduct, ScaleVector, Schedule, TunedLinear, TuningState, tune
 
 
 def random_layer(out: int, groups: int, group_size: int, bits: int = 3, seed: int = 0):

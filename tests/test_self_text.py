@@ -15,10 +15,10 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from matgptq import self_text
 from matgptq.errors import CalibrationError, ConfigurationError
-from matgptq.self_text import generate_windows
-from matgptq.token_windows import calibration_windows, evaluation_windows
+from matgptq.text import self_text
+from matgptq.text.self_text import generate_windows
+from matgptq.text.windows import calibration_windows, evaluation_windows
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_self_text_is_cached(tmp_path, model, tokenizer, monkeypatch, caplog):
     for damaged in (sound[:-40], b"", b"garbage" * 100, sound.replace(b'"key":"', b'"key":"0')):
         file.write_bytes(damaged)
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="matgptq.self_text"):
+        with caplog.at_level(logging.WARNING, logger="matgptq.text.self_text"):
             assert torch.equal(generate(model, tokenizer, tmp_path), tokens)
         assert "again" in caplog.text
         assert file.read_bytes() == sound

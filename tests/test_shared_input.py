@@ -15,7 +15,7 @@ from matgptq.errors import ConfigurationError, UnsupportedModelError
 from matgptq.families import find_family
 from matgptq.native import products
 from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers, set_bits
-from matgptq.output_head import OutputHead, pack_head
+from matgptq.output_head import PackedHead, pack_head
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native library")
 
@@ -233,7 +233,7 @@ def test_head_bits(name, make_checkpoint):
     distances = []
     for bits in (2, 4, 6, 8):
         model = matgptq.load(out, 8, head_bits=bits)
-        assert isinstance(model.get_output_embeddings(), OutputHead)
+        assert isinstance(model.get_output_embeddings(), PackedHead)
         logits = model(input_ids=token_ids()[:2, :9]).logits
         distances.append(((logits - expected).norm() / expected.norm()).item())
     assert distances == sorted(distances, reverse=True)

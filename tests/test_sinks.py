@@ -10,7 +10,7 @@ import matgptq
 from matgptq.block_hessians import collect_hessians
 from matgptq.blocks import capture_inputs, find_blocks, propagate
 from matgptq.families import find_family
-from matgptq.packing import first_tokens
+from matgptq.text.packing import first_tokens
 
 
 def test_first_tokens_are_those_of_the_text_and_bos() -> None:

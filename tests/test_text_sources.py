@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from texts import BOS, decode, make_tokenizer, texts_of, write_json_lines, write_parquet
 
-from matgptq import text_sources
 from matgptq.errors import CalibrationError
-from matgptq.token_windows import calibration_windows, evaluation_windows
+from matgptq.text import sources as text_sources
+from matgptq.text.windows import calibration_windows, evaluation_windows
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import TEMPLATE, decode, make_model, make_tokenizer, write_json_lines, write_parquet
 
-from matgptq import document_order, token_windows
 from matgptq.errors import CalibrationError, ConfigurationError
-from matgptq.packing import pack_windows
-from matgptq.text_sources import Document
-from matgptq.token_windows import Windows, calibration_windows, evaluation_windows, takes_self
+from matgptq.text import order as document_order
+from matgptq.text import windows as token_windows
+from matgptq.text.packing import pack_windows
+from matgptq.text.sources import Document
+from matgptq.text.windows import Windows, calibration_windows, evaluation_windows, takes_self
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +325,7 @@ def test_text_must_fit_the_embedding(tmp_path, tokenizer):
 
 def test_import_is_cheap():
     code = (
-        "import sys, matgptq.token_windows;"
+        "import sys, matgptq.text.windows;"
         "sys.exit(any(name in sys.modules for name in ('transformers', 'pyarrow', 'huggingface_hub')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

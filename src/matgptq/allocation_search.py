@@ -37,7 +37,7 @@ from matgptq.slicing import WIDTHS
 from matgptq.source import load_tokenizer
 from matgptq.stage_clock import StageClock
 from matgptq.teacher import observe
-from matgptq.token_windows import SELF, Windows, calibration_windows, check_texts
+from matgptq.text.windows import SELF, Windows, calibration_windows, check_texts
 from matgptq.width_search.block_runner import block_modules
 from matgptq.width_search.budget import Budget, SearchSpace, bits_budget, size_budget
 from matgptq.width_search.layer_groups import group_layers

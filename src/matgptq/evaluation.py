@@ -24,12 +24,12 @@ from matgptq.loading import load, load_config
 from matgptq.model_config import check_window, longest_window
 from matgptq.progress import Progress, Silent
 from matgptq.reference_model import load_optional_reference
-from matgptq.self_text import model_fingerprint
 from matgptq.slicing import PARENT_BITS, check_widths
 from matgptq.source import load_tokenizer
-from matgptq.text_sources import open_source as open_text
-from matgptq.token_windows import SELF, Windows, check_cut, evaluation_windows
-from matgptq.tokenization import TextProtocol
+from matgptq.text.self_text import model_fingerprint
+from matgptq.text.sources import open_text
+from matgptq.text.tokens import TextProtocol
+from matgptq.text.windows import SELF, Windows, check_cut, evaluation_windows
 
 DEFAULT_WIDTHS = (2, 3, 4, 6, 8)
 DEFAULT_SEQLEN = 2048
@@ -105,7 +105,7 @@ def evaluate(
         seqlen: tokens per window; default 2048 or the model's context.
         stride: tokens from one window to the next, for windows that overlap: all but the first are then scored on
             their last ``stride`` tokens. Default: no overlap.
-        protocol: ``plain`` or ``gptq``; see ``matgptq.token_windows.evaluation_windows``.
+        protocol: ``plain`` or ``gptq``; see ``matgptq.text.windows.evaluation_windows``.
         reference: the full-precision model; default the one that the checkpoint was made from, if it is still there.
         device, dtype: of both models.
         activations, head_bits: of the quantized model; see ``matgptq.load``.

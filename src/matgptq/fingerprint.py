@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from matgptq.source import ModelSource
-from matgptq.token_windows import text_names
+from matgptq.text.windows import text_names
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import weakref
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ _ROWS = 8192  # rounded at a time, to bound the temporaries
 class _Origin:
     """What tells whether a weight is still the one that was packed."""
 
-    identity: int
+    parameter: weakref.ref[Tensor] = field(compare=False)  # not its id, which another one can get
     shape: torch.Size
     device: torch.device
     version: int
@@ -34,17 +35,17 @@ class _Origin:
     @staticmethod
     def of(weight: Tensor) -> _Origin:
         version = -1 if weight.is_inference() else weight._version
-        return _Origin(id(weight), weight.shape, weight.device, version, weight.dtype, weight.data_ptr())
+        return _Origin(weakref.ref(weight), weight.shape, weight.device, version, weight.dtype, weight.data_ptr())
 
     def matches(self, weight: Tensor) -> bool:
         """A cast puts other memory under the same parameter, and is no other weight."""
-        if id(weight) != self.identity:
+        if self.parameter() is not weight:
             return False
         now = _Origin.of(weight)
         return now == self or (now.dtype != self.dtype and replace(now, dtype=self.dtype, address=self.address) == self)
 
 
-class OutputHead(nn.Linear):
+class PackedHead(nn.Linear):
     """The model's own head, whose products run on a packed copy rounded to nearest.
 
     The full-precision weight stays: it may be the embedding table as well, and saving the model writes it. Once it is
@@ -112,4 +113,4 @@ def pack_head(model: Any, bits: int, activations: kernels.Activations = "exact")
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ConfigurationError(f"head_bits: {type(model).__name__} has no Linear output head")
-    model.set_output_embeddings(OutputHead(head, bits, activations))
+    model.set_output_embeddings(PackedHead(head, bits, activations))

@@ -18,7 +18,7 @@ from matgptq.grid import resolve_group_size
 from matgptq.model_config import check_window, longest_window
 from matgptq.recipe import PER_CHANNEL, Recipe
 from matgptq.size import SCALE_BITS
-from matgptq.token_windows import takes_self
+from matgptq.text.windows import takes_self
 
 DEFAULT_NSAMPLES = 128
 DEFAULT_SEQLEN = 2048

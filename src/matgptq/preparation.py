@@ -21,8 +21,8 @@ from matgptq.requirements import Requirements, estimate_requirements
 from matgptq.residency import Residency, Streamed, Whole, build_empty, can_stream, needs_conversion
 from matgptq.rotated_model import rotated_tensors, rotation_sites
 from matgptq.source import ModelSource
-from matgptq.token_windows import calibration_windows, check_texts, takes_self
-from matgptq.tuning_text import HELD_OUT
+from matgptq.text.windows import calibration_windows, check_texts, takes_self
+from matgptq.tuning.text import HELD_OUT
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from matgptq.run_log import check_wandb
 from matgptq.slicing import check_bits
 from matgptq.source import open_source, read_json
 from matgptq.stage_clock import StageClock
-from matgptq.token_windows import SELF
+from matgptq.text.windows import SELF
 from matgptq.work_directory import WorkDirectory
 
 

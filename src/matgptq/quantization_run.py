@@ -24,7 +24,6 @@ from matgptq.distributed import Processes
 from matgptq.format import REPORT_NAME, Settings
 from matgptq.kept_tensors import read_kept
 from matgptq.nested_weight import NestedWeight
-from matgptq.packing import first_tokens
 from matgptq.plan import CalibrationRequest, Plan
 from matgptq.preparation import Prepared
 from matgptq.progress import Progress, counting_steps
@@ -37,7 +36,8 @@ from matgptq.saliency import token_saliency, token_weights
 from matgptq.source import ModelSource, read_header, read_tensor
 from matgptq.stage_clock import StageClock
 from matgptq.stored_layers import layer_tensors, read_layer
-from matgptq.token_windows import Windows, calibration_windows, takes_self, text_names
+from matgptq.text.packing import first_tokens
+from matgptq.text.windows import Windows, calibration_windows, takes_self, text_names
 from matgptq.work_directory import WorkDirectory
 from matgptq.workers import Workers, one_thread_each
 

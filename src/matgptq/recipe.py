@@ -57,7 +57,7 @@ class Recipe:
         sink_weight: how often a sequence's first position counts in the Hessians, every other position counting
             once; 1 for no difference. Models make an attention sink of it, with activations far larger than all
             others; every later token reads it, and it is one of thousands to the Hessian. More than 1 adds one-token
-            sequences to the calibration windows (``matgptq.packing.first_tokens``). Where ``saliency`` weighs
+            sequences to the calibration windows (``matgptq.text.packing.first_tokens``). Where ``saliency`` weighs
             tokens, it finds them by itself.
         saliency: exponent of the weight that a token gets in a layer's Hessian: the norm of the gradient that the
             model's predictions have in the layer's output there, to this power. 0 counts all tokens alike, 2 is the

@@ -1,7 +1,7 @@
 """Tune the scales of widths or of an allocation after the solve.
 
 The checkpoint changes once for each width, as a whole; an allocation gets scales of its own, and the checkpoint stays
-as it is. Progress lies beside it (``tuning_workspace``).
+as it is. Progress lies beside it (``tuning.workspace``).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from matgptq.errors import ConfigurationError
 from matgptq.progress import Progress, Silent
 from matgptq.reference_model import check_vocabulary, find_reference, reference_dtype
 from matgptq.report import Refinement
-from matgptq.scale_goals import choose_goals
-from matgptq.scale_tuning import (
+from matgptq.text.self_text import model_fingerprint
+from matgptq.tuning.goals import choose_goals
+from matgptq.tuning.run import TUNINGS, Scope
+from matgptq.tuning.scales import (
     Schedule,
 )
-from matgptq.self_text import model_fingerprint
-from matgptq.tuning_run import TUNINGS, Scope
-from matgptq.tuning_text import load_tuning_text
-from matgptq.tuning_workspace import TuningWorkspace, digest_of
+from matgptq.tuning.text import load_tuning_text
+from matgptq.tuning.workspace import TuningWorkspace, digest_of
 from matgptq.workers import one_thread_each
 
 DEFAULT_STEPS: Mapping[Scope, int] = {"model": 128, "block": 16}

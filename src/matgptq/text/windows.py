@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor, nn
 
-from matgptq.document_order import shuffled
 from matgptq.errors import CalibrationError, ConfigurationError
-from matgptq.packing import check_counts, pack_windows
 from matgptq.progress import Counted
-from matgptq.self_text import generate_windows
-from matgptq.text_sources import open_source
-from matgptq.tokenization import CHARACTERS_PER_TOKEN, TextProtocol, evaluation_tokens, tokenize_document
+from matgptq.text.order import shuffled
+from matgptq.text.packing import check_counts, pack_windows
+from matgptq.text.self_text import generate_windows
+from matgptq.text.sources import open_text
+from matgptq.text.tokens import CHARACTERS_PER_TOKEN, TextProtocol, evaluation_tokens, tokenize_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ def calibration_windows(
     if dataset == SELF:
         return _self_windows(tokenizer, nsamples, seqlen, seed, model, cache_dir, progress)
 
-    source = open_source(dataset, split="train")
+    source = open_text(dataset, split="train")
     budget = math.inf if nsamples is None else nsamples * seqlen * CHARACTERS_PER_TOKEN
     documents = (tokenize_document(tokenizer, each) for each in shuffled(source.parts, seed, budget))
     tokens, available = pack_windows(documents, nsamples=nsamples, seqlen=seqlen, progress=progress)
@@ -148,7 +148,7 @@ def _check_texts(names: Sequence[str | Path], nsamples: int | None) -> None:
         raise ConfigurationError(f"{len(names)} texts need at least {len(names)} windows, not {nsamples}")
     for name in names:
         if name != SELF:
-            open_source(name, split="train")
+            open_text(name, split="train")
 
 
 def _mixed_windows(
@@ -227,7 +227,7 @@ def evaluation_windows(
     if dataset == SELF:
         return _self_windows(tokenizer, windows, seqlen, seed + _SELF_EVALUATION_SEED, model, cache_dir, progress)
 
-    source = open_source(dataset, split="test")
+    source = open_text(dataset, split="test")
     text_is, ids = evaluation_tokens(source, tokenizer, protocol, windows, seqlen, stride or seqlen)
     tokens, available = pack_windows([ids], nsamples=windows, seqlen=seqlen, stride=stride, progress=progress)
     _check_enough(source.name, tokens, available, windows, seqlen, stride)

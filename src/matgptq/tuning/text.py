@@ -13,7 +13,7 @@ from matgptq.errors import CalibrationError
 from matgptq.model_config import check_window, longest_window
 from matgptq.progress import Progress, counting_steps
 from matgptq.source import load_tokenizer
-from matgptq.token_windows import SELF, Windows, calibration_windows, takes_self, text_names
+from matgptq.text.windows import SELF, Windows, calibration_windows, takes_self, text_names
 
 DEFAULT_SEQLEN = 512
 DEFAULT_NSAMPLES = 128

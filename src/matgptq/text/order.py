@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 
-from matgptq.text_sources import Document, Reader
+from matgptq.text.sources import Document, Reader
 
 
 def shuffled(parts: Sequence[Reader], seed: int, budget: float) -> Iterator[Document]:

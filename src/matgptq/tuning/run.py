@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from matgptq.allocation_scales import save_scales
-from matgptq.block_tuning import tune_blocks
 from matgptq.blocks import Block, capture_inputs, complete
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import UnsupportedModelError
@@ -20,14 +19,15 @@ from matgptq.loading import load
 from matgptq.nested_linear import nested_layers
 from matgptq.progress import Progress
 from matgptq.report import Refinement
-from matgptq.scale_goals import Goal, by_layer, stored_scales
 from matgptq.scale_replacement import replace_scales
-from matgptq.scale_tuning import ModelObjective, ScaleVector, Schedule, TunedLinear, TuningState, fast_dtype, tune
 from matgptq.slicing import slice_levels
 from matgptq.teacher import Teacher, observe, output_head
-from matgptq.token_windows import Windows
-from matgptq.tuning_text import HELD_OUT
-from matgptq.tuning_workspace import TuningWorkspace, digest_of
+from matgptq.text.windows import Windows
+from matgptq.tuning.blocks import tune_blocks
+from matgptq.tuning.goals import Goal, by_layer, stored_scales
+from matgptq.tuning.scales import ModelObjective, ScaleVector, Schedule, TunedLinear, TuningState, fast_dtype, tune
+from matgptq.tuning.text import HELD_OUT
+from matgptq.tuning.workspace import TuningWorkspace, digest_of
 from matgptq.workers import Workers
 
 Scope = Literal["model", "block"]

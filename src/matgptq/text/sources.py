@@ -113,7 +113,7 @@ class TextSource:
             yield from part()
 
 
-def open_source(dataset: str | Path, *, split: Split) -> TextSource:
+def open_text(dataset: str | Path, *, split: Split) -> TextSource:
     """Find the source that ``dataset`` names. Local files are opened by the readers; hub files are fetched here.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from matgptq.blocks import Block, BlockInputs, run_block
-from matgptq.scale_tuning import ScaleVector, Schedule, TunedLinear, mean_gradient, tune
+from matgptq.tuning.scales import ScaleVector, Schedule, TunedLinear, mean_gradient, tune
 from matgptq.workers import INLINE, Workers
 
 

@@ -28,9 +28,9 @@ from matgptq.checkpoint import Checkpoint
 from matgptq.directories import disk_errors, lock_directory
 from matgptq.errors import SourceError
 from matgptq.progress import Progress
-from matgptq.scale_goals import Goal, stored_scales
-from matgptq.scale_tuning import TuningState
 from matgptq.source import read_json
+from matgptq.tuning.goals import Goal, stored_scales
+from matgptq.tuning.scales import TuningState
 
 _RUN = "run.json"
 

@@ -19,8 +19,8 @@ from matgptq.atomic_files import replacing
 from matgptq.errors import CalibrationError, ConfigurationError
 from matgptq.finiteness import all_finite
 from matgptq.model_config import longest_window
-from matgptq.packing import check_counts
 from matgptq.progress import Counted
+from matgptq.text.packing import check_counts
 from matgptq.workers import one_thread_each
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from matgptq.errors import CalibrationError
-from matgptq.text_sources import Document, TextSource
+from matgptq.text.sources import Document, TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

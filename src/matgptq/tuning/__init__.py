@@ -1,0 +1,1 @@
+"""Scales of widths and allocations, tuned on text after the solve."""

@@ -20,6 +20,7 @@ import matgptq
 from matgptq.allocation import format_lines, read_allocation
 from matgptq.allocation_search import Search
 from matgptq.allocation_store import stored_allocations
+from matgptq.blocks import block_modules
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import AllocationError, ConfigurationError, MatGPTQError
 from matgptq.families import find_family
@@ -27,7 +28,7 @@ from matgptq.slicing import WIDTHS
 from matgptq.source import open_source
 from matgptq.teacher import observe
 from matgptq.width_search import scoring
-from matgptq.width_search.block_runner import BlockRunner, block_modules
+from matgptq.width_search.block_runner import BlockRunner
 from matgptq.width_search.evolution import EvolutionSettings
 from matgptq.width_search.layer_groups import group_layers
 from matgptq.width_search.scoring import Scorer

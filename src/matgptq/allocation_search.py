@@ -24,6 +24,7 @@ from torch import Tensor
 from matgptq.allocation import Allocation
 from matgptq.allocation_scales import save_found
 from matgptq.allocation_store import check_name
+from matgptq.blocks import block_modules
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import multiplies_bfloat16, resolve_device, resolve_dtype
 from matgptq.errors import ConfigurationError
@@ -38,7 +39,6 @@ from matgptq.source import load_tokenizer
 from matgptq.stage_clock import StageClock
 from matgptq.teacher import observe
 from matgptq.text.windows import SELF, Windows, calibration_windows, check_texts
-from matgptq.width_search.block_runner import block_modules
 from matgptq.width_search.budget import Budget, SearchSpace, bits_budget, size_budget
 from matgptq.width_search.layer_groups import group_layers
 from matgptq.width_search.optimum import Genome

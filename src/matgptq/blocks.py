@@ -72,6 +72,17 @@ class Block:
         return int(group[0][0].removeprefix(f"{self.experts}.").partition(".")[0])
 
 
+def block_modules(model: nn.Module, family: Family) -> list[nn.Module]:
+    """The transformer blocks of a model in order, quantized or not; raises ``UnsupportedModelError`` if it has none."""
+    try:
+        blocks = list(model.get_submodule(family.blocks).children())
+    except AttributeError:
+        blocks = []
+    if not blocks:
+        raise UnsupportedModelError(f"{type(model).__name__} has no {family.blocks}: not a causal language model?")
+    return blocks
+
+
 def find_blocks(model: nn.Module, family: Family) -> list[Block]:
     """The blocks of a model, with every Linear in them accounted for.
 
@@ -81,16 +92,8 @@ def find_blocks(model: nn.Module, family: Family) -> list[Block]:
         UnsupportedModelError: a layer of the family is missing, is not a Linear, or a block holds a Linear that the
             family does not describe (it would be left out silently).
     """
-    try:
-        modules = model.get_submodule(family.blocks)
-    except AttributeError:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no {family.blocks}: not a causal language model?"
-        ) from None
-    if not isinstance(modules, nn.ModuleList):
-        raise UnsupportedModelError(f"{family.blocks} of {type(model).__name__} is not a list of blocks")
     blocks = []
-    for index, module in enumerate(modules):
+    for index, module in enumerate(block_modules(model, family)):
         name = f"{family.blocks}.{index}"
         linears = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
         experts = _experts_in(module, name, family)
@@ -105,8 +108,6 @@ def find_blocks(model: nn.Module, family: Family) -> list[Block]:
         groups = tuple(tuple((path, linears[path]) for path in group) for group in inputs)
         path_of_experts = family.experts.path if family.experts is not None and experts is not None else None
         blocks.append(Block(name, module, groups, path_of_experts))
-    if not blocks:
-        raise UnsupportedModelError(f"{family.blocks} is empty")
     return blocks
 
 
@@ -165,6 +166,20 @@ class BlockInputs:
         return sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
 
 
+@contextmanager
+def replaced_forwards(
+    modules: Sequence[nn.Module], make: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside, each module's ``forward`` is ``make(number, its own)``."""
+    try:
+        for index, module in enumerate(modules):
+            module.forward = make(index, module.forward)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
 @torch.no_grad()
 def capture_inputs(
     model: Any,
@@ -201,15 +216,10 @@ def capture_inputs(
         return record
 
     device = model.get_input_embeddings().weight.device
-    try:
-        for index, block in enumerate(blocks):
-            block.module.forward = recorder(index)
+    with replaced_forwards([block.module for block in blocks], lambda index, _: recorder(index)):
         for together in torch.split(windows, batch):
             # The base model skips the output head, whose logits would be the largest tensor of all.
             model.base_model(input_ids=together.to(device), use_cache=False)
-    finally:
-        for block in blocks:
-            block.module.__dict__.pop("forward", None)
     return BlockInputs(hidden, arguments, weight, token_weights or {}, device)
 
 
@@ -226,13 +236,8 @@ def skipped(blocks: Sequence[Block]) -> Iterator[None]:
     def skip(passed: Tensor, *_: Any, **__: Any) -> Tensor:
         return passed
 
-    try:
-        for block in blocks:
-            block.module.forward = skip
+    with replaced_forwards([block.module for block in blocks], lambda *_: skip):
         yield
-    finally:
-        for block in blocks:
-            block.module.__dict__.pop("forward", None)
 
 
 @contextmanager

@@ -392,11 +392,16 @@ def check_parts(config: Mapping[str, Any]) -> None:
     )
 
 
+def known_family(model_type: object) -> Family | None:
+    """The family of a ``config.model_type``, or None: a checkpoint of another program may hold any architecture."""
+    return next((family for family in FAMILIES if model_type in family.model_types), None)
+
+
 def find_family(model_type: str) -> Family:
     """The family of a ``config.model_type``; raises ``UnsupportedModelError`` naming those that exist."""
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
+    family = known_family(model_type)
+    if family is not None:
+        return family
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise UnsupportedModelError(
         f"model type {model_type!r} is not known; supported: {known}. A new one is an entry in matgptq.families"

@@ -22,9 +22,8 @@ from matgptq.errors import (
     ConfigurationError,
     MatGPTQError,
     SourceError,
-    UnsupportedModelError,
 )
-from matgptq.families import find_family
+from matgptq.families import known_family
 from matgptq.format import Settings, parse_settings
 from matgptq.kernels import Activations
 from matgptq.model_config import attention_options
@@ -169,19 +168,13 @@ def check_held(path: str | Path, settings: Settings, bits: int | None, allocatio
 
 
 def _shared_inputs(model: Any) -> list[tuple[str, ...]]:
-    try:
-        family = find_family(str(model.config.model_type))
-    except UnsupportedModelError:  # a checkpoint of another program may hold any architecture
-        return []
-    return family.shared_inputs(nested_layers(model))
+    family = known_family(model.config.model_type)
+    return [] if family is None else family.shared_inputs(nested_layers(model))
 
 
 def _decode_in_rows(model: Any) -> None:
-    try:
-        family = find_family(str(model.config.model_type))
-    except UnsupportedModelError:
-        return
-    if family.plain_blocks:
+    family = known_family(model.config.model_type)
+    if family is not None and family.plain_blocks:
         decode_in_rows(model, family.blocks)
 
 

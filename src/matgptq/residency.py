@@ -22,7 +22,7 @@ from matgptq.errors import SourceError
 from matgptq.finiteness import all_finite
 from matgptq.model_config import attention_options
 from matgptq.source import ModelSource, TensorInfo, read_tensor
-from matgptq.tensor_names import match_names
+from matgptq.tensor_names import match_names, with_tied
 
 
 class Residency(Protocol):
@@ -178,10 +178,7 @@ def needs_conversion(network: Any, source: ModelSource) -> bool:
 
 def _missing(network: Any, matched: Mapping[str, str]) -> list[str]:
     """Tensors of the model that the files do not have under any name."""
-    found = set(matched.values())
-    for tied, origin in getattr(network, "all_tied_weights_keys", {}).items():
-        if found & {tied, origin}:
-            found |= {tied, origin}
+    found = with_tied(network, matched.values())
     return [name for name in network.state_dict() if name not in found]
 
 

@@ -37,6 +37,15 @@ def match_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     return matched
 
 
+def with_tied(model: Any, names: Iterable[str]) -> set[str]:
+    """Names of a model's tensors and of those tied to them: files need no more than one of two tied ones."""
+    found = set(names)
+    for tied, origin in getattr(model, "all_tied_weights_keys", {}).items():
+        if found & {tied, origin}:
+            found |= {tied, origin}
+    return found
+
+
 def is_derived(name: str) -> bool:
     """Whether a stored tensor is a buffer that old checkpoints carry and models compute by themselves."""
     return name.endswith((".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"))

@@ -17,16 +17,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from matgptq.checksums import CHECKSUMS_NAME, write_checksums
-from matgptq.errors import CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
+from matgptq.errors import CheckpointError, ConfigurationError, SourceError
 from matgptq.experts import Experts, unfuse_experts
-from matgptq.families import Family, find_family
+from matgptq.families import known_family
 from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
 from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_header
 from matgptq.stored_layers import parts_of_layers
-from matgptq.tensor_names import match_names
+from matgptq.tensor_names import match_names, with_tied
 
 _WEIGHTS = (WEIGHTS_NAME, INDEX_NAME)
 
@@ -108,7 +108,7 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
                 layer.take_slice()
             if (fault := layer.scale_fault) is not None:
                 raise CheckpointError(f"layer {name}: {fault}")
-        family = _family(model)
+        family = known_family(model.config.model_type)
         if family is not None and family.parts:
             # Saved under the names of its modules, as config.json has them; some would be renamed otherwise.
             model._weight_conversions = []
@@ -177,14 +177,6 @@ def _add_checksums(directory: Path) -> None:
         write_checksums(directory)
 
 
-def _family(model: Any) -> Family | None:
-    """The architecture, unless it is unknown: a checkpoint of another program may hold any."""
-    try:
-        return find_family(str(model.config.model_type))
-    except UnsupportedModelError:
-        return None
-
-
 def replace_linears(model: Any, settings: Settings, headers: Mapping[str, TensorInfo]) -> None:
     """Put a ``NestedLinear`` in the place of every Linear that the settings do not ignore; experts are unfused before.
 
@@ -197,7 +189,7 @@ def replace_linears(model: Any, settings: Settings, headers: Mapping[str, Tensor
         CheckpointError: architecture, settings and stored tensors do not agree. transformers itself would only warn
             of a missing tensor and fill it with random numbers.
     """
-    family = _family(model)
+    family = known_family(model.config.model_type)
     if family is not None:
         unfuse_experts(model, family)
     prefix = f"{model.base_model_prefix}."
@@ -246,9 +238,7 @@ def _check_kept(model: Any, headers: Mapping[str, TensorInfo]) -> None:
         if info.shape != wanted:
             raise CheckpointError(f"{info.file}: tensor {stored} is {list(info.shape)}, must be {list(wanted)}")
     present = set(matched.values())
-    for tied, origin in model.all_tied_weights_keys.items():  # one of the two is enough
-        if present & {tied, origin}:
-            present |= {tied, origin}
+    present = with_tied(model, present)
     optional = model._keys_to_ignore_on_load_missing or ()
     lost = [name for name in state if name not in present and not any(re.search(p, name) for p in optional)]
     if lost:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from matgptq.checkpoint import Checkpoint
 from matgptq.checkpoint_writer import CheckpointWriter
-from matgptq.errors import ExportError, UnsupportedModelError
-from matgptq.families import Family, find_family
+from matgptq.errors import ExportError
+from matgptq.families import Family, known_family
 from matgptq.finiteness import all_finite
 from matgptq.format import CODES, GUARD, scales_name
 from matgptq.nested_weight import NestedWeight
@@ -70,11 +70,8 @@ class Target:
 
     @cached_property
     def family(self) -> Family | None:
-        """The architecture, unless it is unknown: a checkpoint of another program may hold any."""
-        try:
-            return find_family(str(self.checkpoint.config.get("model_type")))
-        except UnsupportedModelError:
-            return None
+        """The architecture, unless it is unknown."""
+        return known_family(self.checkpoint.config.get("model_type"))
 
     @property
     def fused(self) -> list[tuple[str, ...]]:

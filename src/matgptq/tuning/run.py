@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from matgptq.allocation_scales import save_scales
-from matgptq.blocks import Block, capture_inputs, complete
+from matgptq.blocks import Block, block_modules, capture_inputs, complete
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import UnsupportedModelError
 from matgptq.families import find_family
@@ -254,5 +254,5 @@ TUNINGS: Mapping[Scope, type[ModelTuning] | type[BlockTuning]] = {"model": Model
 
 def _blocks(model: Any) -> list[Block]:
     """The blocks of a model whose layers are of no concern here."""
-    path = find_family(model.config.model_type).blocks
-    return [Block(f"{path}.{index}", module, ()) for index, module in enumerate(model.get_submodule(path))]
+    family = find_family(model.config.model_type)
+    return [Block(f"{family.blocks}.{index}", each, ()) for index, each in enumerate(block_modules(model, family))]

@@ -9,19 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matgptq.errors import UnsupportedModelError
-from matgptq.families import Family
-
-
-def block_modules(model: nn.Module, family: Family) -> list[nn.Module]:
-    """The transformer blocks of a model, quantized or not; raises ``UnsupportedModelError`` if there are none."""
-    try:
-        blocks = list(model.get_submodule(family.blocks).children())
-    except AttributeError:
-        blocks = []
-    if not blocks:
-        raise UnsupportedModelError(f"{type(model).__name__} has no {family.blocks}: not a causal language model?")
-    return blocks
+from matgptq.blocks import replaced_forwards
 
 
 class BlockRunner:
@@ -80,10 +68,5 @@ class BlockRunner:
 
             return run
 
-        try:
-            for index, block in enumerate(self.blocks):
-                block.forward = forward(index, block.forward)
+        with replaced_forwards(self.blocks, forward):
             yield
-        finally:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)

@@ -325,6 +325,13 @@ def test_help_has_examples(command: str) -> None:
     assert f"matgptq {command}" in succeed(command, "--help")
 
 
+def test_stages_are_a_line_each_where_there_is_no_terminal(checkpoint: Path, text: Path) -> None:
+    arguments = ["eval", checkpoint, "--bits", "8", "--text", text, "--windows", "1", "--seqlen", "16"]
+    done = subprocess.run([sys.executable, "-m", "matgptq", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == ["load the models ...", "evaluation text ...", "evaluate ..."]
+
+
 def test_errors_are_one_line_and_status_one(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "matgptq.cli", "info", tmp_path], capture_output=True, text=True, check=False

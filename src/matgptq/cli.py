@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -53,6 +54,8 @@ def _terminate(*_: object) -> None:
 def main() -> None:
     """Entry point: errors of ours in one line, exit status 1; Ctrl-C leaves nothing half-written."""
     signal.signal(signal.SIGTERM, _terminate)
+    if not err_console.is_terminal:  # where our own bars are a line each; read when tqdm is imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app(standalone_mode=True)
     except MatGPTQError as error:

@@ -5,9 +5,7 @@
 
 #include <immintrin.h>
 
-#include "product_kernels.h"
-#include "refit_kernel.h"
-#include "sweep_kernel.h"
+#include "kernel_table.h"
 
 namespace matgptq {
 namespace {
@@ -133,19 +131,10 @@ struct Avx2 {
     }
 };
 
-Kernels make_table() {
-    Kernels table{};
-    table.name = "avx2";
-    fill_products<Avx2>(table);
-    fill_sweep<Avx2>(table);
-    fill_refit<Avx2>(table);
-    return table;
-}
-
 }  // namespace
 
 const Kernels* avx2_kernels() {
-    static const Kernels table = make_table();
+    static const Kernels table = make_kernels<Avx2>("avx2");
     return &table;
 }
 

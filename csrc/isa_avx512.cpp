@@ -5,9 +5,7 @@
 
 #include <immintrin.h>
 
-#include "product_kernels.h"
-#include "refit_kernel.h"
-#include "sweep_kernel.h"
+#include "kernel_table.h"
 
 namespace matgptq {
 namespace {
@@ -193,19 +191,10 @@ struct Avx512 {
     }
 };
 
-Kernels make_table() {
-    Kernels table{};
-    table.name = "avx512";
-    fill_products<Avx512>(table);
-    fill_sweep<Avx512>(table);
-    fill_refit<Avx512>(table);
-    return table;
-}
-
 }  // namespace
 
 const Kernels* avx512_kernels() {
-    static const Kernels table = make_table();
+    static const Kernels table = make_kernels<Avx512>("avx512");
     return &table;
 }
 

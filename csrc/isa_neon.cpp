@@ -6,9 +6,7 @@
 
 #include <arm_neon.h>
 
-#include "product_kernels.h"
-#include "refit_kernel.h"
-#include "sweep_kernel.h"
+#include "kernel_table.h"
 
 namespace matgptq {
 namespace {
@@ -114,19 +112,10 @@ struct Neon {
     }
 };
 
-Kernels make_table() {
-    Kernels table{};
-    table.name = "neon";
-    fill_products<Neon>(table);
-    fill_sweep<Neon>(table);
-    fill_refit<Neon>(table);
-    return table;
-}
-
 }  // namespace
 
 const Kernels* neon_kernels() {
-    static const Kernels table = make_table();
+    static const Kernels table = make_kernels<Neon>("neon");
     return &table;
 }
 

@@ -2,9 +2,7 @@
 // with.
 #include <cmath>
 
-#include "product_kernels.h"
-#include "refit_kernel.h"
-#include "sweep_kernel.h"
+#include "kernel_table.h"
 
 namespace matgptq {
 namespace {
@@ -98,19 +96,10 @@ struct Scalar {
     }
 };
 
-Kernels make_table() {
-    Kernels table{};
-    table.name = "scalar";
-    fill_products<Scalar>(table);
-    fill_sweep<Scalar>(table);
-    fill_refit<Scalar>(table);
-    return table;
-}
-
 }  // namespace
 
 const Kernels* scalar_kernels() {
-    static const Kernels table = make_table();
+    static const Kernels table = make_kernels<Scalar>("scalar");
     return &table;
 }
 

@@ -16,7 +16,7 @@ from matgptq.channel_scaling import channel_scales, scale_channels, scaled_tenso
 from matgptq.errors import ConfigurationError
 from matgptq.families import find_family
 from matgptq.recipe import make_recipe
-from matgptq.source import read_headers, read_tensor
+from matgptq.stored_tensors import read_headers, read_tensor
 
 SCALABLE = [name for name, (kind, _) in MODELS.items() if find_family(kind).channels is not None]
 
@@ -99,7 +99,7 @@ def test_values_that_are_clipped_stay() -> None:
 
 def kept(path: Path) -> dict[str, torch.Tensor]:
     headers = read_headers(path)
-    return {name: read_tensor(name, info) for name, info in headers.items()}
+    return {name: read_tensor(info) for name, info in headers.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

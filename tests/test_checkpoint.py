@@ -33,7 +33,7 @@ from matgptq.nested_linear import nested_layers
 from matgptq.nested_weight import scale_source
 from matgptq.scale_replacement import replace_scales
 from matgptq.slicing import WIDTHS
-from matgptq.source import read_headers, read_tensor
+from matgptq.stored_tensors import read_headers, read_tensor
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -69,7 +69,7 @@ def test_sharded_output_is_the_same_checkpoint(make_checkpoint, tmp_path):
     assert index["metadata"]["total_size"] == sum(info.bytes for info in single.values())
     for name, info in sharded.items():
         assert info.file.name == index["weight_map"][name]
-        assert torch.equal(read_tensor(name, info), read_tensor(name, single[name]))
+        assert torch.equal(read_tensor(info), read_tensor(single[name]))
     for file in files[:-1]:
         size = sum(info.bytes for info in sharded.values() if info.file.name == file)
         assert size <= 20_000 or sum(info.file.name == file for info in sharded.values()) == 1
@@ -755,7 +755,7 @@ def test_new_scales_in_a_sharded_checkpoint_are_in_the_index(make_checkpoint, tm
     assert set(index["weight_map"]) == set(opened.tensors)
     assert index["metadata"]["total_size"] == sum(info.bytes for info in opened.tensors.values())
     for layer in opened.layers:
-        stored = [read_tensor(f"{layer}.scales_{bits}", opened.tensors[f"{layer}.scales_{bits}"]) for bits in (3, 8)]
+        stored = [read_tensor(opened.tensors[f"{layer}.scales_{bits}"]) for bits in (3, 8)]
         assert torch.equal(*stored)
 
 

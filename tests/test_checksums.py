@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 import matgptq
 from matgptq.checkpoint import open_checkpoint
 from matgptq.checkpoint_writer import CheckpointWriter
-from matgptq.checksums import CHECKSUMS_NAME, data_starts, read_checksum
+from matgptq.checksums import CHECKSUMS_NAME, read_checksum
 from matgptq.cli import app
 from matgptq.errors import CheckpointError, SourceError
 from matgptq.integrity import check_integrity
 from matgptq.scale_replacement import replace_scales
-from matgptq.source import read_header, read_headers
+from matgptq.stored_tensors import data_starts, read_header, read_headers
 from matgptq.tensor_file import write_tensors
 
 Q = "model.layers.0.self_attn.q_proj"

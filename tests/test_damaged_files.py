@@ -37,7 +37,7 @@ from matgptq.errors import AllocationError, CheckpointError, MatGPTQError
 from matgptq.integrity import check_integrity
 from matgptq.nested_linear import NestedLinear, nested_layers
 from matgptq.slicing import WIDTHS
-from matgptq.source import INDEX_NAME
+from matgptq.stored_tensors import INDEX_NAME
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from matgptq.families import FAMILIES, find_family
 from matgptq.grid import storable_scales
 from matgptq.nested_linear import NestedLinear, nested_layers
 from matgptq.slicing import WIDTHS
-from matgptq.source import read_headers, read_tensor
+from matgptq.stored_tensors import read_headers, read_tensor
 from matgptq.tensor_names import match_names
 
 FORMAT_LEAVES = ("codes", *(f"scales_{bits}" for bits in range(2, 9)))
@@ -66,8 +66,8 @@ def put_in_by_hand(model, checkpoint: Path, bits) -> None:
             continue
         width = bits[layer] if isinstance(bits, dict) else bits
         scales = f"{layer}.scales_{settings['scale_source'][str(width)]}"
-        q = read_tensor(key, info).to(torch.float64)
-        s = read_tensor(scales, tensors[scales]).to(torch.float64)
+        q = read_tensor(info).to(torch.float64)
+        s = read_tensor(tensors[scales]).to(torch.float64)
         step = 2 ** (8 - width)
         u = torch.clamp(torch.floor(q / step + 0.5), max=2**width - 1)
         weight = (u * step - 128) * s.repeat_interleave(q.shape[1] // s.shape[1], dim=1)
@@ -77,7 +77,7 @@ def put_in_by_hand(model, checkpoint: Path, bits) -> None:
 
 
 def read_all(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: read_tensor(name, info) for name, info in read_headers(directory).items()}
+    return {name: read_tensor(info) for name, info in read_headers(directory).items()}
 
 
 @pytest.mark.parametrize("name", MODELS)

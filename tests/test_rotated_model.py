@@ -16,7 +16,7 @@ from matgptq.families import find_family
 from matgptq.nested_linear import nested_layers
 from matgptq.residency import Whole
 from matgptq.rotated_model import make_rotation, rotate_block, rotate_model, rotated_tensors
-from matgptq.source import read_headers, read_tensor
+from matgptq.stored_tensors import read_headers, read_tensor
 
 ROTATABLE = [name for name, (kind, _) in MODELS.items() if not isinstance(find_family(kind).rotation, str)]
 REFUSED = {
@@ -145,7 +145,7 @@ def test_quantize_and_load(name, tmp_path, make_checkpoint):
     assert tensors["lm_head.weight"].dtype == tensors["model.embed_tokens.weight"].dtype == "F16"
     for key in tensors.keys() & stored.keys():
         if key.endswith(("q_proj.bias", "gate_proj.bias", "q_norm.weight")):  # nothing turns these
-            assert torch.equal(read_tensor(key, tensors[key]), read_tensor(key, stored[key]))
+            assert torch.equal(read_tensor(tensors[key]), read_tensor(stored[key]))
 
 
 def test_the_cost_of_an_untied_head_is_said_and_counted(tmp_path, make_checkpoint):

@@ -17,9 +17,11 @@ from transformers import AutoTokenizer
 import matgptq
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import SourceError, UnsupportedModelError
+from matgptq.json_files import read_json
 from matgptq.model_config import attention_options
 from matgptq.nested_linear import nested_layers
-from matgptq.source import DTYPE_BITS, open_source, read_header, read_headers, read_json, read_tensor
+from matgptq.source import open_source
+from matgptq.stored_tensors import DTYPE_BITS, read_header, read_headers, read_tensor
 
 INDEX = "model.safetensors.index.json"
 
@@ -184,7 +186,7 @@ def test_headers_tell_what_the_tensors_are(tmp_path):
         assert headers[name].shape == (3, 5)
         assert headers[name].bytes == tensor.numel() * tensor.element_size()
         assert headers[name].dtype in DTYPE_BITS
-        assert torch.equal(read_tensor(name, headers[name]), tensor)
+        assert torch.equal(read_tensor(headers[name]), tensor)
     assert headers["empty"].bytes == 0
     assert headers["scalar"].bytes == 4
     with pytest.raises(SourceError, match=r"nothing\.json: cannot be read as JSON"):
@@ -199,7 +201,7 @@ def test_the_index_decides_which_shard_is_read(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps(index))
     headers = read_headers(tmp_path)
     assert set(headers) == {"a", "b", "x"}
-    assert read_tensor("x", headers["x"]).item() == 2.0
+    assert read_tensor(headers["x"]).item() == 2.0
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------

@@ -32,9 +32,10 @@ from matgptq.checkpoint import Checkpoint
 from matgptq.errors import AllocationError, CheckpointError, SourceError
 from matgptq.finiteness import all_finite
 from matgptq.format import scales_name
+from matgptq.json_files import read_json
 from matgptq.nested_weight import scale_source
 from matgptq.progress import Progress
-from matgptq.source import read_json, read_tensor
+from matgptq.stored_tensors import read_tensor
 
 KEY = "scales"  # in an allocation's JSON: {"file": ..., "sha256": ..., "widths": ...}
 _ADVICE = "its 'layer: bits' lines work without them"
@@ -139,7 +140,7 @@ def widths_scales(checkpoint: Checkpoint, widths: Mapping[str, int]) -> dict[str
     """``{layer: float16 [out, groups]}`` that each layer reads at its width if nothing was tuned for the whole."""
     source = scale_source(checkpoint.settings.scale_bits)
     names = {layer: f"{layer}.{scales_name(source[widths[layer]])}" for layer in checkpoint.layers}
-    return {layer: read_tensor(name, checkpoint.tensors[name]) for layer, name in names.items()}
+    return {layer: read_tensor(checkpoint.tensors[name]) for layer, name in names.items()}
 
 
 def save_scales(

@@ -13,7 +13,7 @@ from matgptq.allocation import Allocation, complete_allocation, format_lines, re
 from matgptq.atomic_files import write_text
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import AllocationError, ConfigurationError, SourceError
-from matgptq.source import read_json
+from matgptq.json_files import read_json
 
 DIRECTORY = "allocations"
 _LONGEST = 200  # files of 255 bytes hold its scales' digest, and what a name has while it is written

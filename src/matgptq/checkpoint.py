@@ -26,11 +26,12 @@ from matgptq.format import (
     parse_settings,
     scales_name,
 )
+from matgptq.json_files import read_json
 from matgptq.model_config import stored_dtype
 from matgptq.size import layer_bits
 from matgptq.slicing import PARENT_BITS, WIDTHS
-from matgptq.source import TensorInfo, read_headers, read_json
 from matgptq.stored_layers import parts_of_layers
+from matgptq.stored_tensors import TensorInfo, read_headers
 
 
 def is_checkpoint(directory: Path) -> bool:

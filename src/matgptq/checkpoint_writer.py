@@ -19,8 +19,8 @@ from matgptq.directories import directory_beside, disk_errors, exchange, remove_
 from matgptq.errors import CheckpointError
 from matgptq.format import EXPORT_NAME
 from matgptq.nested_weight import NestedWeight
-from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo
 from matgptq.stored_layers import layer_tensors
+from matgptq.stored_tensors import INDEX_NAME, WEIGHTS_NAME, TensorInfo
 from matgptq.tensor_file import write_tensors
 
 DEFAULT_SHARD_BYTES = 4 << 30

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from matgptq.atomic_files import write_text
 from matgptq.errors import CheckpointError, SourceError
-from matgptq.source import TensorInfo, read_headers, read_json
+from matgptq.json_files import read_json
+from matgptq.stored_tensors import TensorInfo, data_starts, read_headers
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -66,15 +67,6 @@ def read_checksum(name: str, info: TensorInfo, start: int, advance: Callable[[in
     return digest.hexdigest()
 
 
-def data_starts(file: Path) -> dict[str, int]:
-    """Where in a safetensors file, whose header has been checked, the bytes of each tensor begin."""
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-    header.pop("__metadata__", None)
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
-
-
 def checksums_text(checksums: Mapping[str, str]) -> str:
     """The file's content."""
     return json.dumps({"algorithm": ALGORITHM, "tensors": dict(sorted(checksums.items()))}, indent=2) + "\n"
@@ -111,7 +103,7 @@ def stored_checksums(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
         tensors: ``{name: header}``.
     """
     starts = {file: data_starts(file) for file in {info.file for info in tensors.values()}}
-    return {name: read_checksum(name, info, starts[info.file][info.name or name]) for name, info in tensors.items()}
+    return {name: read_checksum(name, info, starts[info.file][info.name]) for name, info in tensors.items()}
 
 
 def write_checksums(directory: Path) -> None:

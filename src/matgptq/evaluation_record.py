@@ -22,7 +22,8 @@ from matgptq.checkpoint import Checkpoint
 from matgptq.errors import CheckpointError, SourceError
 from matgptq.evaluation_results import Evaluation, TaskEvaluation
 from matgptq.format import RECORD_NAME
-from matgptq.source import public_name, read_json
+from matgptq.json_files import read_json
+from matgptq.source import public_name
 
 Record = dict[str, list[dict[str, Any]]]
 _KINDS = ("texts", "tasks")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from matgptq.errors import UnsupportedModelError
 from matgptq.families import ExpertSites, Family
-from matgptq.source import TensorInfo
+from matgptq.stored_tensors import TensorInfo
 
 _FUSED = ("gate_up_proj", "down_proj")
 # How transformers' decorator of fused experts describes the one layout that is understood here.

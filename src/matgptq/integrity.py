@@ -12,11 +12,11 @@ import torch
 from matgptq.allocation_scales import damage_of
 from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
 from matgptq.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
-from matgptq.checksums import data_starts, read_checksum, read_checksums
+from matgptq.checksums import read_checksum, read_checksums
 from matgptq.errors import CheckpointError, SourceError
 from matgptq.format import EXPORT_NAME, is_scales
 from matgptq.progress import Progress, Silent
-from matgptq.source import TensorInfo, read_headers, read_tensor
+from matgptq.stored_tensors import TensorInfo, data_starts, read_headers, read_tensor
 
 _STEP = 1 << 20  # bytes of one step of the progress bar
 
@@ -97,7 +97,7 @@ def check_integrity(directory: str | Path, *, progress: Progress | None = None) 
         found = None
         if known is not None:
             try:
-                found = read_checksum(name, info, starts[info.file][info.name or name], steps.take)
+                found = read_checksum(name, info, starts[info.file][info.name], steps.take)
             except SourceError as error:
                 raise CheckpointError(str(error)) from error
         else:
@@ -136,7 +136,7 @@ def _open(directory: Path) -> tuple[str, Mapping[str, TensorInfo], Checkpoint | 
 
 
 def _is_usable(name: str, info: TensorInfo) -> bool:
-    scales = read_tensor(name, info)
+    scales = read_tensor(info)
     return bool((torch.isfinite(scales) & (scales != 0)).all())
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from matgptq.blocks import Block
 from matgptq.errors import SourceError
 from matgptq.finiteness import all_finite
-from matgptq.source import ModelSource, read_tensor
+from matgptq.source import ModelSource
+from matgptq.stored_tensors import read_tensor
 from matgptq.tensor_names import is_derived, match_names
 
 # Of rotated embeddings and heads. On SmolLM2-135M it costs a KL of 4e-7; bfloat16 costs 2e-5 and is no smaller.
@@ -104,7 +105,7 @@ def read_kept(source: ModelSource, network: Any, tensors: Sequence[KeptTensor]) 
         elif tensor.stored is None:
             yield tensor.name, network.get_parameter_or_buffer(tensor.known)
         else:
-            yield tensor.name, read_tensor(tensor.stored, source.tensors[tensor.stored])
+            yield tensor.name, read_tensor(source.tensors[tensor.stored])
 
 
 def _without_rounding(tensor: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ from matgptq.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from matgptq.errors import ConfigurationError, UploadError
 from matgptq.evaluation_record import read_record
 from matgptq.format import CARD_NAME, EXPORT_NAME, RECORD_NAME, REPORT_NAME
+from matgptq.json_files import read_json
 from matgptq.model_card import card_text, read_card, without_paths
 from matgptq.run_log import LOG_NAME
-from matgptq.source import CHAT_TEMPLATES, INDEX_NAME, is_hub_id, read_json
+from matgptq.source import CHAT_TEMPLATES, is_hub_id
+from matgptq.stored_tensors import INDEX_NAME
 
 # Beside the files of the directory itself; what else lies in it are states of unfinished runs.
 _DIRECTORIES = (CHAT_TEMPLATES, ALLOCATIONS)

@@ -20,6 +20,7 @@ from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.distributed import local_device, processes
 from matgptq.fingerprint import fingerprint_data, fingerprint_model, fingerprint_software
 from matgptq.format import REPORT_NAME
+from matgptq.json_files import read_json
 from matgptq.plan import CalibrationRequest
 from matgptq.preparation import prepare
 from matgptq.progress import Progress, Silent
@@ -30,7 +31,7 @@ from matgptq.report import Report
 from matgptq.requirements import check_requirements
 from matgptq.run_log import check_wandb
 from matgptq.slicing import check_bits
-from matgptq.source import open_source, read_json
+from matgptq.source import open_source
 from matgptq.stage_clock import StageClock
 from matgptq.text.windows import SELF
 from matgptq.work_directory import WorkDirectory

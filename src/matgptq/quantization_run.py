@@ -33,9 +33,10 @@ from matgptq.residency import Streamed, return_freed_memory
 from matgptq.rotated_model import rotate_model
 from matgptq.run_log import LOG_NAME, RunLog
 from matgptq.saliency import token_saliency, token_weights
-from matgptq.source import ModelSource, read_header, read_tensor
+from matgptq.source import ModelSource
 from matgptq.stage_clock import StageClock
 from matgptq.stored_layers import layer_tensors, read_layer
+from matgptq.stored_tensors import read_header, read_tensor
 from matgptq.text.packing import first_tokens
 from matgptq.text.windows import Windows, calibration_windows, takes_self, text_names
 from matgptq.work_directory import WorkDirectory
@@ -287,7 +288,7 @@ class QuantizationRun:
             weight = read_layer(name, tensors, self.recipe.scale_bits)
             values = weight.dequantize(self.recipe.propagated_bits, layer.weight.dtype)
             layer.weight.data = values.to(layer.weight.device)
-        self._set_scaled(index, lambda name: read_tensor(name, tensors[name]))
+        self._set_scaled(index, lambda name: read_tensor(tensors[name]))
 
     def _set_scaled(self, index: int, stored: Callable[[str], Tensor]) -> None:
         """Go on with what the checkpoint holds of scaled parameters, as a later run will; rotated ones were rounded."""

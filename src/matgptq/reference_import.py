@@ -28,6 +28,7 @@ from matgptq.errors import SourceError
 from matgptq.finiteness import all_finite
 from matgptq.format import REPORT_NAME, Settings
 from matgptq.grid import storable_scales
+from matgptq.json_files import read_json
 from matgptq.nested_weight import NestedWeight
 from matgptq.progress import Progress, Silent
 from matgptq.recipe import PER_CHANNEL
@@ -35,7 +36,8 @@ from matgptq.reference_formats.folders import open_folders
 from matgptq.reference_formats.opened import Reference, ReferenceLayer
 from matgptq.reference_formats.packed import open_packed
 from matgptq.slicing import PARENT_BITS, ZERO_POINT, check_bits, slice_levels
-from matgptq.source import ModelSource, open_source, read_json, read_tensor
+from matgptq.source import ModelSource, open_source
+from matgptq.stored_tensors import read_tensor
 
 # A row of the 8-bit slice against the same row at full precision, as the factor <w, w_8> / <w, w>. Compensation moves
 # single weights a lot (distances up to 0.56 for targets 2 and 8) but hardly along w: sound rows have 0.88 to 1.06.
@@ -301,7 +303,7 @@ def _store(name: str, codes: Tensor, scales: Tensor, exact: bool) -> tuple[Neste
 
 
 def _read_finite(source: ModelSource, name: str) -> Tensor:
-    tensor = read_tensor(name, source.tensors[name])
+    tensor = read_tensor(source.tensors[name])
     if tensor.is_floating_point() and not all_finite(tensor.to(torch.float32)):
         raise SourceError(f"{source.name}: tensor {name} holds NaN or Inf")
     return tensor

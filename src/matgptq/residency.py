@@ -21,7 +21,8 @@ from matgptq.blocks import Block
 from matgptq.errors import SourceError
 from matgptq.finiteness import all_finite
 from matgptq.model_config import attention_options
-from matgptq.source import ModelSource, TensorInfo, read_tensor
+from matgptq.source import ModelSource
+from matgptq.stored_tensors import TensorInfo, read_tensor
 from matgptq.tensor_names import match_names, with_tied
 
 
@@ -109,7 +110,7 @@ class Streamed:
             if name not in self._stored:  # tied to one that is there
                 continue
             stored, info = self._stored[name]
-            tensor = read_tensor(stored, info).to(self._device, empty.dtype)
+            tensor = read_tensor(info).to(self._device, empty.dtype)
             if tensor.is_floating_point() and not all_finite(tensor):
                 raise SourceError(f"{info.file}: tensor {stored} holds NaN or Inf")
             _set(self.network, name, tensor)

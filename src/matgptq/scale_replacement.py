@@ -18,9 +18,10 @@ from matgptq.checksums import CHECKSUMS_NAME, checksums_text, read_checksums
 from matgptq.directories import directory_beside, disk_errors, exchange, link_or_copy, sync
 from matgptq.errors import CheckpointError, SourceError
 from matgptq.format import CODES, REPORT_NAME, scales_name
+from matgptq.json_files import read_json
 from matgptq.nested_weight import scale_source
 from matgptq.slicing import MIN_BITS
-from matgptq.source import INDEX_NAME, read_json, read_tensor
+from matgptq.stored_tensors import INDEX_NAME, read_tensor
 from matgptq.tensor_file import write_tensors
 
 
@@ -57,7 +58,7 @@ def replace_scales(
         shared = scales_name(scale_source(own)[bits])
         for layer in checkpoint.layers:
             name = f"{layer}.{shared}"
-            new[f"{layer}.{scales_name(below)}"] = read_tensor(name, checkpoint.tensors[name])
+            new[f"{layer}.{scales_name(below)}"] = read_tensor(checkpoint.tensors[name])
         own = (*own, below)
     settings = dataclasses.replace(
         checkpoint.settings,

@@ -2,144 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from matgptq.errors import SourceError, UnsupportedModelError
 from matgptq.finiteness import all_finite
+from matgptq.gguf_source import dense_gguf, quick_gguf
+from matgptq.json_files import read_json
 from matgptq.model_config import attention_options, stored_dtype
+from matgptq.stored_tensors import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_headers
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken"]
 CHAT_TEMPLATES = "additional_chat_templates"  # where transformers keeps templates beyond the first
-_MAX_JSON_BYTES = 1 << 28
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 # Weights in any format; every other file of the directory goes along with the checkpoint.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt"}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a stored tensor lies and what it is."""
-
-    file: Path
-    dtype: str  # safetensors' name: F32, BF16, U8 ...
-    shape: tuple[int, ...]
-    name: str = ""  # in that file
-
-    @property
-    def bytes(self) -> int:
-        """Size of the data."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * DTYPE_BITS[self.dtype] // 8
-
-
-DTYPE_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
-
-
-def read_headers(directory: Path, *, exact: bool = False) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of all tensors of a safetensors directory, sharded or not; reads headers only.
-
-    Args:
-        directory: of the files.
-        exact: refuse tensors that lie in a shard in which the index does not put them. Programs that read whole shards
-            would take them, or one of two of the same name.
-
-    Raises:
-        SourceError: no weights, a shard that is missing or truncated, or an index that does not match its shards.
-    """
-    index_file = directory / INDEX_NAME
-    if os.path.lexists(index_file):
-        index = read_json(index_file)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise SourceError(f"{index_file}: no usable weight_map")
-        files = sorted(set(weight_map.values()))
-        if any(Path(name).name != name or name == ".." or "\0" in name for name in files):
-            raise SourceError(f"{index_file}: a shard lies outside the directory")
-    elif os.path.lexists(directory / WEIGHTS_NAME):
-        weight_map, files = None, [WEIGHTS_NAME]
-    else:
-        raise SourceError(f"{directory}: neither {WEIGHTS_NAME} nor {INDEX_NAME} found")
-    tensors: dict[str, TensorInfo] = {}
-    for name in files:
-        for key, info in read_header(directory / name).items():
-            if weight_map is None or weight_map.get(key) == name:
-                tensors[key] = info
-            elif exact:
-                place = f"puts it into {weight_map[key]}" if key in weight_map else "does not know it"
-                raise SourceError(f"{directory / name}: holds tensor {key}, but {INDEX_NAME} {place}")
-    lost = sorted(set(weight_map or ()) - set(tensors))
-    if lost:
-        assert weight_map is not None
-        raise SourceError(f"{directory / weight_map[lost[0]]}: tensor {lost[0]} of {INDEX_NAME} is not in it")
-    return tensors
-
-
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Tensors of one safetensors file; raises ``SourceError`` when it is missing, truncated or not safetensors."""
-    if not file.is_file():
-        raise SourceError(f"{file}: file is missing")
-    try:
-        with safe_open(file, "pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
-            tensors = {
-                name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape()), name) for name, part in slices.items()
-            }
-    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise SourceError(f"{file}: truncated or not a safetensors file ({error})") from error
-    for name, info in tensors.items():
-        if info.dtype not in DTYPE_BITS:
-            raise SourceError(f"{file}: tensor {name} is {info.dtype}, which is not known here")
-    return tensors
-
-
-def read_tensor(name: str, info: TensorInfo) -> Tensor:
-    """Load one tensor exactly as stored."""
-    with safe_open(info.file, "pt") as handle:
-        tensor: Tensor = handle.get_tensor(name)
-        return tensor
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Parse a JSON object; raises ``SourceError`` naming the file.
-
-    Only a regular file (or a link to one) is opened, and no larger one than any model has: a pipe would wait for ever,
-    a device never end.
-    """
-    try:
-        if file.exists() and not file.is_file():
-            raise SourceError(f"{file}: not a file")
-        if file.stat().st_size > _MAX_JSON_BYTES:
-            raise SourceError(f"{file}: too large for JSON ({file.stat().st_size:,} bytes)")
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{file}: not a JSON object")
-    return value
 
 
 @dataclass(frozen=True)
@@ -184,9 +67,9 @@ class ModelSource:
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
         options |= attention_options(self.config)
         if self.gguf_file:
-            options |= {"gguf_file": self.gguf_file, **_dense_gguf()}
+            options |= {"gguf_file": self.gguf_file, **dense_gguf()}
         try:
-            with _quick_gguf() if self.gguf_file else nullcontext():
+            with quick_gguf() if self.gguf_file else nullcontext():
                 model, loading = AutoModelForCausalLM.from_pretrained(
                     self.directory, output_loading_info=True, **options
                 )
@@ -215,43 +98,6 @@ class ModelSource:
         return {} if self.gguf_file else side_files(self.directory)
 
 
-def _dense_gguf() -> dict[str, Any]:
-    """Option by which transformers unpacks a GGUF file: newer ones leave it packed where they find kernels for it."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # these always unpack
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-@contextmanager
-def _quick_gguf() -> Iterator[None]:
-    """Inside, transformers loads GGUF files three times as fast (a model of 272 tensors in 6 seconds less).
-
-    The reader of the gguf package cuts its memory map a few times for every token of the vocabulary, and each cut of a
-    ``numpy.memmap`` makes another of it; a plain view holds the same bytes. And transformers makes the table of an
-    architecture's tensor names anew for every module of the model.
-    """
-    import gguf
-
-    originals = gguf.GGUFReader, gguf.get_tensor_name_map
-
-    class PlainReader(gguf.GGUFReader):  # type: ignore[misc]
-        @property
-        def data(self) -> Any:
-            return self._plain
-
-        @data.setter
-        def data(self, mapped: Any) -> None:
-            self._plain = mapped.view(np.ndarray)
-
-    gguf.GGUFReader, gguf.get_tensor_name_map = PlainReader, functools.cache(gguf.get_tensor_name_map)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = originals
-
-
 def side_files(directory: Path) -> dict[str, Path]:
     """Everything in a model directory beside configuration and weights: ``{place relative to it: file}``.
 
@@ -277,7 +123,7 @@ def load_tokenizer(directory: str | Path, *, gguf_file: str | None = None, trust
     if gguf_file:
         options["gguf_file"] = gguf_file
     try:
-        with _quick_gguf() if gguf_file else nullcontext():
+        with quick_gguf() if gguf_file else nullcontext():
             return AutoTokenizer.from_pretrained(directory, **options)
     except Exception as error:  # transformers raises nearly anything here, depending on what file is absent
         raise SourceError(f"{directory}: no tokenizer can be loaded from it ({error})") from error

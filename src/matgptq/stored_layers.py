@@ -9,7 +9,7 @@ from torch import Tensor
 
 from matgptq.format import CODES, GUARD, Parts, scales_name
 from matgptq.nested_weight import NestedWeight
-from matgptq.source import TensorInfo, read_tensor
+from matgptq.stored_tensors import TensorInfo, read_tensor
 
 
 def layer_tensors(layer: str, weight: NestedWeight) -> dict[str, Tensor]:
@@ -23,11 +23,8 @@ def layer_tensors(layer: str, weight: NestedWeight) -> dict[str, Tensor]:
 
 def read_layer(layer: str, tensors: Mapping[str, TensorInfo], scale_bits: Sequence[int]) -> NestedWeight:
     """Codes and scales of a layer from the file that holds them."""
-    codes, *scales = (f"{layer}.{name}" for name in (CODES, *map(scales_name, scale_bits)))
-    return NestedWeight(
-        read_tensor(codes, tensors[codes]),
-        {bits: read_tensor(name, tensors[name]) for bits, name in zip(scale_bits, scales, strict=True)},
-    )
+    scales = {bits: read_tensor(tensors[f"{layer}.{scales_name(bits)}"]) for bits in scale_bits}
+    return NestedWeight(read_tensor(tensors[f"{layer}.{CODES}"]), scales)
 
 
 def parts_of_layers(tensors: Mapping[str, TensorInfo]) -> dict[str, Parts]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
-from matgptq.checksums import begin_checksum, data_starts
-from matgptq.source import DTYPE_BITS, TensorInfo
+from matgptq.checksums import begin_checksum
+from matgptq.stored_tensors import DTYPE_BITS, TensorInfo, data_starts
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -68,7 +68,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor | TensorInfo]) -> dic
             else:
                 if each.file not in starts:
                     starts[each.file] = data_starts(each.file)
-                _copy(each, starts[each.file][each.name or name], target, digest)
+                _copy(each, starts[each.file][each.name], target, digest)
             checksums[name] = digest.hexdigest()
     return checksums
 

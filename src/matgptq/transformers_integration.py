@@ -24,8 +24,8 @@ from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
 from matgptq.slicing import check_bits
-from matgptq.source import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_header
 from matgptq.stored_layers import parts_of_layers
+from matgptq.stored_tensors import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_header
 from matgptq.tensor_names import match_names, with_tied
 
 _WEIGHTS = (WEIGHTS_NAME, INDEX_NAME)

@@ -20,10 +20,11 @@ from matgptq.experts import unfuse_experts
 from matgptq.exports.gguf_file import ARCHITECTURES, FILE_NAME, context_length
 from matgptq.exports.target import Target
 from matgptq.format import EXPORT_NAME
+from matgptq.json_files import read_json
 from matgptq.model_config import attention_options, stored_dtype
 from matgptq.nested_linear import NestedLinear
 from matgptq.progress import Progress, Silent
-from matgptq.source import read_headers, read_json, read_tensor
+from matgptq.stored_tensors import read_headers, read_tensor
 from matgptq.tensor_names import match_names
 
 _WINDOWS, _SEQLEN = 2, 32
@@ -281,7 +282,7 @@ def _load_gptq(directory: Path, target: Target) -> Any:
 
     def weights(layer: str) -> Tensor:
         names = ("qweight", "qzeros", "scales", "g_idx")
-        return unpack_gptq(bits, *(read_tensor(f"{layer}.{name}", headers[f"{layer}.{name}"]) for name in names))
+        return unpack_gptq(bits, *(read_tensor(headers[f"{layer}.{name}"]) for name in names))
 
     return _dense_model(target, weights)
 

@@ -35,7 +35,7 @@ from matgptq.directories import disk_errors, lock_directory
 from matgptq.distributed import ALONE, Processes
 from matgptq.errors import CheckpointError, ConfigurationError, SourceError
 from matgptq.format import REPORT_NAME
-from matgptq.source import read_json
+from matgptq.json_files import read_json
 
 _RUN = "run.json"
 _COMMITTED = "committed"

@@ -26,7 +26,8 @@ from matgptq.errors import ExportError
 from matgptq.exports.gguf_tokenizer import add_tokenizer
 from matgptq.exports.target import Export, Target, check_untied
 from matgptq.sliced_weight import SlicedWeight
-from matgptq.source import TensorInfo, load_tokenizer
+from matgptq.source import load_tokenizer
+from matgptq.stored_tensors import TensorInfo
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -21,8 +21,8 @@ from matgptq.finiteness import all_finite
 from matgptq.format import CODES, GUARD, scales_name
 from matgptq.nested_weight import NestedWeight
 from matgptq.sliced_weight import SlicedWeight, cut
-from matgptq.source import read_tensor
 from matgptq.stored_layers import read_layer
+from matgptq.stored_tensors import read_tensor
 
 # What Marlin takes, the kernel that stock vLLM runs 4- and 8-bit weights with; whole rows besides.
 KERNEL_GROUP_SIZES = (32, 64, 128)
@@ -116,7 +116,7 @@ class Target:
 
     def read_kept(self, name: str) -> Tensor:
         """A tensor that is not quantized, as stored."""
-        return read_tensor(name, self.checkpoint.tensors[name])
+        return read_tensor(self.checkpoint.tensors[name])
 
 
 class Export(ABC):

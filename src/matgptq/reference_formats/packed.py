@@ -8,6 +8,7 @@ from typing import Any
 
 from matgptq.errors import ConfigurationError, SourceError
 from matgptq.format import QUANT_METHOD
+from matgptq.json_files import read_json
 from matgptq.recipe import PER_CHANNEL
 from matgptq.reference_formats.opened import (
     Reference,
@@ -19,7 +20,8 @@ from matgptq.reference_formats.opened import (
     place_kept,
 )
 from matgptq.slicing import PARENT_BITS, WIDTHS
-from matgptq.source import ModelSource, read_headers, read_json, read_tensor
+from matgptq.source import ModelSource
+from matgptq.stored_tensors import read_headers, read_tensor
 from matgptq.tensor_names import match_names
 
 REFERENCE_METHOD = "matgptq_quant"
@@ -83,7 +85,7 @@ def open_packed(directory: Path, model: ModelSource | None, trust_remote_code: b
 
     def read(name: str) -> ReferenceLayer:
         codes, scales = (f"{stored[name]}.{leaf}" for leaf in ("qweight", "scales"))
-        return ReferenceLayer(read_tensor(codes, base.tensors[codes]), read_tensor(scales, base.tensors[scales]))
+        return ReferenceLayer(read_tensor(base.tensors[codes]), read_tensor(base.tensors[scales]))
 
     layers = {name: linears[name] for name in stored}
     check_untied(network, layers)

@@ -27,8 +27,8 @@ from matgptq.atomic_files import json_text, save_tensors, write_text
 from matgptq.checkpoint import Checkpoint
 from matgptq.directories import disk_errors, lock_directory
 from matgptq.errors import SourceError
+from matgptq.json_files import read_json
 from matgptq.progress import Progress
-from matgptq.source import read_json
 from matgptq.tuning.goals import Goal, stored_scales
 from matgptq.tuning.scales import TuningState
 

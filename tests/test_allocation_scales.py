@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import matgptq
 from matgptq.allocation import Allocation
 from matgptq.allocation_scales import find_scales, save_scales, widths_scales
-from matgptq.allocation_store import DIRECTORY, find_allocation, save_allocation
+from matgptq.allocation_store import ALLOCATIONS, find_allocation, save_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.cli import app
 from matgptq.errors import AllocationError, ConfigurationError, ExportError, UnsupportedModelError
@@ -99,14 +99,14 @@ def test_it_gets_better_and_no_width_changes(
     for layer, each in scales.items():
         assert torch.equal(each.float(), storable_scales(each.float()))
         assert torch.equal(each.sign(), start[layer].sign())
-    record = json.loads((mixed / DIRECTORY / f"{NAME}.json").read_text())
+    record = json.loads((mixed / ALLOCATIONS / f"{NAME}.json").read_text())
     assert record["refinement"]["kl_after"] == result.kl_after
     assert record["refinement"]["scope"] == scope
     assert not [each for each in mixed.parent.iterdir() if each.name.startswith(".")]
 
 
 def _layers(checkpoint: Path) -> dict[str, int]:
-    layers: dict[str, int] = json.loads((checkpoint / DIRECTORY / f"{NAME}.json").read_text())["layers"]
+    layers: dict[str, int] = json.loads((checkpoint / ALLOCATIONS / f"{NAME}.json").read_text())["layers"]
     return layers
 
 
@@ -176,7 +176,7 @@ def test_exports_hold_them(format: str, tuned: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["stored", "by path", "elsewhere", "a name with .json", "an early export"])
 def test_verify_finds_the_scales_of_an_export(place: str, tuned: Path, tmp_path: Path) -> None:
-    allocation, stored = NAME, tuned / DIRECTORY
+    allocation, stored = NAME, tuned / ALLOCATIONS
     if place == "elsewhere":
         shutil.copytree(stored, tmp_path / "my widths")
         shutil.rmtree(stored)
@@ -211,7 +211,7 @@ def test_verify_says_which_scales_are_gone(tuned: Path, tmp_path: Path) -> None:
     save_scales(opened, NAME, layers, widths_scales(opened, layers), {})
     with pytest.raises(ExportError, match="not those that were exported; they were tuned again"):
         verify(out, tuned)
-    shutil.rmtree(tuned / DIRECTORY)
+    shutil.rmtree(tuned / ALLOCATIONS)
     with pytest.raises(ExportError, match=r"scales that it was made with are not found: .*no such allocation"):
         verify(out, tuned)
 
@@ -220,7 +220,7 @@ def test_tuning_goes_on_from_them(tuned: Path, windows: torch.Tensor) -> None:
     (first,) = matgptq.refine(tuned, allocation=NAME, steps=4, dataset=windows[:12], learning_rate=1e-3)
     again = matgptq.refine(tuned, allocation=NAME, steps=4, dataset=windows[:12], learning_rate=1e-3)
     assert again[0].kl_before == first.kl_after
-    assert len(list((tuned / DIRECTORY).glob("*.safetensors"))) == 1  # the earlier ones are gone
+    assert len(list((tuned / ALLOCATIONS).glob("*.safetensors"))) == 1  # the earlier ones are gone
 
 
 @pytest.mark.parametrize("event", [1, 2, 4, 5])
@@ -237,7 +237,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             matgptq.refine(mixed, **options)
     matgptq.refine(mixed, **options)
-    assert files(mixed / DIRECTORY) == files(other / DIRECTORY)
+    assert files(mixed / ALLOCATIONS) == files(other / ALLOCATIONS)
 
 
 def _stopping(event: int) -> Any:
@@ -270,22 +270,22 @@ class Notes(Silent):
 
 
 def test_a_new_search_keeps_the_scales_of_the_same_widths(tuned: Path, windows: torch.Tensor) -> None:
-    notes = Notes(tuned / DIRECTORY)
+    notes = Notes(tuned / ALLOCATIONS)
     options = {
         "save": NAME, "dataset": token_ids(24, 16, seed=3), "tokens": 256, "seqlen": 16, "generations": 0,
         "progress": notes,
     }  # fmt: skip
     matgptq.search(tuned, 3.5, **options)
     assert find_scales(open_checkpoint(tuned), NAME, _layers(tuned)) is None
-    assert not list((tuned / DIRECTORY).glob("*.safetensors"))
+    assert not list((tuned / ALLOCATIONS).glob("*.safetensors"))
     (note,) = notes.notes
     assert note[0].startswith(f"{NAME}: the scales of its own were tuned for other widths")
     assert note[1] == 1
     matgptq.refine(tuned, allocation=NAME, steps=8, dataset=windows, learning_rate=1e-2)
-    before = files(tuned / DIRECTORY)
+    before = files(tuned / ALLOCATIONS)
     matgptq.search(tuned, 3.5, **options)
     assert find_scales(open_checkpoint(tuned), NAME, _layers(tuned)) is not None
-    assert files(tuned / DIRECTORY) == before  # the record of the tuning, too
+    assert files(tuned / ALLOCATIONS) == before  # the record of the tuning, too
     assert len(notes.notes) == 1
 
 
@@ -293,7 +293,7 @@ def test_a_new_search_keeps_the_scales_of_the_same_widths(tuned: Path, windows: 
 def test_allocations_outlive_tuned_widths(early: bool, tuned: Path, windows: torch.Tensor) -> None:
     """Widths are what they were, and scales of its own never were those of a width."""
     opened, layers = open_checkpoint(tuned), _layers(tuned)
-    file = tuned / DIRECTORY / f"{NAME}.json"
+    file = tuned / ALLOCATIONS / f"{NAME}.json"
     codes, everything = opened.allocation_identities
     plain = json.loads(file.read_text()) | {"checkpoint": everything if early else codes}
     file.write_text(json.dumps(plain))
@@ -318,7 +318,7 @@ def test_other_codes_or_groups_are_another_checkpoint(mixed: Path, make_checkpoi
         other = open_checkpoint(tmp_path / name)
         assert other.codes_identity not in opened.allocation_identities
         with pytest.raises(AllocationError, match="made for another checkpoint"):
-            matgptq.load(tmp_path / name, allocation=mixed / DIRECTORY / f"{NAME}.json")
+            matgptq.load(tmp_path / name, allocation=mixed / ALLOCATIONS / f"{NAME}.json")
 
 
 def test_an_upload_takes_them_along(tuned: Path, tmp_path: Path) -> None:
@@ -329,13 +329,13 @@ def test_an_upload_takes_them_along(tuned: Path, tmp_path: Path) -> None:
 
 
 def test_who_reads_the_widths_reads_the_scales(tuned: Path) -> None:
-    modes = {file.suffix: file.stat().st_mode for file in (tuned / DIRECTORY).iterdir()}
+    modes = {file.suffix: file.stat().st_mode for file in (tuned / ALLOCATIONS).iterdir()}
     assert modes[".safetensors"] == modes[".json"] == modes[".txt"]
 
 
 def test_damage_is_found(tuned: Path) -> None:
     assert check_integrity(tuned).passed
-    (file,) = (tuned / DIRECTORY).glob("*.safetensors")
+    (file,) = (tuned / ALLOCATIONS).glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
@@ -346,10 +346,10 @@ def test_damage_is_found(tuned: Path) -> None:
     file.unlink()
     with pytest.raises(AllocationError, match="not beside it"):
         matgptq.evaluate(tuned, allocation=NAME, text=token_ids(1, 16))
-    matgptq.load(tuned, allocation=tuned / DIRECTORY / f"{NAME}.txt")  # the widths alone
-    record = json.loads((tuned / DIRECTORY / f"{NAME}.json").read_text())
+    matgptq.load(tuned, allocation=tuned / ALLOCATIONS / f"{NAME}.txt")  # the widths alone
+    record = json.loads((tuned / ALLOCATIONS / f"{NAME}.json").read_text())
     for entry in (3, {"file": "a"}, {"file": "../a", "sha256": "b"}, {"file": "a", "sha256": "b", "widths": 3}):
-        (tuned / DIRECTORY / f"{NAME}.json").write_text(json.dumps({**record, "scales": entry}))
+        (tuned / ALLOCATIONS / f"{NAME}.json").write_text(json.dumps({**record, "scales": entry}))
         with pytest.raises(AllocationError, match="must name a file"):
             matgptq.load(tuned, allocation=NAME)
 
@@ -363,7 +363,7 @@ def test_files_that_are_no_text_are_refused_by_name(mixed: Path, tmp_path: Path)
                 use(mixed, allocation=file)
     with pytest.raises(AllocationError, match="not a file"):
         matgptq.evaluate(mixed, allocation=tmp_path)
-    (mixed / DIRECTORY / f"{NAME}.json").write_bytes(b"{\xff")
+    (mixed / ALLOCATIONS / f"{NAME}.json").write_bytes(b"{\xff")
     assert not check_integrity(mixed).passed
 
 
@@ -382,7 +382,7 @@ def test_scales_of_other_layers_are_refused(mixed: Path) -> None:
 
 def test_scales_of_other_widths_are_refused(tuned: Path) -> None:
     opened, layers = open_checkpoint(tuned), _layers(tuned)
-    file = tuned / DIRECTORY / f"{NAME}.json"
+    file = tuned / ALLOCATIONS / f"{NAME}.json"
     record = json.loads(file.read_text())
     first, second, *others = layers
     swapped = {**layers, first: layers[second], second: layers[first]}
@@ -412,7 +412,7 @@ def test_what_cannot_be_tuned(mixed: Path, windows: torch.Tensor) -> None:
     with pytest.raises(AllocationError, match="no such allocation"):
         matgptq.refine(mixed, allocation="absent", dataset=windows)
     with pytest.raises(ConfigurationError, match="saved with the checkpoint"):
-        matgptq.refine(mixed, allocation=str(mixed / DIRECTORY / f"{NAME}.txt"), dataset=windows)
+        matgptq.refine(mixed, allocation=str(mixed / ALLOCATIONS / f"{NAME}.txt"), dataset=windows)
 
 
 def test_vllm_is_pointed_to_an_export(tuned: Path) -> None:

@@ -13,7 +13,7 @@ from measurements import SETTINGS, on_tasks, on_text
 from safetensors.torch import load_file, save_file
 
 from matgptq.allocation import Allocation
-from matgptq.allocation_store import DIRECTORY, save_allocation
+from matgptq.allocation_store import ALLOCATIONS, save_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import CheckpointError
 from matgptq.evaluation_record import Record, read_record, record_evaluation
@@ -76,7 +76,7 @@ def test_allocations_are_kept_that_lie_with_the_checkpoint(checkpoint: Path) -> 
     assert perplexities(read(checkpoint)["texts"][0]) == {3: 4.0}
     record(checkpoint, on_text({4.0: 2.0}, allocation="small"))
     assert perplexities(read(checkpoint)["texts"][0]) == {3: 4.0, "small": 2.0}
-    shutil.rmtree(checkpoint / DIRECTORY)
+    shutil.rmtree(checkpoint / ALLOCATIONS)
     assert perplexities(read(checkpoint)["texts"][0]) == {3: 4.0}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from matgptq.allocation import Allocation, complete_allocation, digest_of_widths, read_allocation
 from matgptq.allocation_store import (
-    DIRECTORY,
+    ALLOCATIONS,
     allocation_file,
     find_allocation,
     save_allocation,
@@ -37,7 +37,7 @@ from matgptq.nested_weight import scale_source
 from matgptq.progress import Progress
 from matgptq.stored_tensors import read_tensor
 
-KEY = "scales"  # in an allocation's JSON: {"file": ..., "sha256": ..., "widths": ...}
+SCALES = "scales"  # in an allocation's JSON: {"file": ..., "sha256": ..., "widths": ...}
 _ADVICE = "its 'layer: bits' lines work without them"
 
 
@@ -86,7 +86,7 @@ def scales_origin(checkpoint: Checkpoint, allocation: Mapping[str, int] | str | 
     entry = _entry(file)
     if entry is None:
         return {}
-    stored = file.parent == (checkpoint.path / DIRECTORY).resolve()
+    stored = file.parent == (checkpoint.path / ALLOCATIONS).resolve()
     return {"scales_of": file.stem if stored else str(file), "scales_sha256": entry["sha256"]}
 
 
@@ -174,7 +174,7 @@ def save_scales(
         raise CheckpointError(f"{file.parent}: cannot be written: {error}") from error
     known = json.loads(file.read_text(encoding="utf-8"))
     entry = {"file": own.name, "sha256": digest, "widths": digest_of_widths(widths)}
-    write_record(file, {**known, "refinement": dict(record), KEY: entry})
+    write_record(file, {**known, "refinement": dict(record), SCALES: entry})
     _remove_others(file, own.name)
 
 
@@ -202,14 +202,14 @@ def save_found(checkpoint: Checkpoint, allocation: Allocation, progress: Progres
         except AllocationError:
             same = False
         if same:
-            kept = {key: record[key] for key in ("refinement", KEY) if key in record}
+            kept = {key: record[key] for key in ("refinement", SCALES) if key in record}
         else:
             progress.note(
                 f"{allocation.name}: the scales of its own were tuned for other widths than were found now, and are "
                 f"removed; 'matgptq refine {checkpoint.path} --allocation {allocation.name}' tunes some for these"
             )
     save_allocation(checkpoint, allocation, kept)
-    _remove_others(file, kept[KEY]["file"] if kept else None)
+    _remove_others(file, kept[SCALES]["file"] if kept else None)
 
 
 def _tuned_record(file: Path) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _tuned_record(file: Path) -> dict[str, Any]:
         record = read_json(file)
     except SourceError:
         return {}
-    return record if record.get(KEY) else {}
+    return record if record.get(SCALES) else {}
 
 
 def _remove_others(file: Path, kept: str | None) -> None:
@@ -232,7 +232,7 @@ def _entry(file: Path) -> dict[str, str] | None:
     """What an allocation's JSON says about scales of its own."""
     try:
         text = file.read_text(encoding="utf-8")
-        entry = json.loads(text).get(KEY) if text.lstrip().startswith("{") else None
+        entry = json.loads(text).get(SCALES) if text.lstrip().startswith("{") else None
     except (OSError, ValueError, RecursionError) as error:  # a text that is no UTF-8 is a ValueError, too
         raise AllocationError(f"{file}: cannot be read: {error}") from error
     if entry is None:
@@ -240,7 +240,7 @@ def _entry(file: Path) -> dict[str, str] | None:
     valid = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))
     valid = valid and isinstance(entry.get("widths", ""), str)
     if not valid or Path(entry["file"]).name != entry["file"]:
-        raise AllocationError(f'{file}: "{KEY}" must name a file beside it and its sha256')
+        raise AllocationError(f'{file}: "{SCALES}" must name a file beside it and its sha256')
     return dict(entry)
 
 

@@ -15,7 +15,7 @@ from matgptq.checkpoint import Checkpoint
 from matgptq.errors import AllocationError, ConfigurationError, SourceError
 from matgptq.json_files import read_json
 
-DIRECTORY = "allocations"
+ALLOCATIONS = "allocations"
 _LONGEST = 200  # files of 255 bytes hold its scales' digest, and what a name has while it is written
 
 
@@ -30,7 +30,7 @@ def check_name(name: str) -> str:
 
 def stored_file(checkpoint: Checkpoint, name: str) -> Path:
     """Where an allocation of that name lies, or would."""
-    return checkpoint.path / DIRECTORY / f"{check_name(name)}.json"
+    return checkpoint.path / ALLOCATIONS / f"{check_name(name)}.json"
 
 
 def save_allocation(checkpoint: Checkpoint, allocation: Allocation, more: Mapping[str, Any] | None = None) -> Path:
@@ -62,7 +62,7 @@ def name_codes(directory: Path, checkpoint: Checkpoint) -> None:
         directory: of the checkpoint or a copy of it; the files are replaced.
         checkpoint: as it was before.
     """
-    for file in (directory / DIRECTORY).glob("*.json"):
+    for file in (directory / ALLOCATIONS).glob("*.json"):
         try:
             record = read_json(file)
         except SourceError:  # whoever uses it is told
@@ -78,7 +78,7 @@ def stored_allocations(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
         AllocationError: one cannot be read.
     """
     records = {}
-    for file in sorted((checkpoint.path / DIRECTORY).glob("*.json")):
+    for file in sorted((checkpoint.path / ALLOCATIONS).glob("*.json")):
         read_allocation(file)
         records[file.stem] = json.loads(file.read_text(encoding="utf-8"))
     return records
@@ -107,11 +107,11 @@ def allocation_file(checkpoint: Checkpoint, allocation: str | Path) -> Path:
     Raises:
         AllocationError: there is neither.
     """
-    file = checkpoint.path / DIRECTORY / f"{allocation}.json"
+    file = checkpoint.path / ALLOCATIONS / f"{allocation}.json"
     if Path(allocation).name != str(allocation) or not os.path.exists(file):  # whatever its length
         file = Path(allocation)
     if not os.path.exists(file):
-        names = sorted(each.stem for each in (checkpoint.path / DIRECTORY).glob("*.json"))
+        names = sorted(each.stem for each in (checkpoint.path / ALLOCATIONS).glob("*.json"))
         stored = f"has {', '.join(names)}" if names else "has none"
         raise AllocationError(f"{allocation}: no such file, and no such allocation: {checkpoint.path} {stored}")
     return file

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from matgptq import figures, kernels, native
-from matgptq.allocation_scales import KEY as SCALES
+from matgptq.allocation_scales import SCALES
 from matgptq.allocation_search import Search
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import ConfigurationError

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from matgptq.allocation_scales import has_own_scales
-from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
-from matgptq.allocation_store import allocation_file, find_allocation, stored_allocations
+from matgptq.allocation_store import ALLOCATIONS, allocation_file, find_allocation, stored_allocations
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device
 from matgptq.errors import ConfigurationError
@@ -22,6 +21,7 @@ from matgptq.evaluation_results import Evaluation, Result
 from matgptq.kernels import Activations
 from matgptq.loading import load, load_config
 from matgptq.model_config import check_window, longest_window
+from matgptq.plan import CPU_SELF_SEQLEN
 from matgptq.progress import Progress, Silent
 from matgptq.reference_model import load_optional_reference
 from matgptq.slicing import PARENT_BITS, check_widths
@@ -34,7 +34,6 @@ from matgptq.text.windows import SELF, Windows, check_cut, evaluation_windows
 DEFAULT_WIDTHS = (2, 3, 4, 6, 8)
 DEFAULT_SEQLEN = 2048
 CPU_WINDOWS = 4
-CPU_SELF_SEQLEN = 512
 _POSITIONS = 256  # compared at a time; full float64 copies of all logits would dominate memory
 
 

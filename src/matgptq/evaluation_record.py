@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matgptq.allocation import format_lines
-from matgptq.allocation_scales import KEY as SCALES
+from matgptq.allocation_scales import SCALES
 from matgptq.allocation_store import stored_allocations
 from matgptq.atomic_files import json_text, write_text
 from matgptq.checkpoint import Checkpoint

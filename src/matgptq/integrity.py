@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from matgptq.allocation_scales import damage_of
-from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
+from matgptq.allocation_store import ALLOCATIONS
 from matgptq.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from matgptq.checksums import read_checksum, read_checksums
 from matgptq.errors import CheckpointError, SourceError

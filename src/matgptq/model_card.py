@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matgptq import figures
-from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
-from matgptq.allocation_store import stored_allocations
+from matgptq.allocation_store import ALLOCATIONS, stored_allocations
 from matgptq.atomic_files import write_text
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.errors import CheckpointError

@@ -10,9 +10,8 @@ from typing import Any
 from matgptq.allocation_search import Search
 from matgptq.errors import ConfigurationError
 from matgptq.evaluation_results import Result
+from matgptq.figures import MEGABYTE
 from matgptq.slicing import MIN_BITS, PARENT_BITS, WIDTHS
-
-MEGABYTE = 1_000_000
 
 
 def plot_widths(results: Sequence[Result], file: str | Path, title: str) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 
 from matgptq.allocation import format_lines
 from matgptq.allocation_scales import scales_file
-from matgptq.allocation_store import DIRECTORY as ALLOCATIONS
-from matgptq.allocation_store import stored_allocations
+from matgptq.allocation_store import ALLOCATIONS, stored_allocations
 from matgptq.atomic_files import write_text
 from matgptq.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from matgptq.errors import ConfigurationError, UploadError

@@ -61,7 +61,9 @@ def quantize(
     ignore: Annotated[
         str, typer.Option(help="Layers to keep at full precision: names or * patterns, comma-separated.")
     ] = "lm_head",
-    damp: Annotated[float, typer.Option(help="Damping, as a fraction of the mean Hessian diagonal.")] = 0.01,
+    damp: Annotated[
+        float, typer.Option("--damp", "--damping", help="Damping, as a fraction of the mean Hessian diagonal.")
+    ] = 0.01,
     sink_weight: Annotated[
         float | None,
         typer.Option(help="Weight of first positions in the Hessians; 1: off. (default: 64 for fast and gptq, else 1)"),

@@ -9,7 +9,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-Genome = tuple[int, ...]
+from matgptq.width_search.optimum import Genome
+
 Costs = Sequence[Mapping[int, int]]
 Score = Callable[[Sequence[Genome], Sequence[int]], list[float]]
 _ATTEMPTS = 10  # proposals for each one that is wanted, before a generation makes do with fewer

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from matgptq.teacher import Teacher, chunks
 from matgptq.width_search.block_runner import BlockRunner
 from matgptq.width_search.layer_groups import LayerGroup
+from matgptq.width_search.optimum import Genome
 
 Fitness = Literal["kl", "ppl"]
-Genome = tuple[int, ...]
 # Logits and the reference's probabilities of a batch are in memory at once, in float32 at worst.
 _BATCH_LOGITS = 1 << 27
 _BROKEN = 1e3  # nats per token of a model whose logits are not finite: worse than any other, and still a number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,16 @@ import torch
 
 import matgptq
 from matgptq import kernels, native
+from matgptq.bit_stream import pack_rows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError
+from matgptq.format import Settings
 from matgptq.nested_weight import NestedWeight
+from matgptq.slicing import WIDTHS, slice_codes
 from matgptq.vllm_plugin.choice import Choice, ServedLayer, chosen_layers, held_layers, read_choice
 from matgptq.vllm_plugin.fused_experts import ExpertParts, FusedExperts
 from matgptq.vllm_plugin.fused_linear import FusedLinear, Part
+from matgptq.vllm_plugin.stored_parts import all_scales, check_guard, check_scales, codes_name, scales_of, unpack_slice
 from matgptq.vllm_plugin.vllm_version import check_version
 
 needs_native = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
@@ -208,3 +213,32 @@ def test_groups_that_kernels_take() -> None:
     assert kernels.group_obstacle(64, 128) is None
     assert kernels.group_obstacle(48, 48) is None
     assert kernels.group_obstacle(48, 96) is not None
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("in_features", [32, 40, 96])
+def test_what_is_stored_of_a_slice(bits: int, in_features: int) -> None:
+    codes = torch.randint(0, 256, (5, in_features), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    found = unpack_slice(pack_rows(slice_codes(codes, bits), bits), in_features)
+    assert torch.equal(slice_codes(found, bits), slice_codes(codes, bits))
+
+
+def test_names_of_what_is_stored() -> None:
+    parent = Settings(8, (2, 8), (3, 8), 32)
+    assert (codes_name(parent), all_scales(parent)) == ("codes", ["scales_3", "scales_8"])
+    assert [scales_of(parent, bits) for bits in (2, 3, 4, 8)] == ["scales_3", "scales_3", "scales_8", "scales_8"]
+    one = Settings(4, (), (), 32, layer_bits={})
+    assert (codes_name(one), all_scales(one), scales_of(one, 4)) == ("sliced_codes", ["sliced_scales"], "sliced_scales")
+
+
+@pytest.mark.parametrize(("value", "message"), [(math.nan, "not all there"), (math.inf, "NaN or Inf"), (0.0, "zero")])
+def test_scales_that_are_not_there(value: float, message: str) -> None:
+    check_scales("x", torch.ones(2, 3))
+    with pytest.raises(CheckpointError, match=f"layer a: scales_8 .*{message}"):
+        check_scales("layer a: scales_8", torch.tensor([1.0, value]))
+
+
+def test_a_weight_beside_codes() -> None:
+    check_guard("a weight", torch.empty(0))
+    with pytest.raises(CheckpointError, match=r"a weight \[3\] stands beside codes"):
+        check_guard("a weight", torch.ones(3))

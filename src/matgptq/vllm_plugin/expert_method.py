@@ -11,17 +11,14 @@ from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
-from matgptq.bit_stream import unpack_rows
 from matgptq.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from matgptq.finiteness import all_finite
-from matgptq.format import CODES, GUARD, SLICED_CODES, SLICED_SCALES, Settings, scales_name
+from matgptq.format import GUARD, Settings
 from matgptq.kernels import Activations
-from matgptq.nested_weight import scale_source
-from matgptq.sliced_weight import parent_of
 from matgptq.tensor_parallel import shard_obstacle
 from matgptq.vllm_plugin.choice import ServedLayer
 from matgptq.vllm_plugin.fused_experts import ExpertParts, FusedExperts
 from matgptq.vllm_plugin.fused_linear import Part
+from matgptq.vllm_plugin.stored_parts import all_scales, check_guard, check_scales, codes_name, scales_of, unpack_slice
 
 _log = init_logger("vllm.matgptq")
 
@@ -78,12 +75,8 @@ class ServedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             tuple(self._find(layers, f"{prefix}.{number}.{name}") for name in names)
             for number in range(experts.global_num_experts)
         ]
-        own = scale_source(settings.scale_bits) if not settings.is_slice else {}
-        self._sources = {
-            each.bits: SLICED_SCALES if settings.is_slice else scales_name(own[each.bits])
-            for of_expert in self._served
-            for each in of_expert
-        }
+        widths = {each.bits for of_expert in self._served for each in of_expert}
+        self._sources = {bits: scales_of(settings, bits) for bits in widths}
         self._rank = experts.moe_config.tp_rank
         self._width = 0  # this rank's share of the intermediate size
         self._dtype = torch.bfloat16
@@ -129,23 +122,16 @@ class ServedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             _INNER: (num_experts, 2 * intermediate_size_per_partition, hidden_size, inner_group),
             _DOWN: (num_experts, hidden_size, intermediate_size_per_partition, down_group),
         }
-        stored = (SLICED_SCALES,) if self.settings.is_slice else map(scales_name, self.settings.scale_bits)
-        scale_names = [*stored]
         for stem, (count, rows, columns, group_size) in shapes.items():
             codes = torch.empty(count, rows, columns, dtype=torch.uint8)
-            self._register(layer, f"{stem}_{self._codes_name}", codes, self._load_codes)
-            for name in scale_names:
+            self._register(layer, f"{stem}_{codes_name(self.settings)}", codes, self._load_codes)
+            for name in all_scales(self.settings):
                 if name in self._sources.values():
-                    # NaN: a part that is never filled is found before it is served.
                     scales = torch.full((count, rows, columns // group_size), torch.nan, dtype=torch.float16)
                     self._register(layer, f"{stem}_{name}", scales, self._load_scales)
                 else:
                     self._register(layer, f"{stem}_{name}", torch.empty(0, dtype=torch.float16), self._forget)
             self._register(layer, f"{stem}_{GUARD}", torch.empty(0, dtype=params_dtype), self._check_guard)
-
-    @property
-    def _codes_name(self) -> str:
-        return SLICED_CODES if self.settings.is_slice else CODES
 
     @staticmethod
     def _register(layer: Any, name: str, data: Tensor, load: Callable[..., bool]) -> None:
@@ -159,8 +145,7 @@ class ServedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if self.settings.is_slice:
             # Unpacked before this rank's part is cut out, because a part need not begin at a byte.
             columns = param.shape[2] * (self.moe.moe_parallel_config.tp_size if shard_id == _DOWN else 1)
-            bits = loaded_weight.shape[1] * 8 // columns
-            loaded_weight = parent_of(unpack_rows(loaded_weight, bits, columns), bits)
+            loaded_weight = unpack_slice(loaded_weight, columns)
         return self._copy(param.data[expert_id], loaded_weight, weight_name, shard_id)
 
     def _load_scales(
@@ -188,8 +173,7 @@ class ServedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     @staticmethod
     def _check_guard(param: Tensor, loaded_weight: Tensor, weight_name: str, **_: Any) -> bool:
-        if loaded_weight.numel():
-            raise CheckpointError(f"{weight_name}: {list(loaded_weight.shape)} stands beside codes; it must be empty")
+        check_guard(weight_name, loaded_weight)
         return True
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -217,9 +201,8 @@ class ServedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def _part(self, layer: Any, stem: str, number: int, rows: slice, served: ServedLayer) -> Part:
         source = self._sources[served.bits]
         scales = getattr(layer, f"{stem}_{source}").data[number, rows]
-        if not all_finite(scales):
-            raise CheckpointError(f"{self.prefix}.{number}: {stem}_{source} holds NaN or Inf, or is not all there")
-        codes = getattr(layer, f"{stem}_{self._codes_name}").data[number, rows]
+        check_scales(f"{self.prefix}.{number}: {stem}_{source}", scales)
+        codes = getattr(layer, f"{stem}_{codes_name(self.settings)}").data[number, rows]
         return Part(codes, scales, served.bits)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:

@@ -11,15 +11,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter
 
-from matgptq.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from matgptq.finiteness import all_finite
-from matgptq.format import CODES, GUARD, SLICED_CODES, SLICED_SCALES, Settings, scales_name
+from matgptq.errors import ConfigurationError, UnsupportedModelError
+from matgptq.format import CODES, GUARD, SLICED_CODES, Settings
 from matgptq.kernels import Activations
-from matgptq.nested_weight import scale_source
 from matgptq.tensor_parallel import shard_obstacle
 from matgptq.vllm_plugin.choice import ServedLayer
 from matgptq.vllm_plugin.fused_linear import FusedLinear, Part
 from matgptq.vllm_plugin.parameters import SlicedCodes, guard, unread
+from matgptq.vllm_plugin.stored_parts import all_scales, check_scales, codes_name, scales_of
 
 _log = init_logger("vllm.matgptq")
 
@@ -49,13 +48,10 @@ class ServedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.settings = settings
         self.activations: Activations = activations
         self.sizes = sizes
-        own = scale_source(settings.scale_bits) if not settings.is_slice else {}
         self._rows: list[int] = []
         self._dtype = torch.bfloat16
         self._weight: FusedLinear
-        self.scale_names = [
-            SLICED_SCALES if settings.is_slice else scales_name(own[bits]) for bits, _ in layers.values()
-        ]
+        self.scale_names = [scales_of(settings, bits) for bits, _ in layers.values()]
 
     def create_weights(
         self,
@@ -101,9 +97,8 @@ class ServedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             layer.register_parameter(SLICED_CODES, SlicedCodes(in_features=input_size, data=codes, **common))
         else:
             layer.register_parameter(CODES, ModelWeightParameter(data=codes, **common))
-        for name in (SLICED_SCALES,) if self.settings.is_slice else map(scales_name, self.settings.scale_bits):
+        for name in all_scales(self.settings):
             if name in self.scale_names:
-                # NaN: a part that is never filled is found before it is served.
                 scales = torch.full((shape[0], shape[1] // group_size), torch.nan, dtype=torch.float16)
                 layer.register_parameter(name, GroupQuantScaleParameter(data=scales, **common))
             else:
@@ -116,13 +111,12 @@ class ServedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             CheckpointError: scales that are not finite, or were not in the files.
         """
-        codes = getattr(layer, SLICED_CODES if self.settings.is_slice else CODES)
+        codes = getattr(layer, codes_name(self.settings))
         parts = []
         start = 0
         for (name, served), source, rows in zip(self.layers.items(), self.scale_names, self._rows, strict=True):
             scales = getattr(layer, source).data[start : start + rows]
-            if not all_finite(scales):
-                raise CheckpointError(f"layer {name}: {source} holds NaN or Inf, or is not all there")
+            check_scales(f"layer {name}: {source}", scales)
             parts.append(Part(codes.data[start : start + rows], scales, served.bits))
             start += rows
         self._weight = FusedLinear(self.prefix, parts, self._dtype, self.activations)

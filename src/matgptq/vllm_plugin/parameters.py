@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from matgptq.bit_stream import unpack_rows
-from matgptq.errors import CheckpointError
-from matgptq.sliced_weight import parent_of
+from matgptq.vllm_plugin.stored_parts import check_guard, unpack_slice
 
 
 class SlicedCodes(ModelWeightParameter):  # type: ignore[misc]
@@ -27,8 +25,7 @@ class SlicedCodes(ModelWeightParameter):  # type: ignore[misc]
         super().__init__(**kwargs)
 
     def _unpack(self, packed: Tensor) -> Tensor:
-        bits = packed.shape[1] * 8 // self._in_features  # a row is padded by less than a byte
-        return parent_of(unpack_rows(packed, bits, self._in_features), bits)
+        return unpack_slice(packed, self._in_features)
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
         """Rows of this rank."""
@@ -66,5 +63,4 @@ def _forget(parameter: Tensor, loaded_weight: Tensor, *shard: object) -> None:
 
 
 def _check_guard(parameter: Tensor, loaded_weight: Tensor, *shard: object) -> None:
-    if loaded_weight.numel():
-        raise CheckpointError(f"a weight {list(loaded_weight.shape)} stands beside codes, where it must be empty")
+    check_guard("a weight", loaded_weight)

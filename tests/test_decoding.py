@@ -11,6 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_models import GROUP_SIZE, make_tokenizer, save_model, token_ids
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import matgptq
 from matgptq import native
@@ -174,7 +175,7 @@ def _doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *given, **options: 2 * forward(*given, **options)
 
 
-@pytest.mark.parametrize("where", ["instance", "class", "accelerate", "all modules"])
+@pytest.mark.parametrize("where", ["instance", "class", "class of the block", "accelerate", "all modules"])
 def test_a_forward_that_was_replaced_is_called(where, checkpoint, monkeypatch):
     model = matgptq.load(checkpoint("llama"), 8, device="cpu")
     unchanged = decode(model)
@@ -182,6 +183,8 @@ def test_a_forward_that_was_replaced_is_called(where, checkpoint, monkeypatch):
     if where == "class":
         own = type(model.model.layers[0].mlp)
         monkeypatch.setattr(own, "forward", _doubled(own.forward))
+    elif where == "class of the block":
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", _doubled(LlamaDecoderLayer.forward))
     elif where == "all modules":
         own = type(model.model.layers[0].mlp)
         handle = nn.modules.module.register_module_forward_hook(

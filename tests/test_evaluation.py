@@ -7,13 +7,14 @@ import math
 
 import pytest
 import torch
-from tiny_models import VOCAB
+from tiny_models import VOCAB, save_model
 from transformers import AutoModelForCausalLM
 
 import matgptq
 from matgptq.allocation import Allocation, format_lines
-from matgptq.allocation_store import save_allocation
+from matgptq.allocation_store import save_allocation, stored_allocations
 from matgptq.checkpoint import open_checkpoint
+from matgptq.console import allocations_table
 from matgptq.errors import AllocationError, CalibrationError, ConfigurationError, SourceError
 from matgptq.evaluation import Divergence
 from matgptq.evaluation_record import read_record, record_evaluation
@@ -200,3 +201,31 @@ def test_refusals(checkpoint, tmp_path, windows) -> None:
         matgptq.evaluate(checkpoint, (8,), text=short, seqlen=32)
     with pytest.raises(ConfigurationError, match="context"):
         matgptq.evaluate(checkpoint, (8,), text=short, seqlen=100_000)
+
+
+def test_a_recorded_model_that_is_another_one_now_is_left_out(checkpoint, windows, tmp_path) -> None:
+    other = save_model("llama", tmp_path / "other", shape={"vocab_size": 320})
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"]["source"] = str(other)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert matgptq.evaluate(checkpoint, 8, text=windows).results[0].kl is None
+    with pytest.raises(ConfigurationError, match="320 tokens in its vocabulary"):
+        matgptq.evaluate(checkpoint, 8, text=windows, reference=other)
+
+
+def test_token_ids_are_checked_like_text(checkpoint) -> None:
+    for shape, options, message in (((2, 128), {}, "context of 64"), ((2, 8), {"seqlen": 0}, "2 tokens")):
+        with pytest.raises(ConfigurationError, match=message):
+            matgptq.evaluate(checkpoint, 8, text=torch.ones(shape, dtype=torch.int64), **options)
+
+
+def test_allocations_by_hand_are_shown_and_damaged_ones_do_no_harm(checkpoint, windows) -> None:
+    (checkpoint / "allocations").mkdir()
+    layers = dict.fromkeys(open_checkpoint(checkpoint).layers, 3)
+    (checkpoint / "allocations" / "mine.json").write_text(json.dumps(layers))
+    opened = open_checkpoint(checkpoint)
+    table = allocations_table(stored_allocations(opened), [opened.identity])
+    assert table.row_count == 1
+    (checkpoint / "allocations" / "odd.json").write_text(json.dumps({"layers": layers, "scales": 3}))
+    record_evaluation(opened, matgptq.evaluate(checkpoint, 8, text=windows))
+    assert len(read_record(opened)["texts"]) == 1

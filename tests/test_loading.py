@@ -216,7 +216,7 @@ def test_state_dicts_that_a_packed_model_cannot_load(out, expected):
     model = matgptq.load(out, bits=4, resident=False)
     scales = {name: tensor for name, tensor in whole.items() if ".scales_" in name}
     for state, strict in ((whole, True), (scales, False)):
-        with pytest.raises(RuntimeError, match=f"layer {Q}: only its slice is in memory"):
+        with pytest.raises(RuntimeError, match=f"layer {Q}: only one slice of it is in memory"):
             model.load_state_dict(state, strict=strict)
     model.load_state_dict({"lm_head.weight": whole["lm_head.weight"]}, strict=False)
     torch.testing.assert_close(logits(model), expected[4], rtol=1e-4, atol=1e-4)
@@ -224,6 +224,20 @@ def test_state_dicts_that_a_packed_model_cannot_load(out, expected):
     with pytest.raises(RuntimeError, match=f"layer {Q}: scales_8 holds zeros"):
         model.load_state_dict({f"{Q}.scales_8": torch.zeros_like(whole[f"{Q}.scales_8"])}, strict=False)
     assert torch.equal(model.state_dict()[f"{Q}.codes"], whole[f"{Q}.codes"])
+    model.load_state_dict(whole)  # and good scales make it what it was
+    assert all(layer.packed is not None and layer.shared_input is not None for layer in _attention_inputs(model))
+
+
+def _attention_inputs(model):
+    return [getattr(block.self_attn, f"{name}_proj") for block in model.model.layers for name in "qkv"]
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
+def test_a_model_that_cannot_be_saved_leaves_what_lies_there(checkpoint):
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.is_file()}
+    with pytest.raises(ConfigurationError, match="only its slice"):
+        matgptq.load(checkpoint, bits=4, resident=False).save_pretrained(checkpoint)
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.is_file()} == before
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------

@@ -220,6 +220,33 @@ def test_text_of_the_calibration_is_used_again(
     assert "the model itself" in open_checkpoint(out).settings.refinement["4"]["text"]
 
 
+def test_files_may_be_links(checkpoint: Path, windows: torch.Tensor) -> None:
+    """As in the cache of the hub: relative ones, to files that go by their hashes."""
+    blobs = checkpoint.parent / "blobs"
+    blobs.mkdir()
+    for file in [file for file in checkpoint.iterdir() if file.is_file()]:
+        file.rename(blobs / file.name)
+        file.symlink_to(Path("..") / "blobs" / file.name)
+    (result,) = matgptq.refine(checkpoint, (2,), steps=8, dataset=windows, learning_rate=1e-2)
+    assert result.kl_after < result.kl_before
+    assert (
+        2 in open_checkpoint(checkpoint).settings.refinement or "2" in open_checkpoint(checkpoint).settings.refinement
+    )
+    assert not leftovers(checkpoint)
+
+
+def test_a_damaged_file_of_an_interrupted_run_is_no_dead_end(checkpoint: Path, windows: torch.Tensor) -> None:
+    options = {"dataset": windows, "steps": 3, "learning_rate": 1e-2}
+    with interrupt(5, before=False), pytest.raises(KeyboardInterrupt):
+        matgptq.refine(checkpoint, (2,), **options)
+    (directory,) = leftovers(checkpoint)
+    for name in ("state-2.safetensors", "teacher.safetensors"):
+        (directory / name).write_bytes(b"short")
+    listener = Listener()
+    matgptq.refine(checkpoint, (2,), **options, progress=listener)
+    assert any("damaged" in note and "beginning anew" in note for note in listener.notes)
+
+
 def test_a_second_process_is_refused(checkpoint: Path, windows: torch.Tensor) -> None:
     with (
         TuningWorkspace(open_checkpoint(checkpoint), Listener()),

@@ -173,6 +173,8 @@ def test_interrupted_tuning_goes_on(widths_done, source, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         matgptq.quantize(source, tmp_path / "out", dataset=windows, group_size=GROUP_SIZE, **options)
     monkeypatch.undo()
+    with pytest.raises(ConfigurationError, match=r"recipe\.seed: 1, was 0"):  # and throws nothing away
+        matgptq.quantize(source, tmp_path / "out", dataset=windows, group_size=GROUP_SIZE, seed=1, **options)
     monkeypatch.setattr("matgptq.quantization.prepare", lambda *_, **__: pytest.fail("was begun again"))
     matgptq.quantize(source, tmp_path / "out", dataset=windows, group_size=GROUP_SIZE, **options)
     assert what_counts(tmp_path / "out") == what_counts(tmp_path / "whole")

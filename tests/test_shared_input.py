@@ -298,7 +298,8 @@ def test_a_head_that_was_copied_or_cast_is_still_packed(name, make_checkpoint):
     model = matgptq.load(make_checkpoint(name, torch.float32)[1], 8, head_bits=2)
     x = torch.randn(3, 64)
     expected = model.get_output_embeddings()(x)
-    for twin in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model).bfloat16()), copy.copy(model)):
+    twice_cast = copy.deepcopy(model).bfloat16().double()
+    for twin in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model).bfloat16()), copy.copy(model), twice_cast):
         head = twin.get_output_embeddings()
         assert head.is_packed
         assert torch.equal(head(x), expected)

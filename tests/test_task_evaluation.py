@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make_tokenizer
+from tiny_models import make_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -237,6 +237,13 @@ def test_tasks_that_cannot_be_run(out, directory, tmp_path, monkeypatch) -> None
     (tmp_path / "a.yaml").write_text(text.replace("questions.jsonl", "missing.jsonl"))
     with pytest.raises(CalibrationError, match=r"choice cannot be loaded .*missing\.jsonl"):
         evaluate_tasks(out, ["choice"], include_path=tmp_path)
+
+
+def test_another_model_as_reference_is_refused_first(out, directory, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: pytest.fail("was loaded"))
+    other = save_model("llama", tmp_path / "other", shape={"vocab_size": 320})
+    with pytest.raises(ConfigurationError, match="320 tokens in its vocabulary"):
+        evaluate_tasks(out, ["choice"], (8,), include_path=directory, reference=other)
 
 
 def test_more_examples_than_there_are_documents(out, directory) -> None:

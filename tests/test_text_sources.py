@@ -203,6 +203,7 @@ def test_a_failed_download_names_the_data_set(tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"line 1: not valid JSON"),
         ("a.txt", b"", r"a\.txt: the file is empty"),
         ("a.txt", b" \n\n", r"a\.txt: the file is empty"),
         ("a.txt", b"fine\nfine\n\xff\xfe", r"a\.txt, line 3: not UTF-8"),

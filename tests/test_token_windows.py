@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from texts import TEMPLATE, decode, make_model, make_tokenizer, write_json_lines, write_parquet
 
 from matgptq.errors import CalibrationError, ConfigurationError
+from matgptq.fingerprint import fingerprint_data
 from matgptq.text import order as document_order
 from matgptq.text import windows as token_windows
 from matgptq.text.packing import pack_windows
@@ -182,6 +183,18 @@ def test_a_mix_is_refused_before_the_model_writes(tmp_path, tokenizer, documents
         calibration_windows(f"{path},self", tokenizer, nsamples=None, seqlen=8, seed=0, model=model)
     assert takes_self(f"{path}, self")
     assert not takes_self("self.txt,other.txt")
+
+
+def test_many_texts_of_long_names(tmp_path, tokenizer, documents):
+    """Together longer than a file's name may be."""
+    names = [tmp_path / f"{index}-{'x' * 60}.txt" for index in range(6)]
+    for name in names:
+        name.write_text("\n".join(documents))
+    found = calibration_windows(",".join(map(str, names)), tokenizer, nsamples=6, seqlen=8, seed=0)
+    assert len(found.tokens) == 6
+    assert fingerprint_data(",".join(map(str, names))).count(" bytes, ") == 6
+    with pytest.raises(CalibrationError, match="no such file"):
+        calibration_windows("y" * 300 + ".txt", tokenizer, nsamples=1, seqlen=8, seed=0)
 
 
 def test_a_comma_in_the_name_of_a_file(tmp_path, tokenizer, documents, monkeypatch):

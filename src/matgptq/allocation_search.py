@@ -196,9 +196,10 @@ def search(
     with RunLog(checkpoint.path / DIRECTORY / LOG_NAME, described, wandb_project=wandb_project) as log:
         progress.start("load the models", 1)
         model = load(path, space.widths[-1], device=run_device, dtype=run_dtype, trust_remote_code=trust_remote_code)
-        full = None if source is None else source.load_model(run_dtype, run_device)
-        if full is not None:
-            check_vocabulary(full, checkpoint)
+        full = None
+        if source is not None:
+            full = source.load_model(run_dtype, run_device)
+            check_vocabulary(full.config, source.name, checkpoint)
         windows = _windows(path, dataset, settings, full or model, trust_remote_code, progress)
         teacher = None
         if full is not None:

@@ -292,14 +292,14 @@ def allocations_table(records: Mapping[str, Mapping[str, Any]], identities: Sequ
     for column in ("name", "bits", "bits per weight", "size", "fitness", "method", "scales"):
         table.add_column(column, justify="left" if column in ("name", "method", "scales") else "right")
     for name, record in records.items():
-        fitness, foreign = record["fitness"], record["checkpoint"] not in identities
+        # One that was put there by hand may hold its widths and nothing else.
+        fitness, foreign = record.get("fitness"), record.get("checkpoint") not in (None, *identities)
         table.add_row(
-            f"{name} (of another checkpoint)" if foreign else name,
-            f"{record['bits']:.3f}",
-            f"{record['bits_per_weight']:.3f}",
-            megabytes(record["bytes"]),
-            f"{fitness['measure']} {fitness['value']:.4f}",
-            record["found"]["method"],
+            escape(f"{name} (of another checkpoint)" if foreign else name),
+            *(f"{record[key]:.3f}" if key in record else "-" for key in ("bits", "bits_per_weight")),
+            megabytes(record["bytes"]) if "bytes" in record else "-",
+            f"{fitness['measure']} {fitness['value']:.4f}" if fitness else "-",
+            record.get("found", {}).get("method", "by hand"),
             _own_scales(record),
         )
     return table

@@ -107,7 +107,7 @@ class RowBlock:
         self._passed += [(attention._modules, name) for name in (*_ATTENTION, *_HEAD_NORMS) if hasattr(attention, name)]
         self._passed += [(mlp._modules, name) for name in (*_MLP, "act_fn")]
         self._known = [modules[name] for modules, name in self._passed]
-        self._forwards = {type(module): type(module).forward for module in self._known}
+        self._forwards = {type(module): type(module).forward for module in (*self._known, block)}
 
     def takes(self, hidden: Tensor, keywords: dict[str, Any]) -> bool:
         """Whether a call is the one that ``run`` is for."""

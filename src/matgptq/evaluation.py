@@ -316,18 +316,18 @@ def _settle_text(
     """Fill in the defaults and refuse what can be refused before a model is loaded."""
     count = None if windows == "all" else windows
     if isinstance(dataset, Tensor):
-        seqlen = seqlen or dataset.shape[-1]
+        seqlen = dataset.shape[-1] if seqlen is None else seqlen
     else:
         on_cpu = device.type == "cpu"
         if seqlen is None:
             wanted = CPU_SELF_SEQLEN if on_cpu and str(dataset) == SELF else DEFAULT_SEQLEN
             seqlen = min(wanted, longest_window(config) or wanted)
-        check_window(config, seqlen)
         if windows is None and (str(dataset) == SELF or (on_cpu and protocol == "plain")):
             count = CPU_WINDOWS
             progress.note(f"{count} windows of {seqlen} tokens (--windows, --seqlen)")
         if str(dataset) != SELF:
             open_text(dataset, split="test")
+    check_window(config, seqlen)
     if seqlen < 2:
         raise ConfigurationError("a window must have at least 2 tokens: the second is what the first predicts")
     check_cut(dataset, seqlen, stride, protocol)

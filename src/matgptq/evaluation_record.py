@@ -107,7 +107,8 @@ def _present_allocations(checkpoint: Checkpoint) -> dict[str | None, str | None]
     """A fingerprint of widths and own scales of each stored allocation by name; None, for a width, has none."""
     prints: dict[str | None, str | None] = {None: None}
     for name, record in stored_allocations(checkpoint).items():
-        text = format_lines(record.get("layers", record)) + record.get(SCALES, {}).get("sha256", "")
+        own = record.get(SCALES)
+        text = format_lines(record.get("layers", record)) + (own.get("sha256", "") if isinstance(own, dict) else "")
         prints[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return prints
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def fingerprint_data(dataset: str | Path | Tensor) -> str:
         content = dataset.to("cpu", torch.int64).contiguous()
         return f"token ids {hashlib.blake2b(content.numpy().tobytes(), digest_size=16).hexdigest()}"
     paths = [Path(name).expanduser() for name in text_names(dataset)]
-    return ",".join(fingerprint_file(path) if path.is_file() else str(path) for path in paths)
+    return ",".join(fingerprint_file(path) if os.path.isfile(path) else str(path) for path in paths)
 
 
 def fingerprint_software(device: torch.device) -> dict[str, Any]:

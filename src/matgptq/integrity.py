@@ -122,7 +122,7 @@ def _damaged_allocations(checkpoint: Checkpoint) -> Iterator[Damage]:
     for file in sorted((checkpoint.path / ALLOCATIONS).glob("*.json")):
         problem = damage_of(checkpoint, file)
         if problem is not None:
-            yield Damage(str(file), file.stem, f"has scales of its own that are damaged: {problem}")
+            yield Damage(str(file), file.stem, f"is damaged, or scales of its own are: {problem}")
 
 
 def _open(directory: Path) -> tuple[str, Mapping[str, TensorInfo], Checkpoint | None]:

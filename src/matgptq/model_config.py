@@ -49,12 +49,20 @@ def attention_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def longest_window(config: Any) -> int | None:
     """Tokens that the model can take at a time, None where it does not say; also of a configuration object."""
-    name = "max_position_embeddings"
+    return _number(config, "max_position_embeddings")
+
+
+def vocabulary_size(config: Any) -> int | None:
+    """Tokens that the model knows, None where it does not say; also of a configuration object."""
+    return _number(config, "vocab_size")
+
+
+def _number(config: Any, name: str) -> int | None:
     if isinstance(config, Mapping):
-        longest = language_config(config).get(name)
+        found = language_config(config).get(name)
     else:
-        longest = getattr(config.get_text_config(), name, None)
-    return None if longest is None else int(longest)
+        found = getattr(config.get_text_config(), name, None)
+    return None if found is None else int(found)
 
 
 def check_window(config: Any, seqlen: int) -> None:

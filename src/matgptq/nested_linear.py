@@ -66,6 +66,8 @@ class NestedLinear(nn.Module):
         self.activations: kernels.Activations = "exact"
         self._packed: kernels.PackedWeight | None = None
         self._shared: SharedInput | None = None
+        # How it was packed (all planes or a slice, with whom), while scales that were loaded forbid it.
+        self._unpacked_from: tuple[bool, SharedInput | None] | None = None
         self._fixed = False
         self._bits: int
         self.set_bits(bits)
@@ -215,10 +217,13 @@ class NestedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """Codes and scales are loaded into an unpacked layer."""
         errors: list[str] = others[-1]
-        if self._packed is None or not _holds(state_dict, prefix, (CODES, *map(scales_name, self.scale_bits))):
+        plain = self._packed is None and self._unpacked_from is None
+        if plain or not _holds(state_dict, prefix, (CODES, *map(scales_name, self.scale_bits))):
             super()._load_from_state_dict(state_dict, prefix, *others)
         elif not self.is_complete:
-            errors.append(f"layer {prefix[:-1]}: only its slice is in memory; load with resident=True to change it")
+            errors.append(
+                f"layer {prefix[:-1]}: only one slice of it is in memory; a model of all widths can be changed"
+            )
         else:
             with self._unpacked(prefix, errors):
                 super()._load_from_state_dict(state_dict, prefix, *others)
@@ -226,16 +231,18 @@ class NestedLinear(nn.Module):
     @contextmanager
     def _unpacked(self, prefix: str, errors: list[str]) -> Iterator[None]:
         """Plain codes for a while; they are packed again, in memory of their own, unless the new scales forbid it."""
-        packed, shared = self._packed, self._shared
-        if packed is not None:
+        if self._packed is not None:
+            self._unpacked_from = self._packed.resident, self._shared
             self.unpack()
         yield
-        if packed is None:
+        if self._unpacked_from is None:
             return
         if (fault := self.scale_fault) is not None:
-            errors.append(f"layer {prefix[:-1]}: {fault}")
+            errors.append(f"layer {prefix[:-1]}: {fault}")  # it is packed when it gets better ones
             return
-        self.pack(resident=packed.resident)
+        resident, shared = self._unpacked_from
+        self._unpacked_from = None
+        self.pack(resident=resident)
         self._shared = shared
 
     def extra_repr(self) -> str:

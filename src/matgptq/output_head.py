@@ -89,6 +89,11 @@ class PackedHead(nn.Linear):
             self._packed_from = _Origin.of(self.weight)
         return True
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _ = self.is_packed  # takes note of a cast; of two at once it could not tell
+        return result
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies, whose weight lies elsewhere."""
         return {**super().__getstate__(), "_packed_from": self.is_packed}  # type: ignore[no-untyped-call]

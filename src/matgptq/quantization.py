@@ -34,7 +34,7 @@ from matgptq.slicing import check_bits
 from matgptq.source import open_source
 from matgptq.stage_clock import StageClock
 from matgptq.text.windows import SELF
-from matgptq.work_directory import WorkDirectory
+from matgptq.work_directory import WorkDirectory, kept_bytes
 
 
 def quantize(
@@ -75,7 +75,7 @@ def quantize(
         quality: ``fast``, ``balanced`` (default) or ``best``: how much time the method matgptq takes.
         group_size: input columns per scale, -1 for a whole row.
         dataset: calibration text: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a hub data set, ``self`` (the model
-            writes its own), or int64 token ids ``[n, seqlen]``.
+            writes its own), several of these with commas between them, or int64 token ids ``[n, seqlen]``.
         nsamples, seqlen: calibration windows and tokens in each; defaults 128 and 2048, fewer on a CPU.
         ignore: names or ``*`` patterns of Linear layers to keep at full precision. The output head always is.
         damping: fraction of the mean Hessian diagonal.
@@ -142,7 +142,7 @@ def quantize(
                         source, recipe, request, ignore=ignore, device=run_device, dtype=run_dtype,
                         activations=activations,
                     )  # fmt: skip
-                    check_requirements(prepared.needs, destination, work.kept_bytes)
+                    check_requirements(prepared.needs, destination, kept_bytes(destination))
                     clock.lap("load")
                     run = QuantizationRun(prepared, recipe, request, work, together, clock, progress)
                     report = run.quantize(

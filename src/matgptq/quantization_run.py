@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -312,7 +313,7 @@ class QuantizationRun:
 def _found_again(dataset: str | Path) -> str:
     """The texts by names that hold from any directory; ``refine`` looks for them."""
     names = (Path(name).expanduser() for name in text_names(dataset))
-    return ",".join(str(name.resolve()) if name.is_file() else str(name) for name in names)
+    return ",".join(str(name.resolve()) if os.path.isfile(name) else str(name) for name in names)
 
 
 def _settings(

@@ -10,7 +10,7 @@ import torch
 from matgptq.checkpoint import Checkpoint
 from matgptq.devices import resolve_dtype
 from matgptq.errors import ConfigurationError, SourceError
-from matgptq.model_config import language_config
+from matgptq.model_config import vocabulary_size
 from matgptq.progress import Progress
 from matgptq.source import ModelSource, open_source
 
@@ -27,7 +27,7 @@ def find_reference(
         instead: what else the user could do, for the error.
 
     Raises:
-        ConfigurationError: neither names one.
+        ConfigurationError: neither names one, or it has another vocabulary.
         SourceError: it cannot be opened.
     """
     named = reference if reference is not None else checkpoint.settings.source
@@ -35,7 +35,9 @@ def find_reference(
         raise ConfigurationError(
             f"{checkpoint.path}: does not say what model it was made from; name it (--reference MODEL{instead})"
         )
-    return open_source(named, trust_remote_code=trust_remote_code)
+    source = open_source(named, trust_remote_code=trust_remote_code)
+    check_vocabulary(source.config, source.name, checkpoint)  # of a GGUF file, which has no config, when it is loaded
+    return source
 
 
 def reference_dtype(
@@ -52,16 +54,25 @@ def load_reference(source: ModelSource, checkpoint: Checkpoint, device: torch.de
         ConfigurationError: it has another vocabulary than the checkpoint.
     """
     full = source.load_model(reference_dtype(source, checkpoint, device, dtype), device)
-    check_vocabulary(full, checkpoint)
+    check_vocabulary(full.config, source.name, checkpoint)
     return full
 
 
-def check_vocabulary(full: Any, checkpoint: Checkpoint) -> None:
-    """Refuse a full model whose predictions are of other tokens."""
-    size, own = full.config.get_text_config().vocab_size, language_config(checkpoint.config).get("vocab_size")
-    if own is not None and size != own:
+def check_vocabulary(config: Any, name: str, checkpoint: Checkpoint) -> None:
+    """Refuse a full model whose predictions are of other tokens.
+
+    Args:
+        config: the full model's, parsed or as an object.
+        name: what the user calls it.
+        checkpoint: that it is compared with.
+
+    Raises:
+        ConfigurationError: their vocabularies differ in size.
+    """
+    size, own = vocabulary_size(config), vocabulary_size(checkpoint.config)
+    if None not in (size, own) and size != own:
         raise ConfigurationError(
-            f"{full.config.name_or_path}: has {size} tokens in its vocabulary, {checkpoint.path} has {own}; "
+            f"{name}: has {size} tokens in its vocabulary, {checkpoint.path} has {own}; "
             "it is not the model that the checkpoint was made from (--reference MODEL)"
         )
 
@@ -86,8 +97,8 @@ def load_optional_reference(
     try:
         source = find_reference(checkpoint, reference, trust_remote_code=trust_remote_code)
         return load_reference(source, checkpoint, device, dtype), source.name
-    except SourceError as error:
+    except (SourceError, ConfigurationError) as error:
         if reference is not None:
             raise
-        progress.note(f"the original model cannot be opened: {without} (--reference MODEL): {error}")
+        progress.note(f"the original model cannot be compared with: {without} (--reference MODEL): {error}")
         return None, None

@@ -22,9 +22,7 @@ from matgptq.report import Refinement
 from matgptq.text.self_text import model_fingerprint
 from matgptq.tuning.goals import choose_goals
 from matgptq.tuning.run import TUNINGS, Scope
-from matgptq.tuning.scales import (
-    Schedule,
-)
+from matgptq.tuning.scales import Schedule
 from matgptq.tuning.text import load_tuning_text
 from matgptq.tuning.workspace import TuningWorkspace, digest_of
 from matgptq.workers import one_thread_each
@@ -94,7 +92,7 @@ def refine(
     with TuningWorkspace(checkpoint, progress) as workspace:
         progress.start("load the full model", 1)
         full = source.load_model(run_dtype, run_device if scope == "model" else "cpu")
-        check_vocabulary(full, checkpoint)
+        check_vocabulary(full.config, source.name, checkpoint)
         text = load_tuning_text(
             checkpoint, full, dataset, nsamples=nsamples, seqlen=seqlen, seed=seed,
             trust_remote_code=trust_remote_code, progress=progress,

@@ -21,8 +21,8 @@ from matgptq.evaluation import CandidateModels, choose_candidates, served_settin
 from matgptq.evaluation_results import Score, Scores, TaskEvaluation, TaskResult
 from matgptq.kernels import Activations
 from matgptq.progress import Progress, Silent
-from matgptq.reference_model import load_reference
-from matgptq.source import load_tokenizer, open_source
+from matgptq.reference_model import find_reference, load_reference
+from matgptq.source import load_tokenizer
 
 DEFAULT_BATCH_SIZE = 8
 # Resampling gives the standard errors of the few metrics that have no formula for it. The harness takes 100,000, which
@@ -78,7 +78,9 @@ def evaluate_tasks(
     candidates = choose_candidates(checkpoint, bits, allocation)
     _check_counts(num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
     run_device = resolve_device(device)
-    source = open_source(reference, trust_remote_code=trust_remote_code) if reference is not None else None
+    source = None
+    if reference is not None:
+        source = find_reference(checkpoint, reference, trust_remote_code=trust_remote_code)
     progress.start("load the tasks", 1)
     chosen = _load_tasks(list(tasks), include_path)
     progress.start("load the model", 1)

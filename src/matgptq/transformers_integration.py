@@ -117,12 +117,7 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
         """Called before ``save_pretrained`` writes anything; refuses a model that has no parent any more."""
-        for name, layer in nested_layers(model).items():
-            if not layer.is_complete:
-                raise ConfigurationError(
-                    f"layer {name} has only its slice in memory, or scales of one allocation, so the checkpoint cannot "
-                    "be saved from here; load a width with resident=True, or copy its directory"
-                )
+        _check_complete(model)
         return None, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -154,6 +149,7 @@ class NestedModel(Mixin):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """``save_pretrained`` as ever, and then the checksums of what was saved."""
+        _check_complete(self)  # before anything of what lies there is touched
         directory = Path(save_directory)
         if directory.is_dir():  # of what lies there now, which is about to be replaced
             (directory / CHECKSUMS_NAME).unlink(missing_ok=True)
@@ -170,6 +166,16 @@ class NestedModel(Mixin):
         _add_checksums(Path(working_dir))
         prepare_upload(working_dir, repo_id, self.name_or_path)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
+
+def _check_complete(model: Any) -> None:
+    """Refuse to save a model that has no parent any more."""
+    for name, layer in nested_layers(model).items():
+        if not layer.is_complete:
+            raise ConfigurationError(
+                f"layer {name} has only its slice in memory, or scales of one allocation, so the checkpoint cannot "
+                "be saved from here; load a width with resident=True, or copy its directory"
+            )
 
 
 def _add_checksums(directory: Path) -> None:

@@ -7,9 +7,10 @@
         token_weights.safetensors
         block-00000.safetensors  codes, scales and everything else of a block, with
         block-00000.json         what happened to its layers; written last, it says that the block is finished
-        states/                  the activations that enter the next block (``activations.Boundaries``)
+        states-1-of-1/           the activations that enter the next block (``activations.Boundaries``), of each process
         log.jsonl
         checkpoint/              the output while it is put together
+        committed                which checkpoint was put in its place; what is left to do is to tune it, or to clean up
 
 Every file is replaced as a whole and flushed before the next depends on it, so that whatever kills the process, what is
 there is either a finished block or nothing. The directory goes when the output stands.
@@ -45,7 +46,7 @@ class WorkDirectory:
     """The work directory of one destination.
 
     Use as a context manager. Leaving it with an exception keeps what is finished, if anything is; leaving it normally
-    after ``remove`` leaves nothing.
+    leaves nothing.
 
     Args:
         destination: the checkpoint that will be made.
@@ -97,10 +98,10 @@ class WorkDirectory:
     ) -> None:
         if self._lock is None:
             return
-        self._lock.close()
         shutil.rmtree(self.staging, ignore_errors=True)
         if kind is None or not (self.finished_blocks or (self.path / _COMMITTED).exists()):
             shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()  # last, so that nobody begins in a directory that is about to go
 
     @staticmethod
     def is_committed(destination: Path) -> bool:
@@ -122,11 +123,6 @@ class WorkDirectory:
                 shutil.rmtree(each, ignore_errors=True)
             elif each.name not in ("lock", _RUN, _COMMITTED):
                 each.unlink()
-
-    @property
-    def kept_bytes(self) -> int:
-        """Size of what was there already when this run began, or was written since."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     @property
     def staging(self) -> Path:
@@ -212,7 +208,7 @@ class WorkDirectory:
         if not isinstance(before, dict):  # killed before anything was known
             return False
         changed = [*_differences(before, self._identity)]
-        if changed and self.finished_blocks:
+        if changed and (self.finished_blocks or self.is_committed(self._destination)):
             raise ConfigurationError(
                 f"{self.path} holds an unfinished run with other inputs ({'; '.join(changed)}): "
                 "repeat that command to finish it, or begin anew with --no-resume"
@@ -234,6 +230,12 @@ def _mark(checkpoint: Path) -> str:
     """
     report = {name: value for name, value in read_json(checkpoint / REPORT_NAME).items() if name != "refinement"}
     return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
+
+
+def kept_bytes(destination: Path) -> int:
+    """Size of what an unfinished run has left, or this one has written."""
+    files = work_path(Path(os.path.abspath(destination))).rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def work_path(destination: Path) -> Path:

@@ -195,10 +195,8 @@ def _keep(checkpoint: Path, evaluation: Evaluation | TaskEvaluation, no_record: 
         return
     try:
         record_evaluation(open_checkpoint(checkpoint, slices=True), evaluation)
-    except (
-        CheckpointError,
-        AllocationError,
-    ) as error:  # the figures are on the screen; a directory may well be read-only
+    except (CheckpointError, AllocationError) as error:
+        # The figures are on the screen; a directory may well be read-only
         err_console.print(f"[yellow]note:[/yellow] the results are not recorded: {escape(str(error))}", highlight=False)
 
 

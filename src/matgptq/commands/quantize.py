@@ -169,8 +169,10 @@ def _dry_run(
     from matgptq.requirements import check_requirements
     from matgptq.run_log import check_wandb
     from matgptq.source import open_source
+    from matgptq.work_directory import WorkDirectory, kept_bytes
 
-    check_destination(out, force=force)
+    if not WorkDirectory.is_committed(out):
+        check_destination(out, force=force)
     check_wandb(wandb)
     request = CalibrationRequest(dataset, nsamples, seqlen)
     with progress_bars() as progress:
@@ -191,7 +193,7 @@ def _dry_run(
         check_text(prepared, request, recipe.seed)
     plan, needs = prepared.plan, prepared.needs
     out_console.print(plan_table(plan, needs, plan.stored_bytes(recipe)))
-    check_requirements(needs, out)
+    check_requirements(needs, out, kept_bytes(out))
     record = {
         "recipe": recipe.to_dict(),
         "layers": [asdict(layer) for layer in plan.layers.values()],

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -128,13 +129,13 @@ def open_text(dataset: str | Path, *, split: Split) -> TextSource:
     path = Path(dataset).expanduser()
     if isinstance(dataset, str) and known in DATASET_NAMES:
         return _open_known(known, split)
-    if path.is_file():
+    if os.path.isfile(path):  # also of a name that is too long for one
         return _open_file(path)
     if not name.strip():
         raise CalibrationError("the name of the text is empty")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CalibrationError(f"{name} is a directory; give one file ({', '.join(FILE_SUFFIXES)})")
-    looks_like_file = name.lower().endswith(FILE_SUFFIXES) or path.parent.is_dir()
+    looks_like_file = name.lower().endswith(FILE_SUFFIXES) or os.path.isdir(path.parent)
     if isinstance(dataset, str) and _REPOSITORY.fullmatch(name) and not looks_like_file:
         return _open_repository(name, split)
     raise CalibrationError(
@@ -208,7 +209,7 @@ def _parse_json_line(line: bytes, where: str) -> Document | None:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of numbers without end a ValueError
         raise CalibrationError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise CalibrationError(f"{where}: expected an object with `text` or `messages`, not {type(record).__name__}")

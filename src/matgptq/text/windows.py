@@ -10,6 +10,7 @@ measured on them.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -119,7 +120,7 @@ def calibration_windows(
 
 def text_names(dataset: str | Path) -> list[str | Path]:
     """The texts that a data set consists of: those between commas, unless there is a file of the whole name."""
-    if isinstance(dataset, Path) or "," not in dataset or Path(dataset).exists():
+    if isinstance(dataset, Path) or "," not in dataset or os.path.exists(dataset):
         return [dataset]
     names = [name.strip() for name in dataset.split(",")]
     if not all(names):

@@ -5,7 +5,8 @@
         run.json               what the run is, and a digest of the scales that each width started from
         teacher.safetensors    what the full model says about the windows
         state-<width or allocation>.safetensors
-        checkpoint/            the checkpoint with new scales, while it is put together
+
+``.OUT.refine-checkpoint`` is the checkpoint with new scales, while it is put together.
 
 Each file is replaced as a whole.
 """
@@ -20,13 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from matgptq.atomic_files import json_text, save_tensors, write_text
 from matgptq.checkpoint import Checkpoint
 from matgptq.directories import disk_errors, lock_directory
-from matgptq.errors import SourceError
+from matgptq.errors import CheckpointError, SourceError
 from matgptq.json_files import read_json
 from matgptq.progress import Progress
 from matgptq.tuning.goals import Goal, stored_scales
@@ -66,17 +68,17 @@ class TuningWorkspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None:
-            self._lock.close()
         if kind is None or not (self.directory / _RUN).is_file():
             shutil.rmtree(self.directory, ignore_errors=True)
-        elif issubclass(kind, KeyboardInterrupt | SystemExit):
+        if self._lock is not None:  # last, so that nobody begins in a directory that is about to go
+            self._lock.close()
+        if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit) and self.directory.exists():
             self._progress.note(f"what is done is kept in {self.directory}; the same command goes on from there")
 
     @property
     def staging(self) -> Path:
-        """Where the checkpoint is put together with new scales."""
-        return self.directory / "checkpoint"
+        """Where the checkpoint is put together with new scales: as deep as it lies itself, for links in it."""
+        return self.directory.with_name(f"{self.directory.name}-checkpoint")
 
     def begin(self, goals: Sequence[Goal], options: Mapping[str, Any]) -> None:
         """Go on with what is there, or begin anew where it is of another run, or the checkpoint has other scales.
@@ -91,7 +93,7 @@ class TuningWorkspace:
             if not changed:
                 self._progress.note(f"going on with what {self.directory} holds")
                 return
-            self._progress.note(f"{self.directory} is of another run ({', '.join(changed)} changed): beginning anew")
+            self._progress.note(f"{self.directory} cannot be gone on with ({', '.join(changed)}): beginning anew")
             for file in self.directory.glob("*.safetensors"):
                 file.unlink()
         start = {goal.key: digest for goal, digest in present}
@@ -101,16 +103,21 @@ class TuningWorkspace:
         try:
             run = read_json(self.directory / _RUN)
         except SourceError:
-            return [_RUN]
+            return [f"{_RUN} cannot be read"]
         # Through JSON, which has no tuples.
-        changed = [name for name, value in json.loads(json.dumps(options)).items() if run.get(name) != value]
+        wanted = json.loads(json.dumps(options))
+        changed = [f"{name} changed" for name, value in wanted.items() if run.get(name) != value]
         if changed:
             return changed
-        for goal, digest in present:
-            state = self.state(goal)
+        try:
+            self.teacher_states()
+            states = [self.state(goal) for goal, _ in present]
+        except CheckpointError as error:
+            return [str(error)]
+        for (goal, digest), state in zip(present, states, strict=True):
             made = digest_of(state.best) if state is not None and state.finished else None
             if digest not in (run["start"].get(goal.key), made):
-                changed.append(f"scales of {goal.name}")
+                changed.append(f"scales of {goal.name} changed")
         return changed
 
     def keep_teacher_states(self, hidden: Tensor) -> None:
@@ -133,7 +140,10 @@ class TuningWorkspace:
 
     def _kept(self, name: str) -> dict[str, Tensor] | None:
         file = self.directory / name
-        return load_file(file) if file.is_file() else None
+        try:
+            return load_file(file) if file.is_file() else None
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: damaged ({error})") from error
 
 
 def _state_name(goal: Goal) -> str:

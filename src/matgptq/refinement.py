@@ -21,7 +21,7 @@ from matgptq.reference_model import check_vocabulary, find_reference, reference_
 from matgptq.report import Refinement
 from matgptq.text.self_text import model_fingerprint
 from matgptq.tuning.goals import choose_goals
-from matgptq.tuning.run import TUNINGS, Scope
+from matgptq.tuning.run import TUNINGS, Scope, TuningJob
 from matgptq.tuning.scales import Schedule
 from matgptq.tuning.text import load_tuning_text
 from matgptq.tuning.workspace import TuningWorkspace, digest_of
@@ -107,8 +107,7 @@ def refine(
         }
         workspace.begin(goals, options)
         with one_thread_each(run_device) as workers:
-            run = TUNINGS[scope](
-                full, checkpoint, workspace, text, run_device, run_dtype, trust_remote_code, progress, workers
-            )
+            job = TuningJob(checkpoint, workspace, text, run_device, run_dtype, trust_remote_code, progress, workers)
+            run = TUNINGS[scope](full, job)
             del full  # the run keeps what it needs of it
             return [run.refine(goal, schedule) for goal, schedule in zip(goals, schedules, strict=True)]

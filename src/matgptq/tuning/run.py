@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,11 +34,11 @@ from matgptq.workers import Workers
 Scope = Literal["model", "block"]
 
 
-class TuningRun(ABC):
+@dataclass(frozen=True)
+class TuningJob:
     """What all goals of one call share.
 
-    Args:
-        full: the full model. Of a run of scope ``model`` no more than its output head is kept.
+    Attributes:
         checkpoint: whose scales are tuned.
         workspace: that keeps what is done.
         text: windows to train on, then the held-out ones.
@@ -47,28 +48,28 @@ class TuningRun(ABC):
         workers: that windows are shared out among.
     """
 
+    checkpoint: Checkpoint
+    workspace: TuningWorkspace
+    text: Windows
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool
+    progress: Progress
+    workers: Workers
+
+
+class TuningRun(ABC):
+    """One call's work.
+
+    Args:
+        full: the full model. Of a run of scope ``model`` no more than its output head is kept.
+        job: everything else.
+    """
+
     scope: ClassVar[Scope]
 
-    def __init__(
-        self,
-        full: Any,
-        checkpoint: Checkpoint,
-        workspace: TuningWorkspace,
-        text: Windows,
-        device: torch.device,
-        dtype: torch.dtype,
-        trust_remote_code: bool,
-        progress: Progress,
-        workers: Workers,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.workspace = workspace
-        self.text = text
-        self.device = device
-        self.dtype = dtype
-        self.trust_remote_code = trust_remote_code
-        self.progress = progress
-        self.workers = workers
+    def __init__(self, full: Any, job: TuningJob) -> None:
+        self.job = job
         self.head = output_head(full)
 
     @property
@@ -83,23 +84,23 @@ class TuningRun(ABC):
     def refine(self, goal: Goal, schedule: Schedule) -> Refinement:
         """Tune one width or allocation and write it."""
         started = time.monotonic()
-        state = self.workspace.state(goal)
+        state = self.job.workspace.state(goal)
         if state is None or not state.finished:
             widths = goal.widths
             student = load(
-                self.checkpoint.path,
+                self.job.checkpoint.path,
                 widths if isinstance(widths, int) else None,
                 None if isinstance(widths, int) else widths,  # not its name: scales of its own would fix the model
                 device=self.home,
-                dtype=self.dtype,
-                trust_remote_code=self.trust_remote_code,
+                dtype=self.job.dtype,
+                trust_remote_code=self.job.trust_remote_code,
             ).requires_grad_(False)
             state = self.tune(student, goal, schedule, state)
-        stored = digest_of(stored_scales(self.checkpoint.path, goal))
+        stored = digest_of(stored_scales(self.job.checkpoint.path, goal))
         if state.loss_after < state.loss_before and stored != digest_of(state.best):
             self._write(goal, state, schedule)
         return Refinement(
-            bits=self.checkpoint.average_bits(goal.widths),
+            bits=self.job.checkpoint.average_bits(goal.widths),
             kl_before=state.loss_before,
             kl_after=state.loss_after,
             steps=state.step,
@@ -110,24 +111,24 @@ class TuningRun(ABC):
 
     def _ask(self, full: Any, windows: Tensor) -> Tensor:
         """What the full model says about windows, or said when this run was interrupted."""
-        hidden = self.workspace.teacher_states()
+        hidden = self.job.workspace.teacher_states()
         if hidden is None:
-            self.progress.start("ask the full model", len(windows))
-            hidden = observe(full, windows, self.progress.advance, self.workers).hidden
-            self.workspace.keep_teacher_states(hidden)
+            self.job.progress.start("ask the full model", len(windows))
+            hidden = observe(full, windows, self.job.progress.advance, self.job.workers).hidden
+            self.job.workspace.keep_teacher_states(hidden)
         return hidden
 
     def _tunable(self, student: Any, goal: Goal, start: Tensor, prefix: str = "") -> dict[str, TunedLinear]:
         """Replace the nested layers under a prefix; ``{layer: replacement}`` in the checkpoint's order."""
         tuned = {}
-        nested, scales = nested_layers(student), by_layer(self.checkpoint, start)
-        for name in self.checkpoint.layers:
+        nested, scales = nested_layers(student), by_layer(self.job.checkpoint, start)
+        for name in self.job.checkpoint.layers:
             if not name.startswith(prefix):
                 continue
             layer = nested[name]
             levels = slice_levels(layer.nested_weight.codes, layer.bits, torch.int8)
             own = scales[name].to(levels.device)
-            product_dtype = fast_dtype(self.device, self.dtype)
+            product_dtype = fast_dtype(self.job.device, self.job.dtype)
             tuned[name] = TunedLinear(levels, own, layer.bias, product_dtype, goal.pace(layer.bits))
             student.set_submodule(name, tuned[name])
         return tuned
@@ -138,17 +139,17 @@ class TuningRun(ABC):
             "steps": state.step,
             "learning_rate": schedule.learning_rate,
             "windows_per_step": schedule.windows_per_step,
-            "text": self.text.protocol,
+            "text": self.job.text.protocol,
             "held_out_windows": HELD_OUT,
             "kl_before": state.loss_before,
             "kl_after": state.loss_after,
         }
-        scales = by_layer(self.checkpoint, state.best)
+        scales = by_layer(self.job.checkpoint, state.best)
         if not isinstance(goal.widths, int):
             assert goal.allocation is not None
-            save_scales(self.checkpoint, goal.allocation, goal.widths, scales, record)
+            save_scales(self.job.checkpoint, goal.allocation, goal.widths, scales, record)
         else:
-            replace_scales(self.checkpoint.path, goal.widths, scales, record, staging=self.workspace.staging)
+            replace_scales(self.job.checkpoint.path, goal.widths, scales, record, staging=self.job.workspace.staging)
 
 
 class ModelTuning(TuningRun):
@@ -156,23 +157,23 @@ class ModelTuning(TuningRun):
 
     scope = "model"
 
-    def __init__(self, full: Any, *shared: Any) -> None:
-        super().__init__(full, *shared)
-        windows = self.text.tokens
+    def __init__(self, full: Any, job: TuningJob) -> None:
+        super().__init__(full, job)
+        windows = self.job.text.tokens
         hidden = self._ask(full, windows)
         self._training = Teacher(windows[:-HELD_OUT], hidden[:-HELD_OUT], self.head)
         self._held_out = Teacher(windows[-HELD_OUT:], hidden[-HELD_OUT:], self.head)
 
     @property
     def home(self) -> torch.device:
-        return self.device
+        return self.job.device
 
     def tune(self, student: Any, goal: Goal, schedule: Schedule, state: TuningState | None) -> TuningState:
-        scales = ScaleVector(self._tunable(student, goal, stored_scales(self.checkpoint.path, goal)))
+        scales = ScaleVector(self._tunable(student, goal, stored_scales(self.job.checkpoint.path, goal)))
         head = output_head(student)
-        objective = ModelObjective(student, head, scales, self._training, self._held_out, self.workers)
-        self.progress.start(f"tune {goal.name}", schedule.steps)
-        self.progress.advance(0 if state is None else state.step)
+        objective = ModelObjective(student, head, scales, self._training, self._held_out, self.job.workers)
+        self.job.progress.start(f"tune {goal.name}", schedule.steps)
+        self.job.progress.advance(0 if state is None else state.step)
         return tune(
             scales,
             len(self._training.windows),
@@ -180,8 +181,8 @@ class ModelTuning(TuningRun):
             objective.held_out_loss,
             schedule,
             state=state,
-            save=lambda present: self.workspace.keep_state(goal, present),
-            tick=self.progress.advance,
+            save=lambda present: self.job.workspace.keep_state(goal, present),
+            tick=self.job.progress.advance,
         )
 
 
@@ -190,9 +191,9 @@ class BlockTuning(TuningRun):
 
     scope = "block"
 
-    def __init__(self, full: Any, *shared: Any) -> None:
-        super().__init__(full, *shared)
-        windows = self.text.tokens[-HELD_OUT:]
+    def __init__(self, full: Any, job: TuningJob) -> None:
+        super().__init__(full, job)
+        windows = self.job.text.tokens[-HELD_OUT:]
         self._full = full
         self._held_out = Teacher(windows, self._ask(full, windows), self.head)
 
@@ -203,25 +204,25 @@ class BlockTuning(TuningRun):
     def tune(self, student: Any, goal: Goal, schedule: Schedule, state: TuningState | None) -> TuningState:
         blocks, full_blocks = _blocks(student), _blocks(self._full)
         inputs, full_inputs = (
-            capture_inputs(model, each, self.text.tokens)
+            capture_inputs(model, each, self.job.text.tokens)
             for model, each in ((student, blocks), (self._full, full_blocks))
         )
         if not torch.allclose(inputs.hidden[0], full_inputs.hidden[0], rtol=1e-2, atol=1e-3):
             raise UnsupportedModelError(
-                f"{self.checkpoint.path}: its blocks do not see what the full model's see (a rotated checkpoint?), so "
-                "their outputs cannot be matched; use --scope model"
+                f"{self.job.checkpoint.path}: its blocks do not see what the full model's see (a rotated checkpoint?), "
+                "so their outputs cannot be matched; use --scope model"
             )
-        start = stored_scales(self.checkpoint.path, goal)
+        start = stored_scales(self.job.checkpoint.path, goal)
         present = state or TuningState.begin(start)
 
         def save(done: Mapping[str, Tensor]) -> None:
             present.step += 1
-            kept = {**by_layer(self.checkpoint, start), **done}
-            present.best = torch.cat([kept[name].cpu().flatten() for name in self.checkpoint.layers])
-            self.workspace.keep_state(goal, present)
+            kept = {**by_layer(self.job.checkpoint, start), **done}
+            present.best = torch.cat([kept[name].cpu().flatten() for name in self.job.checkpoint.layers])
+            self.job.workspace.keep_state(goal, present)
 
         finished = tuple(f"{block.name}." for block in blocks[: present.step])
-        self.progress.start(f"tune {goal.name}", len(blocks))
+        self.job.progress.start(f"tune {goal.name}", len(blocks))
         _, untuned = tune_blocks(
             blocks,
             full_blocks,
@@ -232,20 +233,20 @@ class BlockTuning(TuningRun):
             prepare=lambda block: self._tunable(student, goal, start, f"{block.name}."),
             finished={
                 name: scales
-                for name, scales in by_layer(self.checkpoint, present.best).items()
+                for name, scales in by_layer(self.job.checkpoint, present.best).items()
                 if name.startswith(finished)
             },
             save=save,
-            tick=self.progress.advance,
-            device=self.device,
-            workers=self.workers,
+            tick=self.job.progress.advance,
+            device=self.job.device,
+            workers=self.job.workers,
         )
         for step, hidden in ((0, untuned), (len(blocks), inputs.hidden[-HELD_OUT:])):
             with torch.no_grad():
                 states = [complete(student, blocks, each)[0] for each in hidden]
             present.history.append((step, self._held_out.mean_kl(states.__getitem__, self.head)))
         present.finished = True
-        self.workspace.keep_state(goal, present)
+        self.job.workspace.keep_state(goal, present)
         return present
 
 

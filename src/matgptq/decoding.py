@@ -103,11 +103,13 @@ class RowBlock:
         self._size: int = attention.head_dim
         self._dtype = self._first_norm.weight.dtype
         # What the short way passes over: if one of them is replaced or watched, it is not taken.
-        self._passed = [(block._modules, name) for name in ("self_attn", "mlp", *_NORMS)]
-        self._passed += [(attention._modules, name) for name in (*_ATTENTION, *_HEAD_NORMS) if hasattr(attention, name)]
-        self._passed += [(mlp._modules, name) for name in (*_MLP, "act_fn")]
-        self._known = [modules[name] for modules, name in self._passed]
-        self._forwards = {type(module): type(module).forward for module in (*self._known, block)}
+        passed = [(block, name) for name in ("self_attn", "mlp", *_NORMS)]
+        passed += [(attention, name) for name in (*_ATTENTION, *_HEAD_NORMS) if hasattr(attention, name)]
+        passed += [(mlp, name) for name in (*_MLP, "act_fn")]
+        self._passed = [(owner._modules, name, owner._modules[name]) for owner, name in passed]
+        known = [module for _, _, module in self._passed]
+        self._hooks = [hooks for module in known for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._forwards = [(kind, kind.forward) for kind in {type(module) for module in (*known, block)}]
 
     def takes(self, hidden: Tensor, keywords: dict[str, Any]) -> bool:
         """Whether a call is the one that ``run`` is for."""
@@ -129,20 +131,17 @@ class RowBlock:
             weight = norm._parameters.get("weight")
             if weight is None or weight.dtype is not self._dtype or not weight.is_cpu or not weight.is_contiguous():
                 return False
-        if _global_hooks or _global_pre_hooks:
+        if _global_hooks or _global_pre_hooks or any(self._hooks):
             return False
-        for kind, forward in self._forwards.items():
+        for kind, forward in self._forwards:
             if kind.forward is not forward:
                 return False
-        for (modules, name), known in zip(self._passed, self._known, strict=True):
-            own = known.__dict__
-            if (
-                modules.get(name) is not known
-                or own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or "forward" in own  # replaced, or wrapped in a hook of accelerate's
-            ):
-                return False
+        try:
+            for modules, name, known in self._passed:
+                if modules[name] is not known or "forward" in known.__dict__:  # wrapped in a hook of accelerate's, say
+                    return False
+        except KeyError:  # it is there no more
+            return False
         return True
 
     def run(self, hidden: Tensor, keywords: dict[str, Any]) -> Tensor | None:

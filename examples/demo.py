@@ -53,7 +53,7 @@ def main() -> None:
     console.print(f"\n[bold]{QUESTION}[/bold]")
     for bits in WIDTHS:
         model.set_bits(bits)
-        answer = "".join(generate_text(model, tokenizer, prompt, max_new_tokens=24))
+        answer = "".join(generate_text(model, tokenizer, prompt, max_new_tokens=24, templated=True))
         console.print(f"[bold]{bits} bits[/bold]: {answer!r}", highlight=False)
 
     console.print(f"\ncheckpoint: {OUT}\nplot: {PLOT}\ntime: {time.monotonic() - started:.0f} s", highlight=False)

@@ -13,12 +13,14 @@ from measurements import SETTINGS, on_tasks, on_text
 from safetensors.torch import load_file, save_file
 
 from matgptq.allocation import Allocation
+from matgptq.allocation_scales import widths_scales
 from matgptq.allocation_store import ALLOCATIONS, save_allocation
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import CheckpointError
 from matgptq.evaluation_record import Record, read_record, record_evaluation
 from matgptq.evaluation_results import Evaluation, TaskEvaluation
 from matgptq.format import RECORD_NAME
+from matgptq.scale_replacement import replace_scales
 
 
 def perplexities(entry) -> dict[Any, float]:
@@ -117,3 +119,20 @@ def test_a_full_disk_leaves_the_old_record(checkpoint: Path, monkeypatch: pytest
     with pytest.raises(CheckpointError, match="No space left"):
         record(checkpoint, on_text({2: 9.0}))
     assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
+
+
+def test_new_scales_of_a_width_leave_the_figures_of_others(checkpoint: Path) -> None:
+    for name, bits in (("low", 2), ("high", 8)):
+        allocate(checkpoint, name, bits)
+        record(checkpoint, on_text({bits: 3.0}, allocation=name))
+    record(checkpoint, on_text({2: 9.0, 8: 2.0}))
+    scales = {layer: tensor * 1.5 for layer, tensor in widths_scales_of(checkpoint, 2).items()}
+    replace_scales(checkpoint, 2, scales, {})
+    assert perplexities(read(checkpoint)["texts"][0]) == {8: 2.0, "high": 3.0}
+    record(checkpoint, on_text({3: 5.0}))
+    assert perplexities(read(checkpoint)["texts"][0]) == {3: 5.0, 8: 2.0, "high": 3.0}
+
+
+def widths_scales_of(checkpoint: Path, bits: int):
+    opened = open_checkpoint(checkpoint)
+    return widths_scales(opened, dict.fromkeys(opened.layers, bits))

@@ -232,7 +232,7 @@ def search(
         ],
         groups=[(group.block, group.kind) for group in groups],
         fitness=fitness,
-        protocol=windows.protocol,
+        protocol=f"the last {settings.held_out} of {windows.protocol}",
         tokens_scored=run.tokens_scored,
         seconds=clock.laps,
     )

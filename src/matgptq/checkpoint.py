@@ -28,6 +28,7 @@ from matgptq.format import (
 )
 from matgptq.json_files import read_json
 from matgptq.model_config import stored_dtype
+from matgptq.nested_weight import scale_source
 from matgptq.size import layer_bits
 from matgptq.slicing import PARENT_BITS, WIDTHS
 from matgptq.stored_layers import parts_of_layers
@@ -111,6 +112,13 @@ class Checkpoint:
         """As ``identity``, of codes and group sizes alone: what widths are chosen for, however scales are tuned."""
         codes = (CODES, SLICED_CODES)
         return self._digest((*codes, scales_name(PARENT_BITS), SLICED_SCALES), codes)
+
+    def width_identity(self, bits: int) -> str:
+        """As ``identity``, of what serving a width reads: its codes and scales, however those of others are tuned."""
+        if self.settings.is_slice:
+            return self.identity
+        names = (CODES, scales_name(scale_source(self.settings.scale_bits)[bits]))
+        return self._digest(names, names)
 
     @property
     def allocation_identities(self) -> tuple[str, str]:

@@ -208,7 +208,11 @@ def size_table(checkpoint: Checkpoint) -> Table:
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Quality of each width."""
-    table = Table(title="quality by width", caption=escape(evaluation.protocol), caption_justify="left")
+    table = Table(
+        title="quality by width",
+        caption=escape(evaluation.protocol + figures.settings(evaluation.settings)),
+        caption_justify="left",
+    )
     for column in ("bits", "bits per weight", "size", "perplexity", "KL", "top-1"):
         table.add_column(column, justify="right")
     for result in evaluation.results:
@@ -228,7 +232,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 def task_table(evaluation: TaskEvaluation) -> Table:
     """Scores of the tasks asked for: one row for each metric, one column for each width."""
-    caption = f"{escape(evaluation.protocol)}; value ± standard error"
+    caption = f"{escape(evaluation.protocol + figures.settings(evaluation.settings))}; value ± standard error"
     table = Table(title="tasks by width", caption=caption, caption_justify="left")
     for column in ("task", "shots", "metric"):
         table.add_column(column)
@@ -268,7 +272,7 @@ def refinement_table(results: Sequence[Refinement]) -> Table:
 def search_table(search: Search) -> Table:
     """What a search found, beside uniform widths."""
     measure = "KL" if search.fitness == "kl" else "perplexity"
-    caption = f"{measure} on text that the search did not see. {escape(search.protocol)}"
+    caption = f"{measure} on text that the search did not see: {escape(search.protocol)}"
     table = Table(title="allocations", caption=caption, caption_justify="left")
     for column in ("name", "bits", "bits per weight", "size", "left", measure):
         table.add_column(column, justify="left" if column == "name" else "right")

@@ -1,6 +1,6 @@
 """What was measured on a checkpoint, kept beside it in ``evaluation.json``: its card is made from this.
 
-    {"checkpoint": identity, "texts": [...], "tasks": [...]}
+    {"texts": [...], "tasks": [...]}
 
 Each entry is one way of measuring (``protocol``, ``reference``, ``settings``, of a text ``measured_on``) with a row
 for each width and for each allocation that lies with the checkpoint. Measuring the same way again replaces the rows
@@ -10,6 +10,7 @@ are not shown any more.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,7 @@ from matgptq.source import public_name
 
 Record = dict[str, list[dict[str, Any]]]
 _KINDS = ("texts", "tasks")
-_ROW = {"bits", "bits_per_weight", "allocation", "layers"}
+_ROW = {"bits", "bits_per_weight", "allocation"}
 _IDENTITY = ("protocol", "reference", "settings", "measured_on")
 
 
@@ -48,13 +49,9 @@ def read_record(checkpoint: Checkpoint) -> Record:
         entries = record.get(kind)
         if not isinstance(entries, list) or not all(map(_is_entry, entries)):
             raise CheckpointError(f"{file}: {kind} is not a list of results; delete the file to measure anew")
-    if record.get("checkpoint") != checkpoint.identity:  # refined since, or copied from another one
-        return {kind: [] for kind in _KINDS}
-    present = _present_allocations(checkpoint)
+    present = _Present(checkpoint)
     for entry in (entry for kind in _KINDS for entry in record[kind]):
-        entry["results"] = [
-            row for row in entry["results"] if row.get("layers") == present.get(row.get("allocation"), "gone")
-        ]
+        entry["results"] = [row for row in entry["results"] if row.get("weights") == present.weights(row)]
     return {kind: [entry for entry in record[kind] if entry["results"]] for kind in _KINDS}
 
 
@@ -64,12 +61,9 @@ def record_evaluation(checkpoint: Checkpoint, evaluation: Evaluation | TaskEvalu
     Raises:
         CheckpointError: the record is damaged, or the directory cannot be written.
     """
-    present = _present_allocations(checkpoint)
-    results = [
-        {**result.to_dict(), "layers": present[result.allocation]}
-        for result in evaluation.results
-        if result.allocation in present
-    ]
+    present = _Present(checkpoint)
+    rows = [result.to_dict() for result in evaluation.results]
+    results = [row | {"weights": weights} for row in rows if (weights := present.weights(row)) is not None]
     if not results:
         return
     record = read_record(checkpoint)
@@ -92,7 +86,7 @@ def record_evaluation(checkpoint: Checkpoint, evaluation: Evaluation | TaskEvalu
     else:
         entry["reference_perplexity"] = evaluation.reference_perplexity
     record[kind].append(entry | {"results": results})
-    write_text(checkpoint.path / RECORD_NAME, json_text({"checkpoint": checkpoint.identity, **record}))
+    write_text(checkpoint.path / RECORD_NAME, json_text(dict(record)))
 
 
 def _is_entry(entry: Any) -> bool:
@@ -103,14 +97,31 @@ def _is_entry(entry: Any) -> bool:
     return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= _ROW for row in rows)
 
 
-def _present_allocations(checkpoint: Checkpoint) -> dict[str | None, str | None]:
-    """A fingerprint of widths and own scales of each stored allocation by name; None, for a width, has none."""
-    prints: dict[str | None, str | None] = {None: None}
-    for name, record in stored_allocations(checkpoint).items():
+class _Present:
+    """The weights that a checkpoint serves now."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._stored = stored_allocations(checkpoint)
+        self._of_width = functools.cache(checkpoint.width_identity)
+
+    def weights(self, row: Mapping[str, Any]) -> str | None:
+        """Digits that stand for the weights of a row; None for an allocation that does not lie with the checkpoint."""
+        name = row.get("allocation")
+        if name is None:
+            bits = row["bits"]
+            return self._of_width(bits) if isinstance(bits, int) else self._checkpoint.identity  # a mixed slice
+        if name not in self._stored:
+            return None
+        record = self._stored[name]
         own = record.get(SCALES)
-        text = format_lines(record.get("layers", record)) + (own.get("sha256", "") if isinstance(own, dict) else "")
-        prints[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return prints
+        layers = dict.fromkeys(self._checkpoint.layers, self._checkpoint.settings.bits) | record.get("layers", record)
+        # Those without scales of their own read those of their widths.
+        read = [self._of_width(bits) for bits in sorted({*layers.values()})]
+        if isinstance(own, dict):
+            read = [own.get("sha256", "")]
+        text = f"{self._checkpoint.codes_identity} {read}\n{format_lines(layers)}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

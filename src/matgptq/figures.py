@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 MEGABYTE = 1_000_000
 
 
@@ -33,3 +36,11 @@ def score(value: float, stderr: float | None) -> str:
 def width(bits: float, allocation: str | None, unit: str = "") -> str:
     """A width, or the average of an allocation and its name."""
     return f"{bits:.4g}{unit}" + ("" if allocation is None else f" ({allocation})")
+
+
+def settings(served: Mapping[str, Any]) -> str:
+    """What is not usual about how a model was served, to be put behind the text or tasks that it was measured on."""
+    special = [f"activations in {served['activations']}"] if served.get("activations", "exact") != "exact" else []
+    if served.get("head_bits") is not None:
+        special.append(f"output head at {served['head_bits']} bits")
+    return "".join(f", {each}" for each in special)

@@ -147,7 +147,7 @@ def _widths(
             measured.append(("full", "", "", figures.perplexity(entry["reference_perplexity"]), "0", "100%"))
         header = ("bits", "bits per weight", "size", "perplexity", "KL", "top-1")
         compared = f", compared with {entry['reference']}" if entry.get("reference") else ""
-        parts += [_table(header, measured), f"{entry['protocol']}{_settings(entry)}{compared}."]
+        parts += [_table(header, measured), f"{entry['protocol']}{figures.settings(entry['settings'])}{compared}."]
     if texts:
         parts.append(
             "KL: KL(full || slice) of the next token in nats, mean over the positions. top-1: positions at which both "
@@ -156,14 +156,6 @@ def _widths(
     if allocations:
         parts.append(f"A row with a name has a width for each layer, from `{ALLOCATIONS}/`: `--allocation NAME`.")
     return "\n\n".join(parts)
-
-
-def _settings(entry: Mapping[str, Any]) -> str:
-    settings = entry.get("settings", {})
-    special = [f"activations in {settings['activations']}"] if settings.get("activations", "exact") != "exact" else []
-    if settings.get("head_bits") is not None:
-        special.append(f"output head at {settings['head_bits']} bits")
-    return "".join(f", {each}" for each in special)
 
 
 def _tasks(tasks: Sequence[Mapping[str, Any]]) -> str:
@@ -180,7 +172,10 @@ def _tasks(tasks: Sequence[Mapping[str, Any]]) -> str:
                 texts = ["-" if cell is None else figures.score(cell["value"], cell["stderr"]) for cell in cells]
                 rows.append((f"{task} ({score['shots']}-shot)", metric, *texts))
         header = ("task", "metric", *(label for label, _ in columns))
-        parts += [_table(header, rows, left=2), f"{entry['protocol']}{_settings(entry)}; value ± standard error."]
+        parts += [
+            _table(header, rows, left=2),
+            f"{entry['protocol']}{figures.settings(entry['settings'])}; value ± standard error.",
+        ]
     return "\n\n".join(["## Tasks", *parts]) if parts else ""
 
 

@@ -90,8 +90,11 @@ def prepare(
     scaled = scaled_tensors(family.channels, plan.blocks) if recipe.channel_scaling and family.channels else ()
     kept = find_kept(source, network, plan.blocks, quantized, frozenset(rotated), frozenset(scaled))
     if recipe.rotate and tied:
-        size = f"{head.weight.numel() * ROTATED_DTYPE.itemsize / 1e6:,.1f} MB"
-        note = f"rotated, the head and the embedding are no longer one tensor: the checkpoint grows by {size}"
+        note = "rotated, the head and the embedding are no longer one tensor, and are stored in 16 bits each"
+        plain = find_kept(source, network, plan.blocks, quantized, frozenset(), frozenset(scaled))
+        growth = _kept_bytes(source, network, kept) - _kept_bytes(source, network, plain)
+        if growth > 0:
+            note += f": the checkpoint grows by {growth / 1e6:,.1f} MB"
         plan = dataclasses.replace(plan, notes=(*plan.notes, note))
     needs = estimate_requirements(
         network,

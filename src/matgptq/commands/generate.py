@@ -22,7 +22,7 @@ from matgptq.errors import ConfigurationError
 
 EPILOG = examples(
     'matgptq generate out --bits 4 --prompt "The capital of France is"',
-    'matgptq generate out --bits 3 --chat --prompt "Name three rivers." --max-new-tokens 100',
+    'matgptq generate out --bits 4 --chat --prompt "Name three rivers." --max-new-tokens 100',
 )
 
 

@@ -24,7 +24,7 @@ from matgptq.errors import ConfigurationError
 
 EPILOG = examples(
     "matgptq search out --target-bits 3.25",
-    "matgptq search out --target-size 80MB --save phone --dataset c4",
+    "matgptq search out --target-size 150MB --save phone --dataset c4",
     "matgptq search out --sweep 2.25:6:0.25 --plot pareto.png",
     "matgptq eval out --allocation 3.25bpw",
 )
@@ -34,7 +34,7 @@ def search(
     checkpoint: Checkpoint,
     target_bits: Annotated[str | None, typer.Option(help="Budget in bits per weight, scales included.")] = None,
     target_size: Annotated[
-        str | None, typer.Option(help="Budget for the whole model as served: 80MB, 0.5GiB, or bytes.")
+        str | None, typer.Option(help="Budget for the whole model as served: 150MB, 0.5GiB, or bytes.")
     ] = None,
     sweep: Annotated[
         str | None, typer.Option(metavar="FIRST:LAST:STEP", help="Many budgets in bits per weight.")

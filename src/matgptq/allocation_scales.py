@@ -20,9 +20,9 @@ from torch import Tensor
 
 from matgptq.allocation import Allocation, complete_allocation, digest_of_widths, read_allocation
 from matgptq.allocation_store import (
-    ALLOCATIONS,
     allocation_file,
     find_allocation,
+    is_stored,
     save_allocation,
     stored_file,
     write_record,
@@ -86,8 +86,7 @@ def scales_origin(checkpoint: Checkpoint, allocation: Mapping[str, int] | str | 
     entry = _entry(file)
     if entry is None:
         return {}
-    stored = file.parent == (checkpoint.path / ALLOCATIONS).resolve()
-    return {"scales_of": file.stem if stored else str(file), "scales_sha256": entry["sha256"]}
+    return {"scales_of": file.stem if is_stored(checkpoint, file) else str(file), "scales_sha256": entry["sha256"]}
 
 
 def find_origin(

@@ -32,7 +32,7 @@ from matgptq.families import find_family
 from matgptq.loading import load
 from matgptq.model_config import check_window, longest_window
 from matgptq.progress import Progress, Silent, counting_steps
-from matgptq.reference_model import check_vocabulary, find_reference
+from matgptq.reference_model import find_reference, load_reference
 from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.slicing import WIDTHS
 from matgptq.source import load_tokenizer
@@ -196,10 +196,7 @@ def search(
     with RunLog(checkpoint.path / DIRECTORY / LOG_NAME, described, wandb_project=wandb_project) as log:
         progress.start("load the models", 1)
         model = load(path, space.widths[-1], device=run_device, dtype=run_dtype, trust_remote_code=trust_remote_code)
-        full = None
-        if source is not None:
-            full = source.load_model(run_dtype, run_device)
-            check_vocabulary(full.config, source.name, checkpoint)
+        full = None if source is None else load_reference(source, checkpoint, run_device, run_dtype)
         windows = _windows(path, dataset, settings, full or model, trust_remote_code, progress)
         teacher = None
         if full is not None:

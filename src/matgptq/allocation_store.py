@@ -33,6 +33,11 @@ def stored_file(checkpoint: Checkpoint, name: str) -> Path:
     return checkpoint.path / ALLOCATIONS / f"{check_name(name)}.json"
 
 
+def is_stored(checkpoint: Checkpoint, file: Path) -> bool:
+    """Whether the file of an allocation lies with the checkpoint."""
+    return file.resolve().parent == (checkpoint.path / ALLOCATIONS).resolve()
+
+
 def save_allocation(checkpoint: Checkpoint, allocation: Allocation, more: Mapping[str, Any] | None = None) -> Path:
     """Write both files, replacing those of that name; returns the JSON one.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from matgptq.allocation_scales import has_own_scales
-from matgptq.allocation_store import ALLOCATIONS, allocation_file, find_allocation, stored_allocations
+from matgptq.allocation_store import allocation_file, find_allocation, is_stored, stored_allocations
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device
 from matgptq.errors import ConfigurationError
@@ -255,7 +255,7 @@ def choose_candidates(
 def _label(checkpoint: Checkpoint, allocation: str | Path) -> str:
     """The name of an allocation; of a file elsewhere its own, unless a stored one is called so."""
     name = Path(allocation).name
-    stored = allocation_file(checkpoint, allocation).resolve().parent == (checkpoint.path / ALLOCATIONS).resolve()
+    stored = is_stored(checkpoint, allocation_file(checkpoint, allocation))
     return str(allocation) if not stored and name in stored_allocations(checkpoint) else name
 
 

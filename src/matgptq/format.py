@@ -169,6 +169,20 @@ def parse_settings(record: Mapping[str, Any], where: str) -> Settings:
     return settings
 
 
+def group_size_exceptions(layers: Mapping[str, tuple[int, int]], group_size: int) -> dict[str, int]:
+    """``layer_group_sizes``: of layers ``{name: (in_features, group size)}``, those that the common one does not fit.
+
+    Args:
+        layers: all of them.
+        group_size: of most; -1 for all input features of a layer.
+    """
+    return {
+        name: size
+        for name, (in_features, size) in layers.items()
+        if size != (in_features if group_size == -1 else group_size)
+    }
+
+
 def slice_settings(settings: Settings, widths: Mapping[str, int], group_sizes: Mapping[str, int]) -> Settings:
     """Settings of a slice of a parent.
 

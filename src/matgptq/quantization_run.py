@@ -22,7 +22,7 @@ from matgptq.block_quantizer import BlockQuantizer
 from matgptq.blocks import Block, BlockInputs, capture_inputs, propagate
 from matgptq.checkpoint_writer import CheckpointWriter
 from matgptq.distributed import Processes
-from matgptq.format import REPORT_NAME, Settings
+from matgptq.format import REPORT_NAME, Settings, group_size_exceptions
 from matgptq.kept_tensors import read_kept
 from matgptq.nested_weight import NestedWeight
 from matgptq.plan import CalibrationRequest, Plan
@@ -319,17 +319,13 @@ def _found_again(dataset: str | Path) -> str:
 def _settings(
     source: ModelSource, plan: Plan, recipe: Recipe, calibration: Mapping[str, Any], default_bits: int
 ) -> Settings:
-    exceptions = {
-        name: layer.group_size
-        for name, layer in plan.layers.items()
-        if layer.group_size != (layer.in_features if plan.group_size == -1 else plan.group_size)
-    }
+    sizes = {name: (layer.in_features, layer.group_size) for name, layer in plan.layers.items()}
     return Settings(
         bits=default_bits,
         target_bits=recipe.target_bits,
         scale_bits=recipe.scale_bits,
         group_size=plan.group_size,
-        layer_group_sizes=exceptions,
+        layer_group_sizes=group_size_exceptions(sizes, plan.group_size),
         ignore=plan.kept,
         recipe=recipe.to_dict(),
         calibration=dict(calibration),

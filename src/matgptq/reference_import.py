@@ -26,7 +26,7 @@ from torch import Tensor
 from matgptq.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
 from matgptq.errors import SourceError
 from matgptq.finiteness import all_finite
-from matgptq.format import REPORT_NAME, Settings
+from matgptq.format import REPORT_NAME, Settings, group_size_exceptions
 from matgptq.grid import storable_scales
 from matgptq.json_files import read_json
 from matgptq.nested_weight import NestedWeight
@@ -330,18 +330,14 @@ def _settings(reference: Reference, layers: list[ImportedLayer], bits: int) -> S
     whole_rows = all(layer.group_size == layer.shape[1] for layer in layers)
     [(common, _)] = Counter(layer.group_size for layer in layers).most_common(1)
     group_size = PER_CHANNEL if whole_rows else common
-    exceptions = {
-        layer.name: layer.group_size
-        for layer in layers
-        if layer.group_size != (layer.shape[1] if group_size == PER_CHANNEL else group_size)
-    }
+    sizes = {layer.name: (layer.shape[1], layer.group_size) for layer in layers}
     return Settings(
         bits=bits,
         # Neither format records what the solver aimed at; the parent is always among it.
         target_bits=(PARENT_BITS,),
         scale_bits=(PARENT_BITS,),
         group_size=group_size,
-        layer_group_sizes=exceptions,
+        layer_group_sizes=group_size_exceptions(sizes, group_size),
         ignore=reference.ignore,
         recipe=reference.recipe,
         source=None if reference.model is None else reference.model.recorded_name,

@@ -36,7 +36,7 @@ def find_reference(
             f"{checkpoint.path}: does not say what model it was made from; name it (--reference MODEL{instead})"
         )
     source = open_source(named, trust_remote_code=trust_remote_code)
-    check_vocabulary(source.config, source.name, checkpoint)  # of a GGUF file, which has no config, when it is loaded
+    _check_vocabulary(source.config, source.name, checkpoint)  # of a GGUF file, which has no config, when it is loaded
     return source
 
 
@@ -54,11 +54,11 @@ def load_reference(source: ModelSource, checkpoint: Checkpoint, device: torch.de
         ConfigurationError: it has another vocabulary than the checkpoint.
     """
     full = source.load_model(reference_dtype(source, checkpoint, device, dtype), device)
-    check_vocabulary(full.config, source.name, checkpoint)
+    _check_vocabulary(full.config, source.name, checkpoint)
     return full
 
 
-def check_vocabulary(config: Any, name: str, checkpoint: Checkpoint) -> None:
+def _check_vocabulary(config: Any, name: str, checkpoint: Checkpoint) -> None:
     """Refuse a full model whose predictions are of other tokens.
 
     Args:

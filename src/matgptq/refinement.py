@@ -17,7 +17,7 @@ from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device
 from matgptq.errors import ConfigurationError
 from matgptq.progress import Progress, Silent
-from matgptq.reference_model import check_vocabulary, find_reference, reference_dtype
+from matgptq.reference_model import find_reference, load_reference, reference_dtype
 from matgptq.report import Refinement
 from matgptq.text.self_text import model_fingerprint
 from matgptq.tuning.goals import choose_goals
@@ -91,8 +91,7 @@ def refine(
     run_dtype = reference_dtype(source, checkpoint, run_device, dtype)
     with TuningWorkspace(checkpoint, progress) as workspace:
         progress.start("load the full model", 1)
-        full = source.load_model(run_dtype, run_device if scope == "model" else "cpu")
-        check_vocabulary(full.config, source.name, checkpoint)
+        full = load_reference(source, checkpoint, run_device if scope == "model" else torch.device("cpu"), run_dtype)
         text = load_tuning_text(
             checkpoint, full, dataset, nsamples=nsamples, seqlen=seqlen, seed=seed,
             trust_remote_code=trust_remote_code, progress=progress,

@@ -123,7 +123,10 @@ def test_json(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.
     assert "directory" in refuse("info", checkpoint, "--json", tmp_path / "nowhere" / "info.json")
     assert "is a directory" in refuse("info", checkpoint, "--json", tmp_path)
     assert "--kernels" in refuse("info", "--kernels", "--json", tmp_path / "kernels.json")
-    assert '"quantization_config": {' in succeed("info", checkpoint, "--json", "-")
+    result = run("info", checkpoint, "--json", "-")
+    assert json.loads(result.stdout)["quantization_config"]["bits"] == 8
+    assert "made from" in result.stderr
+    assert "made from" in run("info", checkpoint).stdout
     write_json(tmp_path / "odd.json", {"a": [math.inf, 1.5], "b": (math.nan,)})
     assert json.loads((tmp_path / "odd.json").read_text()) == {"a": [None, 1.5], "b": [None]}
     monkeypatch.setattr("matgptq.evaluation.load", lambda *_, **__: pytest.fail("was loaded"))

@@ -27,7 +27,7 @@ def _check_place(option: str) -> Callable[[Path | None], Path | None]:
     """A callback that refuses a file that cannot be written, before the work whose result it is for."""
 
     def check(file: Path | None) -> Path | None:
-        if file is None or str(file) == "-":
+        if file is None:
             return file
         if file.is_dir():
             raise ConfigurationError(f"{option} {file}: is a directory")
@@ -38,11 +38,20 @@ def _check_place(option: str) -> Callable[[Path | None], Path | None]:
     return check
 
 
+_check_json = _check_place("--json")
+
+
+def _choose_json(file: Path | None) -> Path | None:
+    """With JSON on standard output, tables go to standard error, so that what follows in a pipe can read it."""
+    out_console.stderr = str(file) == "-"
+    return file if out_console.stderr else _check_json(file)
+
+
 JsonOption = Annotated[
     Path | None,
     typer.Option(
         "--json", metavar="FILE", help="Also write the table as JSON; - is standard output.",
-        callback=_check_place("--json"),
+        callback=_choose_json,
     ),
 ]  # fmt: skip
 PLOT_CHECK = _check_place("--plot")

@@ -113,7 +113,7 @@ def calibration_windows(
     joins = "joined by EOS" if tokenizer.eos_token_id is not None else "joined without a separator"
     return Windows(
         tokens,
-        f"{len(tokens)} windows of {seqlen} tokens from {source.title}: documents shuffled with seed {seed}, the "
+        f"{_count(len(tokens), seqlen)} from {source.title}: documents shuffled with seed {seed}, the "
         f"tokenizer's special tokens, {joins}, packed without padding",
     )
 
@@ -241,7 +241,7 @@ def evaluation_windows(
     )
     return Windows(
         tokens,
-        f"{len(tokens)} windows of {seqlen} tokens from the start of {source.title}: {text_is}, {added}, {overlap}",
+        f"{_count(len(tokens), seqlen)} from the start of {source.title}: {text_is}, {added}, {overlap}",
         stride,
     )
 
@@ -314,7 +314,7 @@ def _given_windows(
         )
     tokens = tokens[:windows].to("cpu", torch.int64, copy=True)
     _check_vocabulary(tokens, name, tokenizer, model)
-    return Windows(tokens, f"{len(tokens)} windows of {seqlen} tokens, given as ids")
+    return Windows(tokens, f"{_count(len(tokens), seqlen)}, given as ids")
 
 
 def _self_windows(
@@ -335,5 +335,9 @@ def _self_windows(
     )
     return Windows(
         tokens,
-        f"{windows} windows of {seqlen} tokens sampled from the model itself at temperature 1 with seed {seed}",
+        f"{_count(windows, seqlen)} sampled from the model itself at temperature 1 with seed {seed}",
     )
+
+
+def _count(windows: int, seqlen: int) -> str:
+    return f"{windows} window{'' if windows == 1 else 's'} of {seqlen} tokens"

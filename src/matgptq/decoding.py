@@ -59,7 +59,8 @@ def decode_in_rows(model: nn.Module, blocks: str) -> int:
         if row_block is None:
             continue
         block.__dict__["_row_block"] = row_block
-        mix_in(DecodesRows, block)
+        if not isinstance(block, DecodesRows):
+            mix_in(DecodesRows, block)
         changed += 1
     return changed
 

@@ -9,12 +9,10 @@ from typing import Any, get_args
 
 import torch
 
-from matgptq import kernels
 from matgptq.allocation import complete_allocation, read_allocation
 from matgptq.allocation_scales import find_scales
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import open_checkpoint
-from matgptq.decoding import decode_in_rows
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.errors import (
     AllocationError,
@@ -23,12 +21,11 @@ from matgptq.errors import (
     MatGPTQError,
     SourceError,
 )
-from matgptq.families import known_family
 from matgptq.format import Settings, parse_settings
 from matgptq.kernels import Activations
 from matgptq.model_config import attention_options
-from matgptq.nested_linear import nested_layers, pack_layers
-from matgptq.output_head import pack_head
+from matgptq.nested_linear import nested_layers
+from matgptq.packing import pack_model
 from matgptq.slicing import check_bits
 
 
@@ -102,6 +99,7 @@ def load(
         check_held(path, settings, bits, allocation or {})
     elif bits is not None:
         record["bits"] = bits
+    record["packed"] = False  # but below, once the model is where it goes and has the widths that it gets
     stored = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
     run_dtype = resolve_dtype(dtype, target, stored)
     with _reading(path):
@@ -119,13 +117,7 @@ def load(
         model.set_bits(complete_allocation(allocation, layers, default))
         for name, own in (scales or {}).items():
             layers[name].adopt_scales(own)
-    if _packs(target, model.dtype, resident, activations, head_bits):
-        resident = resident and scales is None
-        pack_layers(model, resident=resident, activations=activations, shared=_shared_inputs(model))
-        if kernels.packed_form(target) == "native":
-            _decode_in_rows(model)
-        if head_bits is not None:
-            pack_head(model, head_bits, activations)
+    pack_model(model, resident=resident, activations=activations, head_bits=head_bits)
     return model
 
 
@@ -165,33 +157,3 @@ def check_held(path: str | Path, settings: Settings, bits: int | None, allocatio
     for layer, width in allocation.items():
         if settings.bits_of(layer) != width:
             raise AllocationError(f"layer {layer} at {width} bits: {advice}")
-
-
-def _shared_inputs(model: Any) -> list[tuple[str, ...]]:
-    family = known_family(model.config.model_type)
-    return [] if family is None else family.shared_inputs(nested_layers(model))
-
-
-def _decode_in_rows(model: Any) -> None:
-    family = known_family(model.config.model_type)
-    if family is not None and family.plain_blocks:
-        decode_in_rows(model, family.blocks)
-
-
-def _packs(
-    device: torch.device, dtype: torch.dtype, resident: bool, activations: Activations, head_bits: int | None
-) -> bool:
-    """Whether kernels serve this model packed; raises if something was asked for that only they can do."""
-    obstacle = kernels.obstacle(device, dtype)
-    name = "native" if kernels.packed_form(device) == "native" else "Triton"
-    if activations != "exact" and name != "native":
-        raise ConfigurationError(f"activations={activations!r} needs the native kernels: the model is on {device}")
-    wishes = {
-        "resident=False": not resident,
-        f"activations={activations!r}": activations != "exact",
-        f"head_bits={head_bits}": head_bits is not None,
-    }
-    for wish, wanted in wishes.items():
-        if wanted and obstacle is not None:
-            raise ConfigurationError(f"{wish} needs the {name} kernels: {obstacle}")
-    return obstacle is None

@@ -23,6 +23,7 @@ from matgptq.families import known_family
 from matgptq.format import QUANT_METHOD, SLICE_METHOD, Settings, check_layer, is_own, parse_settings
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers, set_bits
+from matgptq.packing import can_pack, pack_model
 from matgptq.slicing import check_bits
 from matgptq.stored_layers import parts_of_layers
 from matgptq.stored_tensors import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_header
@@ -34,11 +35,18 @@ _WEIGHTS = (WEIGHTS_NAME, INDEX_NAME)
 class MatGPTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The ``quantization_config`` of a checkpoint, or the wish ``MatGPTQConfig(bits=3)`` when loading one.
 
-    Passed to ``from_pretrained(path, quantization_config=MatGPTQConfig(bits=3))`` only ``bits`` is read; everything
-    else comes from the checkpoint.
+    Passed to ``from_pretrained(path, quantization_config=MatGPTQConfig(bits=3))`` only what is named here is read;
+    everything else comes from the checkpoint.
+
+    Args:
+        bits: width of all layers, 2..8.
+        packed: serve the model from codes packed for the kernels of its device, where they take it. Code that looks
+            into layers wants False, and finds their ``codes``.
+        record: of a checkpoint.
     """
 
-    def __init__(self, bits: int | None = None, **record: Any) -> None:
+    def __init__(self, bits: int | None = None, packed: bool = True, **record: Any) -> None:
+        self.packed = packed
         self.quant_method = record.pop("quant_method", QUANT_METHOD)
         if bits is not None:
             # In a record that was read from a checkpoint it is checked with the rest, in an error that names the file.
@@ -48,7 +56,13 @@ class MatGPTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What an argument of ``from_pretrained`` may override."""
-        return {"bits": self.bits} if hasattr(self, "bits") else {}
+        return {"packed": self.packed} | ({"bits": self.bits} if hasattr(self, "bits") else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` has of it."""
+        record: dict[str, Any] = super().to_dict()
+        del record["packed"]
+        return record
 
     def settings(self, where: str) -> Settings:
         """Validated settings; raises ``CheckpointError``."""
@@ -113,6 +127,8 @@ class MatGPTQQuantizer(HfQuantizer):  # type: ignore[misc]
             # Saved under the names of its modules, as config.json has them; some would be renamed otherwise.
             model._weight_conversions = []
         mix_in(NestedModel, model)
+        if self.quantization_config.packed and can_pack(model):
+            pack_model(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
@@ -140,12 +156,18 @@ class NestedModel(Mixin):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """``to``, ``cuda`` and the like; refused before anything moves if a layer cannot follow."""
+        moves = False
         for name, layer in nested_layers(cast(nn.Module, self)).items():
-            if not layer.is_complete and layer.leaves(fn):
-                raise ConfigurationError(
-                    f"layer {name} cannot move: only its slice is in memory; load it there instead"
-                )
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+            if layer.leaves(fn):
+                moves = True
+                if not layer.is_complete:
+                    raise ConfigurationError(
+                        f"layer {name} cannot move: only its slice is in memory; load it there instead"
+                    )
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        if moves and can_pack(self):
+            pack_model(self)
+        return result
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """``save_pretrained`` as ever, and then the checksums of what was saved."""

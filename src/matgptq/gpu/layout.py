@@ -120,7 +120,10 @@ class PlaneWeight:
 
     def __reduce__(self) -> NoReturn:
         """Refuse: a weight that comes out of a pickle would have the key of another one."""
-        raise TypeError("packed weights are not pickled; save the model with save_pretrained and load it again")
+        raise TypeError(
+            "packed weights are not pickled; use save_pretrained, or load with from_pretrained and "
+            "quantization_config=MatGPTQConfig(packed=False)"
+        )
 
 
 def packable(in_features: int, group_size: int) -> bool:

@@ -67,7 +67,10 @@ class _Held:
         return self
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("packed weights are not pickled; save the model with save_pretrained and load it again")
+        raise TypeError(
+            "packed weights are not pickled; use save_pretrained, or load with from_pretrained and "
+            "quantization_config=MatGPTQConfig(packed=False)"
+        )
 
 
 class Arena(_Held):

@@ -12,6 +12,7 @@ import pytest
 from tiny_models import save_model
 from typer.testing import CliRunner, Result
 
+import matgptq
 from matgptq.checkpoint import open_checkpoint
 from matgptq.cli import app
 from matgptq.commands.options import write_json
@@ -283,7 +284,7 @@ def test_search(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     table, plot = tmp_path / "table.json", tmp_path / "pareto.png"
     shown = succeed("search", checkpoint, "--sweep", "3:4:0.5", "--json", table, "--plot", plot, *small)
     assert "3.5bpw" in shown
-    assert "stopped, 1 generations are done" in shown
+    assert "stopped, 1 generation done" in shown
     assert [found["target"] for found in json.loads(table.read_text())["found"]] == [
         "3 bits per weight", "3.5 bits per weight", "4 bits per weight"
     ]  # fmt: skip
@@ -322,10 +323,27 @@ def test_bad_searches(options: tuple[str, ...], reason: str, checkpoint: Path) -
 
 @pytest.mark.parametrize(
     "command",
-    ["quantize", "refine", "eval", "generate", "search", "info", "bench", "import-reference", "card", "push"],
+    [
+        "quantize",
+        "refine",
+        "eval",
+        "generate",
+        "search",
+        "info",
+        "bench",
+        "import-reference",
+        "card",
+        "push",
+        "export",
+        "verify",
+    ],
 )
 def test_help_has_examples(command: str) -> None:
     assert f"matgptq {command}" in succeed(command, "--help")
+
+
+def test_the_version_is_shown() -> None:
+    assert succeed("--version") == f"matgptq {matgptq.__version__}\n"
 
 
 def test_stages_are_a_line_each_where_there_is_no_terminal(checkpoint: Path, text: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from matgptq import __version__
 from matgptq.commands import (
     bench,
     evaluate,
@@ -33,6 +35,23 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"matgptq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Stand before any command."""
+
+
 app.command(epilog=quantize.EPILOG)(quantize.quantize)
 app.command(epilog=refine.EPILOG)(refine.refine)
 app.command(name="eval", epilog=evaluate.EPILOG)(evaluate.evaluate)

@@ -13,6 +13,8 @@ from matgptq.evaluation_results import Result
 from matgptq.figures import MEGABYTE
 from matgptq.slicing import MIN_BITS, PARENT_BITS, WIDTHS
 
+_MARGIN = 0.1  # room for labels, of the axes
+
 
 def plot_widths(results: Sequence[Result], file: str | Path, title: str) -> None:
     """KL (or perplexity, without a reference) and size of the served model against bits per weight.
@@ -33,13 +35,13 @@ def plot_widths(results: Sequence[Result], file: str | Path, title: str) -> None
     axes: Any = figure.add_subplot()
     axes.plot(bits, quality, "o-", color="tab:blue", label="KL" if compared else "perplexity")
     axes.set_yscale("log")
-    axes.margins(x=0.08)  # room for the labels
     axes.set_xlabel("bits per weight, scales included")
     axes.set_ylabel("KL to the full model, nats per token" if compared else "perplexity", color="tab:blue")
     axes.grid(True, which="both", alpha=0.25)
     for x, y, result in zip(bits, quality, ordered, strict=True):
-        axes.annotate(f"{result.bits:g} bits", (x, y), textcoords="offset points", xytext=(6, 6))
+        _label(axes, f"{result.bits:g} bits", x, y)
     sizes = axes.twinx()
+    sizes.margins(x=_MARGIN)  # the axis is shared
     sizes.plot(bits, [result.bytes / MEGABYTE for result in ordered], "s--", color="tab:orange", label="size")
     sizes.set_ylim(bottom=0)
     sizes.set_ylabel("size of the model as served, MB", color="tab:orange")
@@ -63,9 +65,8 @@ def plot_search(search: Search, file: str | Path, title: str) -> None:
         ordered = sorted(results, key=lambda each: each.bytes)
         axes.plot([each.bytes / MEGABYTE for each in ordered], [each.loss for each in ordered], style, label=label)
     for each in search.uniform:
-        axes.annotate(each.name, (each.bytes / MEGABYTE, each.loss), textcoords="offset points", xytext=(6, 6))
+        _label(axes, each.name, each.bytes / MEGABYTE, each.loss)
     axes.set_yscale("log")
-    axes.margins(x=0.1)
     axes.set_xlabel("size of the model as served, MB")
     measure = "KL to the full model" if search.fitness == "kl" else "negative log-likelihood"
     axes.set_ylabel(f"{measure}, nats per token")
@@ -90,6 +91,12 @@ def plot_search(search: Search, file: str | Path, title: str) -> None:
     right.supylabel("bits per weight, scales included", fontsize="small")
     right.colorbar(image, ax=list(maps), label="width", ticks=list(WIDTHS))
     _save(figure, file)
+
+
+def _label(axes: Any, text: str, x: float, y: float) -> None:
+    """Name a point of a curve that falls to the right, on its free side and inside the axes."""
+    axes.margins(_MARGIN)
+    axes.annotate(text, (x, y), textcoords="offset points", xytext=(5, 6))
 
 
 def _figure(width: float, height: float) -> Any:

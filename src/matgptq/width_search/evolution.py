@@ -112,10 +112,14 @@ def next_generation(
 def stopped(state: EvolutionState, settings: EvolutionSettings) -> str | None:
     """Why an evolution is over, or None if it goes on."""
     if state.idle >= settings.patience:
-        return f"no gain in {state.idle} generations"
+        return f"no gain in {_generations(state.idle)}"
     if state.generation >= settings.generations:
-        return f"{state.generation} generations are done"
+        return f"{_generations(state.generation)} done"
     return None
+
+
+def _generations(count: int) -> str:
+    return f"{count} generation{'' if count == 1 else 's'}"
 
 
 def _propose(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_kernels import make_weight
 from tiny_models import token_ids
+from transformers import AutoModelForCausalLM
 
 import matgptq
 from matgptq import kernels
@@ -243,13 +244,35 @@ def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result.float() - expected.float()).norm() / expected.float().norm())
 
 
+def forms(model) -> set[type]:
+    return {type(each.packed) for each in nested_layers(model).values()}
+
+
+def test_a_model_that_transformers_loads(make_checkpoint, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setenv("MATGPTQ_KERNEL", "triton-fused")
+    _, out = make_checkpoint("llama")
+    ids = token_ids()[:1, :4].to(DEVICE)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, device_map=DEVICE)
+    assert forms(model) == {PlaneWeight}
+    with torch.no_grad():
+        result = model(ids).logits
+        if DEVICE == "cuda":
+            model.to("cpu")
+            assert PlaneWeight not in forms(model)
+            assert relative(model(ids.cpu()).logits, result.cpu()) < 3e-2
+            model.to(DEVICE)
+            assert forms(model) == {PlaneWeight}
+        assert torch.equal(model(ids).logits, result)
+
+
 def test_a_model_on_the_gpu_kernels(make_checkpoint, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setenv("MATGPTQ_KERNEL", "triton-fused")
     _, out = make_checkpoint("llama")
     ids = token_ids()[:1, :4].to(DEVICE)
     model = matgptq.load(out, bits=4, dtype="bfloat16", device=DEVICE)
-    assert all(isinstance(each.packed, PlaneWeight) for each in nested_layers(model).values())
+    assert forms(model) == {PlaneWeight}
     with torch.no_grad():
         result = model(ids).logits
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

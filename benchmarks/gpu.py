@@ -34,7 +34,7 @@ import torch
 from machine import describe_machine
 from torch import Tensor
 
-from matgptq import kernels
+from matgptq import kernel_choice
 from matgptq.gpu import layout as gpu_layout
 from matgptq.gpu import support as gpu_support
 from matgptq.gpu.layout import PlaneWeight
@@ -104,7 +104,7 @@ def on_tensor_cores(x: Tensor, weight: PlaneWeight, bits: int) -> Tensor:
 
 
 def by_tiles(x: Tensor, weight: PlaneWeight, bits: int) -> Tensor:
-    kernel = next(kernel for kernel in kernels.KERNELS if kernel.name == "triton-tiled")
+    kernel = next(kernel for kernel in kernel_choice.KERNELS if kernel.name == "triton-tiled")
     return kernel.run(x, weight, bits, None, "exact")
 
 

@@ -40,7 +40,7 @@ from machine import describe_machine
 
 import matgptq
 from matgptq import native
-from matgptq.kernels import Activations
+from matgptq.native import Activations
 from matgptq.speed import _bytes_per_token, _product_seconds, _step_seconds
 
 TYPES = {8: Type.Q8_0, 4: Type.Q4_0, 3: Type.Q3_K, 2: Type.Q2_K}

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import matgptq
-from matgptq import kernels, native
+from matgptq import kernel_choice, kernels, native, packed_weight
 from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers
 from matgptq.nested_weight import NestedWeight
@@ -89,21 +89,21 @@ def test_bad_activations_propagate(rows):
 
 
 def test_the_choice_of_a_kernel(monkeypatch):
-    few = kernels.Product(form="native", device="cpu", dtype=torch.float32, rows=1, activations="exact")
-    assert kernels.choose(few).name == "native-fused"
-    many = kernels.Product(form="native", device="cpu", dtype=torch.float32, rows=500, activations="exact")
-    assert kernels.choose(many).name == "native-tiled"
-    plain = kernels.Product(form="codes", device="cpu", dtype=torch.float16, rows=1, activations="exact")
-    assert kernels.choose(plain).name == "reference"
+    few = kernel_choice.Product(form="native", device="cpu", dtype=torch.float32, rows=1, activations="exact")
+    assert kernel_choice.choose(few).name == "native-fused"
+    many = kernel_choice.Product(form="native", device="cpu", dtype=torch.float32, rows=500, activations="exact")
+    assert kernel_choice.choose(many).name == "native-tiled"
+    plain = kernel_choice.Product(form="codes", device="cpu", dtype=torch.float16, rows=1, activations="exact")
+    assert kernel_choice.choose(plain).name == "reference"
     with pytest.raises(ConfigurationError, match="exact activations only"):
-        kernels.choose(kernels.Product("codes", "cpu", torch.float32, 1, "int8"))
+        kernel_choice.choose(kernel_choice.Product("codes", "cpu", torch.float32, 1, "int8"))
     monkeypatch.setenv("MATGPTQ_KERNEL", "native-fused")
-    assert kernels.choose(many).name == "native-fused"
+    assert kernel_choice.choose(many).name == "native-fused"
     with pytest.raises(ConfigurationError, match="not packed"):
-        kernels.choose(plain)
+        kernel_choice.choose(plain)
     monkeypatch.setenv("MATGPTQ_KERNEL", "abacus")
     with pytest.raises(ConfigurationError, match="native-fused, native-tiled, triton-fused, triton-tiled, reference"):
-        kernels.choose(few)
+        kernel_choice.choose(few)
 
 
 @needs_native
@@ -224,7 +224,7 @@ def test_a_model_compiles_into_one_graph(packed, make_checkpoint):
 @needs_native
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_operators_follow_the_rules_of_torch(trained):
-    weight = kernels.remember(pack(make_weight(20, 64, 2)))
+    weight = packed_weight.remember(pack(make_weight(20, 64, 2)))
     for bias in (None, torch.randn(20, requires_grad=trained)):
         arguments = (torch.randn(3, 2, 64, requires_grad=trained), weight.key, 4, bias, "exact")
         torch.library.opcheck(torch.ops.matgptq.packed_matmul.default, arguments)
@@ -245,7 +245,7 @@ def test_gradients_of_input_and_bias(dtype, shape, activations):
     weights = torch.randn(*shape[:-1], 20, dtype=dtype)
     expected = torch.autograd.grad((kernels.matmul(x, weight, 3, bias) * weights).sum(), (x, bias))
     for form in (pack(weight), pack(weight, 3)):
-        product = kernels.matmul(x, kernels.remember(form), 3, bias, activations=activations)
+        product = kernels.matmul(x, packed_weight.remember(form), 3, bias, activations=activations)
         found = torch.autograd.grad((product * weights).sum(), (x, bias))
         torch.testing.assert_close(found, expected)
         assert not kernels.matmul(x.detach(), form, 3, bias.detach()).requires_grad

@@ -10,7 +10,7 @@ from tiny_models import token_ids
 from transformers import AutoModel, AutoModelForCausalLM
 
 import matgptq
-from matgptq import kernels, native
+from matgptq import native, packed_weight
 from matgptq.decoding import DecodesRows
 from matgptq.errors import ConfigurationError
 from matgptq.nested_linear import NestedLinear, nested_layers
@@ -138,7 +138,7 @@ def test_a_model_that_leaves_all_kernels_behind(make_checkpoint) -> None:
 
 def test_nothing_is_asked_of_kernels_where_there_are_none(make_checkpoint, monkeypatch) -> None:
     """An allocation with scales of its own is packed as slices; without kernels it is served all the same."""
-    monkeypatch.setattr(kernels, "obstacle", lambda device, dtype: "none here")
+    monkeypatch.setattr(packed_weight, "obstacle", lambda device, dtype: "none here")
     model = matgptq.load(make_checkpoint("llama")[1], bits=4)
     for layer in nested_layers(model).values():
         layer.adopt_scales(layer.scales_8)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() o
 class Attention(torch.nn.Module):
     """Three layers over one input, of different widths, one of them with a bias."""
 
-    def __init__(self, activations: kernels.Activations = "exact") -> None:
+    def __init__(self, activations: native.Activations = "exact") -> None:
         super().__init__()
         for index, (name, out, bits) in enumerate((("q", 40, 4), ("k", 16, 2), ("v", 8, 7))):
             weight = make_weight(out, 64, 2, seed=index)

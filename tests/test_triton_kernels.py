@@ -12,7 +12,7 @@ from tiny_models import token_ids
 from transformers import AutoModelForCausalLM
 
 import matgptq
-from matgptq import kernels
+from matgptq import kernel_choice, kernels, packed_weight
 from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.gpu import layout as gpu_layout
 from matgptq.gpu import support as gpu_support
@@ -200,7 +200,7 @@ def test_gradients(kernel, monkeypatch):
     monkeypatch.setenv("MATGPTQ_KERNEL", kernel)
     monkeypatch.setenv("MATGPTQ_AUTOTUNE", "0")
     weight = make_weight(20, 64, 2)
-    packed = kernels.remember(pack(weight))
+    packed = packed_weight.remember(pack(weight))
     x = normal(3, 64, dtype=torch.float16).to(DEVICE).requires_grad_()
     bias = normal(20, dtype=torch.float16).to(DEVICE).requires_grad_()
     kernels.matmul(x, packed, 3, bias).sum().backward()
@@ -297,7 +297,7 @@ def test_one_slice_and_head_in_memory(make_checkpoint, monkeypatch):
 
 def test_the_operator_follows_the_rules_of_torch(monkeypatch):
     monkeypatch.setenv("MATGPTQ_KERNEL", "triton-fused")
-    packed = kernels.remember(pack(make_weight(20, 64, 2)))
+    packed = packed_weight.remember(pack(make_weight(20, 64, 2)))
     x = normal(2, 1, 64, dtype=torch.float16).to(DEVICE)
     torch.library.opcheck(torch.ops.matgptq.packed_matmul.default, (x, packed.key, 4, None, "exact"))
 
@@ -305,14 +305,14 @@ def test_the_operator_follows_the_rules_of_torch(monkeypatch):
 def test_the_choice_of_a_kernel(monkeypatch):
     monkeypatch.setattr(gpu_support, "obstacle", lambda device: None if device == "cuda" else "no GPU here")
     monkeypatch.delenv("MATGPTQ_KERNEL", raising=False)
-    kernels._choose.cache_clear()
+    kernel_choice._choose.cache_clear()
 
     def chosen(form="planes", device="cuda", dtype=torch.float16, rows=1, activations="exact"):
-        return kernels.choose(kernels.Product(form, device, dtype, rows, activations)).name
+        return kernel_choice.choose(kernel_choice.Product(form, device, dtype, rows, activations)).name
 
     try:
         assert chosen() == "triton-fused"
-        assert chosen(dtype=torch.bfloat16, rows=kernels.TRITON_FUSED_ROWS) == "triton-fused"
+        assert chosen(dtype=torch.bfloat16, rows=kernel_choice.TRITON_FUSED_ROWS) == "triton-fused"
         assert chosen(rows=4096) == "triton-tiled"
         assert chosen(dtype=torch.float32) == "triton-tiled"
         assert chosen(form="codes") == "reference"
@@ -326,7 +326,7 @@ def test_the_choice_of_a_kernel(monkeypatch):
         with pytest.raises(ConfigurationError, match="not packed"):
             chosen(form="native", device="cpu")
     finally:
-        kernels._choose.cache_clear()
+        kernel_choice._choose.cache_clear()
 
 
 def test_importing_the_package_imports_no_triton_and_touches_no_device():

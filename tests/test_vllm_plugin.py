@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import matgptq
-from matgptq import kernels, native
+from matgptq import kernels, native, packed_weight
 from matgptq.bit_stream import pack_rows
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError
@@ -123,7 +123,8 @@ def test_compiled_products_and_names() -> None:
 def test_joined_products_are_the_shared_ones() -> None:
     x = torch.randn(4, 192).bfloat16()
     weights = [
-        kernels.pack(NestedWeight(part.codes, {8: part.scales}), part.bits) for part in (_part(64, 3), _part(32, 6))
+        packed_weight.pack(NestedWeight(part.codes, {8: part.scales}), part.bits)
+        for part in (_part(64, 3), _part(32, 6))
     ]
     operands = [kernels.Operand(weights[0], 3, torch.randn(64)), kernels.Operand(weights[1], 6, None)]
     for activations in ("exact", "int8"):
@@ -210,9 +211,9 @@ def test_the_plugin_imports_neither_vllm_nor_torch() -> None:
 
 
 def test_groups_that_kernels_take() -> None:
-    assert kernels.group_obstacle(64, 128) is None
-    assert kernels.group_obstacle(48, 48) is None
-    assert kernels.group_obstacle(48, 96) is not None
+    assert packed_weight.group_obstacle(64, 128) is None
+    assert packed_weight.group_obstacle(48, 48) is None
+    assert packed_weight.group_obstacle(48, 96) is not None
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

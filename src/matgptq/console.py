@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from matgptq import figures, kernels, native
+from matgptq import figures, native
 from matgptq.allocation_scales import SCALES
 from matgptq.allocation_search import Search
 from matgptq.checkpoint import Checkpoint
@@ -31,7 +31,9 @@ from matgptq.errors import ConfigurationError
 from matgptq.evaluation_results import Evaluation, TaskEvaluation
 from matgptq.figures import megabytes
 from matgptq.integrity import Integrity
+from matgptq.kernel_choice import Product, choose
 from matgptq.nested_weight import scale_source
+from matgptq.packed_weight import Form, obstacle
 from matgptq.plan import Plan
 from matgptq.report import LayerReport, Refinement, Report
 from matgptq.requirements import Requirements
@@ -398,12 +400,12 @@ def speed_table(results: Sequence[Speed]) -> Table:
 def kernel_table() -> Table:
     """Which kernel computes a product on this machine, by form of the weight, activations and number of rows."""
     library = f"native library for {native.isa()}" if native.available() else native.reason()
-    gpu = kernels.obstacle(torch.device("cuda"), torch.float16) if torch.cuda.is_available() else "no GPU"
+    gpu = obstacle(torch.device("cuda"), torch.float16) if torch.cuda.is_available() else "no GPU"
     caption = f"{library}; Triton: {gpu or torch.cuda.get_device_name()}; MATGPTQ_KERNEL forces a kernel"
     table = Table(title="kernels", caption=caption, caption_justify="left")
     for column in ("weight", "device", "activations", "1 row", "16 rows", "512 rows"):
         table.add_column(column)
-    rows: list[tuple[kernels.Form, str, torch.dtype]] = [
+    rows: list[tuple[Form, str, torch.dtype]] = [
         (form, "cpu", dtype) for form in ("native", "codes") for dtype in (torch.float32, torch.bfloat16)
     ]
     if torch.cuda.is_available():
@@ -415,9 +417,7 @@ def kernel_table() -> Table:
     refused = None
     for (form, device, dtype), activations in itertools.product(rows, ("exact", "int8")):
         try:
-            names = [
-                kernels.choose(kernels.Product(form, device, dtype, count, activations)).name for count in (1, 16, 512)
-            ]
+            names = [choose(Product(form, device, dtype, count, activations)).name for count in (1, 16, 512)]
         except ConfigurationError as error:
             refused = error
             continue

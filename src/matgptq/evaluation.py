@@ -18,9 +18,9 @@ from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import resolve_device
 from matgptq.errors import ConfigurationError
 from matgptq.evaluation_results import Evaluation, Result
-from matgptq.kernels import Activations
 from matgptq.loading import load, load_config
 from matgptq.model_config import check_window, longest_window
+from matgptq.native import Activations
 from matgptq.plan import CPU_SELF_SEQLEN
 from matgptq.progress import Progress, Silent
 from matgptq.reference_model import load_optional_reference

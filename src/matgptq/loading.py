@@ -22,8 +22,8 @@ from matgptq.errors import (
     SourceError,
 )
 from matgptq.format import Settings, parse_settings
-from matgptq.kernels import Activations
 from matgptq.model_config import attention_options
+from matgptq.native import Activations
 from matgptq.nested_linear import nested_layers
 from matgptq.packing import pack_model
 from matgptq.slicing import check_bits

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matgptq import kernels, native
+from matgptq import kernels, native, packed_weight
 from matgptq.bit_stream import pack_rows, row_bytes, unpack_rows
 from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.finiteness import all_finite
@@ -63,8 +63,8 @@ class NestedLinear(nn.Module):
             self.register_buffer(scales_name(own), scales)
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.activations: kernels.Activations = "exact"
-        self._packed: kernels.PackedWeight | None = None
+        self.activations: native.Activations = "exact"
+        self._packed: packed_weight.PackedWeight | None = None
         self._shared: SharedInput | None = None
         # How it was packed (all planes or a slice, with whom), while scales that were loaded forbid it.
         self._unpacked_from: tuple[bool, SharedInput | None] | None = None
@@ -126,7 +126,7 @@ class NestedLinear(nn.Module):
         self._fixed = True
 
     @property
-    def packed(self) -> kernels.PackedWeight | None:
+    def packed(self) -> packed_weight.PackedWeight | None:
         """The packed form, if there is one."""
         return self._packed
 
@@ -145,7 +145,7 @@ class NestedLinear(nn.Module):
         Raises:
             ConfigurationError: there are no kernels, or they do not take the layer's group size.
         """
-        self._packed = kernels.pack(self.nested_weight, None if resident else self._bits, arena=arena)
+        self._packed = packed_weight.pack(self.nested_weight, None if resident else self._bits, arena=arena)
         self.codes = self.codes.new_empty(0)
 
     def unpack(self) -> None:
@@ -193,7 +193,7 @@ class NestedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[out_features, in_features]`` weights at the width in use."""
-        return kernels.dequantize(self.operand.weight, self._bits, dtype)
+        return packed_weight.dequantize(self.operand.weight, self._bits, dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs @ w_r^T + bias`` in the dtype of ``inputs``."""
@@ -349,7 +349,7 @@ def pack_layers(
     model: nn.Module,
     *,
     resident: bool = True,
-    activations: kernels.Activations = "exact",
+    activations: native.Activations = "exact",
     shared: Iterable[Sequence[str]] = (),
 ) -> int:
     """Pack all nested layers of a model, on a CPU into one arena; returns how many.
@@ -363,10 +363,10 @@ def pack_layers(
         shared: names of layers that multiply the same input, group by group; each group runs as one call.
     """
     layers = nested_layers(model)
-    arena = kernels.new_arena(next(iter(layers.values())).codes.device) if layers else None
+    arena = packed_weight.new_arena(next(iter(layers.values())).codes.device) if layers else None
     packed = {}
     for name, layer in layers.items():
-        if kernels.group_obstacle(layer.group_size, layer.in_features) is not None:
+        if packed_weight.group_obstacle(layer.group_size, layer.in_features) is not None:
             continue
         layer.pack(arena, resident=resident)
         layer.activations = activations

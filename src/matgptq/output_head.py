@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matgptq import kernels
+from matgptq import kernels, native, packed_weight
 from matgptq.errors import ConfigurationError
 from matgptq.grid import resolve_group_size
 from matgptq.nested_weight import NestedWeight
@@ -61,11 +61,11 @@ class PackedHead(nn.Linear):
         UnsupportedModelError: the hidden size is a multiple of none of the group sizes.
     """
 
-    def __init__(self, head: nn.Linear, bits: int, activations: kernels.Activations = "exact") -> None:
+    def __init__(self, head: nn.Linear, bits: int, activations: native.Activations = "exact") -> None:
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
         self.weight, self.bias = head.weight, head.bias
         self.bits = check_bits(bits)
-        self.activations: kernels.Activations = activations
+        self.activations: native.Activations = activations
         group_size = resolve_group_size("lm_head", head.in_features, GROUP_SIZE)
         recipe = make_recipe("gptq", [bits], grid="absmax", signed_scales=True, compensation="none")
         weight = head.weight.detach()
@@ -74,7 +74,7 @@ class PackedHead(nn.Linear):
         codes = torch.cat([piece.codes for piece in pieces])
         scales = torch.cat([piece.scales_for(bits) for piece in pieces])
         rounded = NestedWeight(codes, {PARENT_BITS: scales})
-        self.packed = kernels.pack(rounded, bits, arena=kernels.new_arena(codes.device))
+        self.packed = packed_weight.pack(rounded, bits, arena=packed_weight.new_arena(codes.device))
         self._packed_from: _Origin | None = _Origin.of(self.weight)
 
     @property
@@ -109,7 +109,7 @@ class PackedHead(nn.Linear):
         return kernels.matmul(input, self.packed, self.bits, self.bias, activations=self.activations)
 
 
-def pack_head(model: Any, bits: int, activations: kernels.Activations = "exact") -> None:
+def pack_head(model: Any, bits: int, activations: native.Activations = "exact") -> None:
     """Serve the model's output head at ``bits`` bits from now on.
 
     Raises:

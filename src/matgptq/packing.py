@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from matgptq import kernels
+from matgptq import packed_weight
 from matgptq.decoding import decode_in_rows
 from matgptq.errors import ConfigurationError
 from matgptq.families import Family, known_family
-from matgptq.kernels import Activations
+from matgptq.native import Activations
 from matgptq.nested_linear import nested_layers, pack_layers
 from matgptq.output_head import pack_head
 
@@ -33,8 +33,8 @@ def pack_model(
     """
     layers = nested_layers(model)
     device: torch.device = model.device
-    native = kernels.packed_form(device) == "native"
-    obstacle = kernels.obstacle(device, model.dtype)
+    native = packed_weight.packed_form(device) == "native"
+    obstacle = packed_weight.obstacle(device, model.dtype)
     if activations != "exact" and not native:
         raise ConfigurationError(f"activations={activations!r} needs the native kernels: the model is on {device}")
     wishes = {

@@ -93,7 +93,7 @@ def plot_search(search: Search, file: str | Path, title: str) -> None:
     _save(figure, file)
 
 
-def _label(axes: Any, text: str, x: float, y: float) -> None:
+def _label(axes: Any, text: str, x: float, y: float | None) -> None:
     """Name a point of a curve that falls to the right, on its free side and inside the axes."""
     axes.margins(_MARGIN)
     axes.annotate(text, (x, y), textcoords="offset points", xytext=(5, 6))

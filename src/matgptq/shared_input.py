@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from matgptq import kernels, native
+from matgptq import kernel_choice, kernels, native
 
 
 @dataclass
@@ -48,7 +48,7 @@ class _Prepared:
 class Member(Protocol):
     """A layer of a group."""
 
-    activations: kernels.Activations
+    activations: native.Activations
 
     @property
     def operand(self) -> kernels.Operand:
@@ -96,8 +96,8 @@ class SharedInput:
                 return result
         rows = inputs.shape[:-1].numel()
         members = self._present()
-        if not members or not kernels.fuses(
-            kernels.Product("native", inputs.device.type, inputs.dtype, rows, activations)
+        if not members or not kernel_choice.fuses(
+            kernel_choice.Product("native", inputs.device.type, inputs.dtype, rows, activations)
         ):
             return None
         operands = [operand if each is member else each.operand for each in members]
@@ -138,13 +138,13 @@ class SharedInput:
         """
         members = self._present()
         activations = members[0].activations
-        if not kernels.fuses(kernels.Product("native", inputs.device.type, inputs.dtype, 1, activations)):
+        if not kernel_choice.fuses(kernel_choice.Product("native", inputs.device.type, inputs.dtype, 1, activations)):
             return None
         joined = self._join([each.operand for each in members], activations)
         return None if joined is None else joined(inputs)
 
     def _multiply_row(
-        self, inputs: Tensor, operands: Sequence[kernels.Operand], activations: kernels.Activations
+        self, inputs: Tensor, operands: Sequence[kernels.Operand], activations: native.Activations
     ) -> list[Tensor]:
         joined = self._join(operands, activations)
         if joined is None:
@@ -152,7 +152,7 @@ class SharedInput:
         pieces = torch.split(joined(inputs.reshape(1, inputs.shape[-1])), joined.sizes, 1)
         return [piece.view(*inputs.shape[:-1], piece.shape[1]) for piece in pieces]
 
-    def _join(self, operands: Sequence[kernels.Operand], activations: kernels.Activations) -> native.Joined | None:
+    def _join(self, operands: Sequence[kernels.Operand], activations: native.Activations) -> native.Joined | None:
         # The prepared call keeps the weights alive, so that no other one can get the id of one of them.
         state = [_state(operand, activations) for operand in operands]
         prepared = self._prepared
@@ -165,7 +165,7 @@ class SharedInput:
         return joined
 
 
-def _state(operand: kernels.Operand, activations: kernels.Activations) -> tuple[object, ...]:
+def _state(operand: kernels.Operand, activations: native.Activations) -> tuple[object, ...]:
     """What a product depends on beside its input; equal only where nothing has changed."""
     weight, bits, bias = operand
     if bias is None:

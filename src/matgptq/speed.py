@@ -16,9 +16,9 @@ from matgptq import native
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device
 from matgptq.errors import ConfigurationError
-from matgptq.kernels import Activations
 from matgptq.loading import load
 from matgptq.model_config import longest_window
+from matgptq.native import Activations
 from matgptq.nested_linear import NestedLinear, nested_layers
 from matgptq.output_head import PackedHead
 from matgptq.progress import Progress, Silent

@@ -19,7 +19,7 @@ from matgptq.devices import resolve_device
 from matgptq.errors import CalibrationError, ConfigurationError
 from matgptq.evaluation import CandidateModels, choose_candidates, served_settings
 from matgptq.evaluation_results import Score, Scores, TaskEvaluation, TaskResult
-from matgptq.kernels import Activations
+from matgptq.native import Activations
 from matgptq.progress import Progress, Silent
 from matgptq.reference_model import find_reference, load_reference
 from matgptq.source import load_tokenizer

@@ -1,6 +1,6 @@
 """Products with packed weights on a GPU: how the kernels of ``product_kernels`` and ``unpack_kernel`` are called.
 
-Importing this module imports Triton; ``kernels`` does so when a product needs it.
+Importing this module imports Triton; ``kernel_choice`` does so when a product needs it.
 """
 
 from __future__ import annotations

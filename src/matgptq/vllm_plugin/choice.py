@@ -10,8 +10,8 @@ from matgptq.allocation_scales import has_own_scales
 from matgptq.allocation_store import find_allocation
 from matgptq.checkpoint import Checkpoint
 from matgptq.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from matgptq.kernels import Activations
 from matgptq.loading import check_held
+from matgptq.native import Activations
 from matgptq.slicing import check_bits
 
 BITS = "MATGPTQ_BITS"

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from matgptq.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from matgptq.format import GUARD, Settings
-from matgptq.kernels import Activations
+from matgptq.native import Activations
 from matgptq.tensor_parallel import shard_obstacle
 from matgptq.vllm_plugin.choice import ServedLayer
 from matgptq.vllm_plugin.fused_experts import ExpertParts, FusedExperts

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matgptq.kernels import Activations
+from matgptq.native import Activations
 from matgptq.vllm_plugin.fused_linear import FusedLinear, Part
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matgptq import kernels, native
+from matgptq import kernels, native, packed_weight
 from matgptq.errors import ConfigurationError
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import PARENT_BITS
@@ -53,12 +53,12 @@ class FusedLinear:
     """
 
     def __init__(
-        self, name: str, parts: Sequence[Part], dtype: torch.dtype, activations: kernels.Activations = "exact"
+        self, name: str, parts: Sequence[Part], dtype: torch.dtype, activations: native.Activations = "exact"
     ) -> None:
         merged = merge_equal_widths(parts)
         device = merged[0].codes.device
         in_features = merged[0].codes.shape[1]
-        obstacle = kernels.obstacle(device, dtype) or kernels.group_obstacle(
+        obstacle = packed_weight.obstacle(device, dtype) or packed_weight.group_obstacle(
             in_features // merged[0].scales.shape[1], in_features
         )
         if obstacle is not None and activations != "exact":
@@ -68,10 +68,10 @@ class FusedLinear:
         self.out_features = sum(len(part.codes) for part in merged)
         self.activations = activations
         self._rows = [len(part.codes) for part in merged]
-        self._weights: list[tuple[kernels.AnyWeight, int]] = []
+        self._weights: list[tuple[packed_weight.AnyWeight, int]] = []
         for part in merged:
             weight = NestedWeight(part.codes, {PARENT_BITS: part.scales})
-            packed = kernels.pack(weight, part.bits, arena=self._arena) if obstacle is None else weight
+            packed = packed_weight.pack(weight, part.bits, arena=self._arena) if obstacle is None else weight
             self._weights.append((packed, part.bits))
         self._bias: Tensor | None = None
         self._product = self._prepare(None)
@@ -129,7 +129,7 @@ _arenas: weakref.WeakValueDictionary[str, native.Arena] = weakref.WeakValueDicti
 
 def _arena(device: torch.device) -> native.Arena | None:
     """Memory that all layers of the process share; it goes when the last of them does."""
-    arena = _arenas.get(str(device)) or kernels.new_arena(device)
+    arena = _arenas.get(str(device)) or packed_weight.new_arena(device)
     if arena is not None:
         _spread_threads()
         _arenas[str(device)] = arena

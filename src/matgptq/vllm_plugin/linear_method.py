@@ -13,7 +13,7 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightP
 
 from matgptq.errors import ConfigurationError, UnsupportedModelError
 from matgptq.format import CODES, GUARD, SLICED_CODES, Settings
-from matgptq.kernels import Activations
+from matgptq.native import Activations
 from matgptq.tensor_parallel import shard_obstacle
 from matgptq.vllm_plugin.choice import ServedLayer
 from matgptq.vllm_plugin.fused_linear import FusedLinear, Part

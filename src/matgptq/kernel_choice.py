@@ -1,0 +1,189 @@
+"""All kernels, and which of them computes a product.
+
+    reference      PyTorch: dequantize the slice, multiply. Defines the result; runs anywhere
+    native-fused   native library, few rows: codes are unpacked in registers, so a product costs the bytes of its width
+    native-tiled   native library, many rows: stretches of rows are dequantized into cache and multiplied by PyTorch
+    triton-fused   GPU, few rows: as native-fused, on tensor cores
+    triton-tiled   GPU, many rows: as native-tiled
+
+A kernel says what it refuses and why; the first that refuses nothing runs. ``MATGPTQ_KERNEL=name`` forces one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matgptq import native
+from matgptq.errors import ConfigurationError
+from matgptq.gpu import layout as gpu_layout
+from matgptq.gpu import support as gpu_support
+from matgptq.gpu.layout import PlaneWeight
+from matgptq.native import Activations
+from matgptq.packed_weight import AnyWeight, Form, dequantize
+
+# Above this many rows PyTorch's matrix product on dequantized tiles wins; see benchmarks/results/cpu_kernels.json.
+# A float32 product has no matrix unit to run on and loses later than a bfloat16 one.
+FUSED_ROWS = {torch.float32: 32, torch.bfloat16: 16}
+_TILE_BYTES = 1 << 20  # a dequantized tile has to stay in the second-level cache until it has been multiplied
+# The same on a GPU. By reasoning, not yet by measurement: unpacking once for every 32 rows against writing and reading
+# the weights once in 16 bits.
+TRITON_FUSED_ROWS = 128
+_TRITON_TILE_BYTES = 64 << 20  # bounds the memory that a product takes beside its result
+_TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Product:
+    """What is to be computed, as far as the choice of a kernel depends on it."""
+
+    form: Form
+    device: str
+    dtype: torch.dtype
+    rows: int
+    activations: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute ``x @ w_r^T + bias``.
+
+    Attributes:
+        name: as ``MATGPTQ_KERNEL`` takes it.
+        refusal: why it cannot compute a product, or None if it can.
+        drawback: why another kernel would be faster, or None; not asked when this one is forced.
+        run: ``(x [rows, in], weight, bits, bias, activations) -> [rows, out]``.
+    """
+
+    name: str
+    refusal: Callable[[Product], str | None]
+    drawback: Callable[[Product], str | None]
+    run: Callable[[Tensor, Any, int, Tensor | None, Activations], Tensor]
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(product: Product, forced: str) -> Kernel:
+    candidates = [kernel for kernel in KERNELS if forced in ("", kernel.name)]
+    if not candidates:
+        names = ", ".join(kernel.name for kernel in KERNELS)
+        raise ConfigurationError(f"MATGPTQ_KERNEL: no kernel {forced!r}; there are {names}")
+    refusals = {}
+    for kernel in candidates:
+        refusals[kernel.name] = kernel.refusal(product) or (None if forced else kernel.drawback(product))
+        if refusals[kernel.name] is None:
+            return kernel
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    raise ConfigurationError(f"no kernel computes this product ({reasons})")
+
+
+def choose(product: Product) -> Kernel:
+    """The kernel that will compute a product."""
+    return _choose(product, os.environ.get("MATGPTQ_KERNEL", ""))
+
+
+def fuses(product: Product) -> bool:
+    """Whether a product runs on the fused kernel, which takes several weights in one call."""
+    return choose(product).run is _run_fused
+
+
+def _run_reference(x: Tensor, weight: AnyWeight, bits: int, bias: Tensor | None, activations: Activations) -> Tensor:
+    return torch.nn.functional.linear(x, dequantize(weight, bits, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _refuses_natively(product: Product) -> str | None:
+    if product.form != "native":
+        return "the weight is not packed for it (matgptq.load packs it on a CPU)"
+    if product.device != "cpu":
+        return f"the activations are on {product.device}"
+    if product.dtype not in FUSED_ROWS:
+        return f"activations of {product.dtype}; float32 and bfloat16 are supported"
+    return None
+
+
+def _run_fused(x: Tensor, weight: native.Weight, bits: int, bias: Tensor | None, activations: Activations) -> Tensor:
+    return native.matmul(x, weight, bits, None if bias is None else bias.float(), activations=activations)
+
+
+def _refuses_tiled(product: Product) -> str | None:
+    if product.activations != "exact":
+        return "multiplies exact activations only"
+    return _refuses_natively(product)
+
+
+def _run_tiled(x: Tensor, weight: native.Weight, bits: int, bias: Tensor | None, activations: Activations) -> Tensor:
+    out_features = weight.out_features
+    result = x.new_empty(len(x), out_features)
+    step = max(16, _TILE_BYTES // (weight.in_features * x.element_size()) // 16 * 16)
+    tile = x.new_empty(min(step, out_features), weight.in_features)
+    for start in range(0, out_features, step):
+        stop = min(start + step, out_features)
+        rows = native.dequantize_rows(weight, bits, start, stop, dtype=x.dtype, out=tile[: stop - start])
+        torch.mm(x, rows.T, out=result[:, start:stop])
+    return result if bias is None else result.add_(bias.to(x.dtype))
+
+
+def _refuses_on_gpu(product: Product) -> str | None:
+    if product.form != "planes":
+        return "the weight is not packed for it (matgptq.load packs it on a GPU)"
+    if product.activations != "exact":
+        return "multiplies exact activations only"
+    return gpu_support.obstacle(product.device)
+
+
+def _refuses_on_tensor_cores(product: Product) -> str | None:
+    if product.dtype not in _TENSOR_CORE_DTYPES:
+        return f"activations of {product.dtype}; float16 and bfloat16 are supported"
+    return _refuses_on_gpu(product)
+
+
+def _many_rows_on_gpu(product: Product) -> str | None:
+    return f"tiles are faster for {product.rows} rows" if product.rows > TRITON_FUSED_ROWS else None
+
+
+def _run_triton_fused(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, _: Activations) -> Tensor:
+    from matgptq.gpu import products as gpu_products
+
+    return gpu_products.matmul(x, weight, bits, bias)
+
+
+def _run_triton_tiled(x: Tensor, weight: PlaneWeight, bits: int, bias: Tensor | None, _: Activations) -> Tensor:
+    from matgptq.gpu import products as gpu_products
+
+    result = x.new_empty(len(x), weight.out_features)
+    block = gpu_layout.BLOCK_ROWS
+    step = max(block, _TRITON_TILE_BYTES // (weight.in_features * x.element_size()) // block * block)
+    tile = x.new_empty(min(step, weight.out_features), weight.in_features)
+    for start in range(0, weight.out_features, step):
+        rows = tile[: weight.out_features - start]
+        gpu_products.dequantize_blocks(weight, bits, start // block, rows)
+        torch.mm(x, rows.T, out=result[:, start : start + len(rows)])
+    return result if bias is None else result.add_(bias.to(x.dtype))
+
+
+def _refuses_reference(product: Product) -> str | None:
+    return None if product.activations == "exact" else "multiplies exact activations only"
+
+
+def _many_rows(product: Product) -> str | None:
+    if product.activations == "exact" and product.rows > FUSED_ROWS[product.dtype]:
+        return f"tiles are faster for {product.rows} rows"
+    return None
+
+
+def _no_drawback(product: Product) -> None:
+    return None
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("native-fused", _refuses_natively, _many_rows, _run_fused),
+    Kernel("native-tiled", _refuses_tiled, _no_drawback, _run_tiled),
+    Kernel("triton-fused", _refuses_on_tensor_cores, _many_rows_on_gpu, _run_triton_fused),
+    Kernel("triton-tiled", _refuses_on_gpu, _no_drawback, _run_triton_tiled),
+    Kernel("reference", _refuses_reference, _no_drawback, _run_reference),
+)

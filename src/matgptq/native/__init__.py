@@ -19,20 +19,10 @@ from matgptq.native.library import (
     share_threads,
     shares_threads,
 )
-from matgptq.native.products import (
-    Arena,
-    Joined,
-    Weight,
-    dequantize_rows,
-    matmul,
-    matmul_many,
-    pack_parent,
-    pack_slice,
-    read,
-    spread_threads,
-)
+from matgptq.native.products import Joined, dequantize_rows, matmul, matmul_many, read, spread_threads
 from matgptq.native.row_steps import RowSteps
 from matgptq.native.solver_loops import RefitSums, quadratic_forms, refit_sums, search_scales, sweep
+from matgptq.native.weights import Arena, Weight, pack_parent, pack_slice
 
 __all__ = [
     "DTYPES",

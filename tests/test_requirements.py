@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny_models import GROUP_SIZE, save_model, token_ids
@@ -14,6 +16,7 @@ from matgptq.preparation import prepare
 from matgptq.recipe import make_recipe
 from matgptq.requirements import available_memory, check_requirements
 from matgptq.source import open_source
+from matgptq.text import self_text
 
 
 def needs_of(source, dataset=None, activations="auto", **options):
@@ -39,6 +42,19 @@ def test_text_of_its_own_takes_the_whole_model(tmp_path):
     assert "model" in needs_of(source, dataset="self").memory
     assert "model" not in needs_of(source).memory
     assert "model" not in needs_of(source, dataset="self", method="rtn").memory  # which reads no text
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_text_in_bfloat16_takes_a_copy_of_what_is_stored_in_more(stored, tmp_path, monkeypatch):
+    source = save_model("llama", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": stored}))
+    for fast in (True, False):
+        monkeypatch.setattr(self_text, "multiplies_bfloat16", lambda device, fast=fast: fast)
+        memory = needs_of(source, dataset="self").memory
+        assert memory.get("copy that writes the text") == (
+            memory["model"] // 2 if fast and stored == "float32" else None
+        )
 
 
 def test_where_activations_go(tmp_path, monkeypatch):

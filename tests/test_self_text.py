@@ -31,6 +31,12 @@ def model():
     return make_model()
 
 
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Whatever this CPU multiplies: some tests compare with what the model says in float32."""
+    monkeypatch.setattr(self_text, "multiplies_bfloat16", lambda device: False)
+
+
 def generate(model, tokenizer, cache_dir, **changes):
     options = {"nsamples": 3, "seqlen": 8, "seed": 0, "batch_size": 2, **changes}
     return generate_windows(model, tokenizer, cache_dir=cache_dir, **options)
@@ -104,6 +110,45 @@ def test_the_cache_of_the_sampler_is_exact(tmp_path, build):
     model = build()
     tokens = generate(model, make_tokenizer(), tmp_path, temperature=1e-6)
     assert torch.equal(tokens[:, 1:], greedy(model, tokens))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["written", "failed"])
+def test_text_is_written_in_bfloat16_where_that_is_faster(tmp_path, tokenizer, monkeypatch, fails):
+    model = make_model()
+    exact = model.model.norm.weight  # ones
+    odd = model.lm_head.weight
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    place, seen = odd.data_ptr(), set()
+    watch = model.lm_head.register_forward_hook(lambda *_: seen.update(p.dtype for p in model.parameters()))
+    expected = generate(model, tokenizer, tmp_path)
+    assert seen == {torch.float32}
+    seen.clear()
+    monkeypatch.setattr(self_text, "multiplies_bfloat16", lambda device: True)
+    if fails:
+        monkeypatch.setattr(self_text._Sampler, "draw", lambda *_: pytest.fail("on purpose"))
+        with pytest.raises(pytest.fail.Exception, match="on purpose"):
+            generate(model, tokenizer, tmp_path)
+    else:
+        tokens = generate(model, tokenizer, tmp_path)  # and not what was kept of the other
+        assert tokens.shape == expected.shape
+        assert len([*tmp_path.iterdir()]) == 2
+    assert seen == {torch.bfloat16}
+    watch.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.model.norm.weight is exact
+    assert odd.data_ptr() == place
+
+
+def test_models_that_stay_in_float32(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(self_text, "multiplies_bfloat16", lambda device: True)
+    model = make_model()
+    assert self_text.writes_in_bfloat16(model)
+    for name, value in (("_keep_in_fp32_modules", ["norm"]), ("set_bits", lambda bits: None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(model, name, value, raising=False)
+            assert not self_text.writes_in_bfloat16(model)
+    assert not self_text.writes_in_bfloat16(make_model().double())
 
 
 def test_eos_does_not_end_a_window(tmp_path, tokenizer):

@@ -104,6 +104,7 @@ def prepare(
         streamed=streamed,
         activations=activations,
         device=device,
+        stored_dtype=source.stored_dtype,
         whole_for_text=recipe.needs_calibration and takes_self(request.dataset),
     )
     residency = Streamed(network, source, family.blocks, device) if streamed else Whole(network)

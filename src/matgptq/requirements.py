@@ -19,6 +19,7 @@ from matgptq.devices import fast_products
 from matgptq.errors import ConfigurationError
 from matgptq.plan import Plan
 from matgptq.recipe import Recipe
+from matgptq.text.self_text import writes_in_bfloat16
 
 _PROGRAM_BYTES = 700_000_000  # Python, PyTorch and its workspaces
 _HESSIAN_COPIES = 7  # as collected, prepared, in processing order, factored, and what a factorization works in
@@ -58,6 +59,7 @@ def estimate_requirements(
     streamed: bool,
     activations: Placement,
     device: torch.device,
+    stored_dtype: str | None,
     whole_for_text: bool,
 ) -> Requirements:
     """Add up what a run holds at the same time.
@@ -70,6 +72,7 @@ def estimate_requirements(
         streamed: blocks are read one by one.
         activations: as asked for; ``auto`` is decided here.
         device: where the model runs.
+        stored_dtype: of the model's weights in their files, if that is known.
         whole_for_text: the model writes its own text, for which it must be in memory as a whole.
     """
     of_blocks = [sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in plan.blocks]
@@ -85,6 +88,8 @@ def estimate_requirements(
         memory["around the blocks"] = whole - sum(of_blocks)
     else:
         memory["model"] = whole
+    if whole_for_text and device.type == "cpu" and writes_in_bfloat16(network) and stored_dtype != "bfloat16":
+        memory["copy that writes the text"] = whole // 2
     if plan.nsamples:
         memory["Hessians"] = max(map(_hessian_bytes, plan.blocks))
         threads = torch.get_num_threads() if device.type == "cpu" else 1

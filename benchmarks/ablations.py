@@ -30,6 +30,7 @@ from matgptq import block_quantizer, quantization_run
 from matgptq.block_hessians import collect_hessians
 from matgptq.block_quantizer import BlockQuantizer
 from matgptq.blocks import Block, BlockInputs, run_block
+from matgptq.devices import fast_sums
 from matgptq.grid import refit_scales
 from matgptq.nested_weight import NestedWeight
 from matgptq.recipe import Recipe
@@ -176,10 +177,11 @@ def _cross(full: list[Tensor], seen: list[Tensor], weights: Tensor | None) -> Te
     total = torch.zeros(full[0].shape[1], full[0].shape[1])
     first, rows = 0, sum(len(each) for each in seen)
     counts = None if weights is None else weights.flatten()
-    for mine, theirs in zip(full, seen, strict=True):
-        scaled = mine if counts is None else mine * counts[first : first + len(mine), None]
-        total += scaled.T @ theirs
-        first += len(mine)
+    with fast_sums(total.device):  # as those of the Hessians, from which this is subtracted
+        for mine, theirs in zip(full, seen, strict=True):
+            scaled = mine if counts is None else mine * counts[first : first + len(mine), None]
+            total += scaled.T @ theirs
+            first += len(mine)
     return total.mul_(2 / rows)
 
 

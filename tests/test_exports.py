@@ -620,7 +620,9 @@ def test_damaged_slices(sliced, tmp_path):
 
 def test_a_slice_is_a_parent_for_linear_layers_only(sliced):
     _, output = sliced
-    layer = nested_layers(AutoModelForCausalLM.from_pretrained(output))["model.layers.0.mlp.down_proj"]
+    plain = matgptq.MatGPTQConfig(packed=False)
+    model = AutoModelForCausalLM.from_pretrained(output, quantization_config=plain)
+    layer = nested_layers(model)["model.layers.0.mlp.down_proj"]
     assert isinstance(layer, NestedLinear)
     assert int((layer.codes & 31).sum()) == 0
     assert layer.codes.shape == (layer.out_features, layer.in_features)

@@ -46,15 +46,21 @@ def test_text_of_its_own_takes_the_whole_model(tmp_path):
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
 def test_text_in_bfloat16_takes_a_copy_of_what_is_stored_in_more(stored, tmp_path, monkeypatch):
-    source = save_model("llama", tmp_path / "source")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "dtype": stored}))
-    for fast in (True, False):
-        monkeypatch.setattr(self_text, "multiplies_bfloat16", lambda device, fast=fast: fast)
-        memory = needs_of(source, dataset="self").memory
-        assert memory.get("copy that writes the text") == (
-            memory["model"] // 2 if fast and stored == "float32" else None
-        )
+    """It counts as far as it is larger than what is needed afterwards."""
+    monkeypatch.setattr("matgptq.requirements._SWEEP_BYTES", 0)
+    for vocabulary in (272, 1 << 16):
+        source = save_model("llama", tmp_path / str(vocabulary), shape={"vocab_size": vocabulary})
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, "dtype": stored}))
+        for fast in (True, False):
+            monkeypatch.setattr(self_text, "multiplies_bfloat16", lambda device, fast=fast: fast)
+            needs = needs_of(source, dataset="self", activations="disk")
+            assert needs.writes_text
+            more = needs.memory.get("more while it writes the text", 0)
+            if fast and stored == "float32" and vocabulary > 272:
+                assert 0 < more < needs.memory["model"] // 2
+            else:
+                assert more == 0
 
 
 def test_where_activations_go(tmp_path, monkeypatch):

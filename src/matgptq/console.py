@@ -118,7 +118,8 @@ def plan_table(plan: Plan, needs: Requirements, stored_bytes: int) -> Table:
         "weights": "read one block at a time" if needs.streamed else "in memory as a whole",
     }
     if needs.seconds is not None:
-        rows["time, roughly"] = "under a minute" if needs.seconds < 60 else f"{needs.seconds / 60:.0f} min"
+        time = "under a minute" if needs.seconds < 60 else f"{needs.seconds / 60:.0f} min"
+        rows["time, roughly"] = time + (", and what it takes the model to write its text" if needs.writes_text else "")
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table

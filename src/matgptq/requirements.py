@@ -41,6 +41,7 @@ class Requirements:
         seconds: of all stages after the text is there; None where there is no measurement to go by: on GPUs, and where
             scales are tuned.
         streamed: whether blocks are read one by one.
+        writes_text: whether the model writes its own text first, as far as it is not there yet.
     """
 
     memory: Mapping[str, int]
@@ -48,6 +49,7 @@ class Requirements:
     activations: Placement
     seconds: float | None
     streamed: bool
+    writes_text: bool
 
 
 def estimate_requirements(
@@ -88,19 +90,22 @@ def estimate_requirements(
         memory["around the blocks"] = whole - sum(of_blocks)
     else:
         memory["model"] = whole
-    if whole_for_text and device.type == "cpu" and writes_in_bfloat16(network) and stored_dtype != "bfloat16":
-        memory["copy that writes the text"] = whole // 2
     if plan.nsamples:
         memory["Hessians"] = max(map(_hessian_bytes, plan.blocks))
         threads = torch.get_num_threads() if device.type == "cpu" else 1
         of_window = plan.seqlen * _widest(plan) * 4 * 6
         memory["working memory"] = threads * _SWEEP_BYTES + min(threads, plan.nsamples) * of_window
         memory["activations"] = states if activations == "memory" else states // plan.nsamples * 2
+    if whole_for_text and device.type == "cpu" and writes_in_bfloat16(network) and stored_dtype != "bfloat16":
+        # A copy, which is gone before the rest is needed.
+        later = sum(memory[name] for name in ("Hessians", "working memory", "activations"))
+        if whole // 2 > later:
+            memory["more while it writes the text"] = whole // 2 - later
     output = plan.stored_bytes(recipe) + kept_bytes
     disk = {"finished blocks": output, "checkpoint": output}
     if plan.nsamples:
         disk["activations"] = 2 * states
-    return Requirements(memory, disk, activations, _seconds(plan, recipe, device), streamed)
+    return Requirements(memory, disk, activations, _seconds(plan, recipe, device), streamed, whole_for_text)
 
 
 def check_requirements(needs: Requirements, destination: Path, present: int = 0) -> None:

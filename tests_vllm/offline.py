@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import dequantized_experts
+import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -37,6 +38,8 @@ def log_probs(model: str, tokens: list[int]) -> list[float]:
 def main() -> None:
     if "DEQUANTIZED_EXPERTS" in os.environ:
         dequantized_experts.install()
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()  # asks the system for the tiles, which vLLM's kernels take without asking
     tokens = json.loads(Path(sys.argv[1]).read_text())
     for model in sys.argv[2:]:
         try:

@@ -44,6 +44,7 @@ ROWS = [
     Row("fast", {"quality": "fast"}),
     Row("balanced", {"quality": "balanced"}),
     Row("best", {"quality": "best"}),
+    Row("balanced, 16 steps of tuning", {"quality": "balanced", "tuned_bits": (2, 3), "tuning_steps": 16}),
     Row("balanced, seed 1", {"quality": "balanced"}, seed=1),
     Row("best, seed 1", {"quality": "best"}, seed=1),
     Row("balanced, no channel scaling", {"quality": "balanced", "channel_scaling": 0.0}),

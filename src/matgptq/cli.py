@@ -39,7 +39,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"matgptq {__version__}")
+        typer.echo(f"matgptq {__version__}")
         raise typer.Exit
 
 

@@ -105,6 +105,7 @@ def remember(weight: PackedWeight) -> PackedWeight:
 
 
 def remembered(key: int) -> PackedWeight:
+    """The packed weight of a key; raises ``ConfigurationError`` if it is gone."""
     weight = _packed.get(key)
     if weight is None:
         raise ConfigurationError("the packed weight that a recorded product reads is gone, and its model with it")

@@ -43,7 +43,8 @@ def pack_model(
         f"head_bits={head_bits}": head_bits is not None,
     }
     if obstacle is not None:
-        for wish in (wish for wish, wanted in wishes.items() if wanted):
+        wish = next((wish for wish, wanted in wishes.items() if wanted), None)
+        if wish is not None:
             raise ConfigurationError(f"{wish} needs the {'native' if native else 'Triton'} kernels: {obstacle}")
         return False
     resident = resident and all(layer.is_complete for layer in layers.values())  # others serve one width anyway

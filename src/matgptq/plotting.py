@@ -38,6 +38,7 @@ def plot_widths(results: Sequence[Result], file: str | Path, title: str) -> None
     axes.set_xlabel("bits per weight, scales included")
     axes.set_ylabel("KL to the full model, nats per token" if compared else "perplexity", color="tab:blue")
     axes.grid(True, which="both", alpha=0.25)
+    axes.margins(_MARGIN)
     for x, y, result in zip(bits, quality, ordered, strict=True):
         _label(axes, f"{result.bits:g} bits", x, y)
     sizes = axes.twinx()
@@ -64,6 +65,7 @@ def plot_search(search: Search, file: str | Path, title: str) -> None:
     for results, style, label in ((found, "o-", "width per layer"), (search.uniform, "s--", "uniform width")):
         ordered = sorted(results, key=lambda each: each.bytes)
         axes.plot([each.bytes / MEGABYTE for each in ordered], [each.loss for each in ordered], style, label=label)
+    axes.margins(_MARGIN)
     for each in search.uniform:
         _label(axes, each.name, each.bytes / MEGABYTE, each.loss)
     axes.set_yscale("log")
@@ -94,8 +96,7 @@ def plot_search(search: Search, file: str | Path, title: str) -> None:
 
 
 def _label(axes: Any, text: str, x: float, y: float | None) -> None:
-    """Name a point of a curve that falls to the right, on its free side and inside the axes."""
-    axes.margins(_MARGIN)
+    """Name a point of a curve that falls to the right, on its free side."""
     axes.annotate(text, (x, y), textcoords="offset points", xytext=(5, 6))
 
 

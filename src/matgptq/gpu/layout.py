@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from matgptq import slicing
 from matgptq.errors import ConfigurationError
+from matgptq.immutable import Immutable
 from matgptq.slicing import PARENT_BITS, check_bits, slice_codes
 
 BLOCK_ROWS = 32
@@ -50,7 +50,7 @@ _COUNTERS = 4  # per block of rows: so many tiles of activations may have their 
 _keys = itertools.count(-1, -1)
 
 
-class PlaneWeight:
+class PlaneWeight(Immutable):
     """A weight packed for the Triton kernels, made by ``pack_parent`` or ``pack_slice``.
 
     Attributes:
@@ -108,21 +108,6 @@ class PlaneWeight:
             (self.out_features, self.in_features),
             self.group_size,
             resident=self.resident,
-        )
-
-    def __copy__(self) -> PlaneWeight:
-        """The same weight: it never changes, so copies of a model may share it."""
-        return self
-
-    def __deepcopy__(self, memo: object) -> PlaneWeight:
-        """As ``copy.copy``."""
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        """Refuse: a weight that comes out of a pickle would have the key of another one."""
-        raise TypeError(
-            "packed weights are not pickled; use save_pretrained, or load with from_pretrained and "
-            "quantization_config=MatGPTQConfig(packed=False)"
         )
 
 

@@ -6,35 +6,19 @@ import ctypes
 import itertools
 import weakref
 from collections.abc import Mapping
-from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
 
 from matgptq.errors import ConfigurationError
+from matgptq.immutable import Immutable
 from matgptq.native.library import GROUP_UNIT, check_status, expect_tensor, require_library, thread_count
 from matgptq.slicing import PARENT_BITS, check_bits, check_widths
 
 _keys = itertools.count(1)
 
 
-class _Held:
-    """Lies in memory of the library: copies are the same object, and a pickle could not hold it."""
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "packed weights are not pickled; use save_pretrained, or load with from_pretrained and "
-            "quantization_config=MatGPTQConfig(packed=False)"
-        )
-
-
-class Arena(_Held):
+class Arena(Immutable):
     """Memory shared by many weights: large blocks aligned to 2 MB, advised for huge pages.
 
     Weights keep it alive. Worth using for every model: small weights would otherwise get pages of 4 KB, which are up
@@ -59,7 +43,7 @@ class Arena(_Held):
         return int(require_library().matgptq_arena_bytes(self._handle))
 
 
-class Weight(_Held):
+class Weight(Immutable):
     """A packed weight, made by ``pack_parent`` or ``pack_slice``.
 
     Attributes:

@@ -90,6 +90,13 @@ def test_bits_are_checked(out):
             matgptq.load(out, bits=bits)
 
 
+def test_a_kernel_that_there_is_not_is_refused_before_loading(out, monkeypatch):
+    monkeypatch.setenv("MATGPTQ_KERNEL", "fastest")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
+    with pytest.raises(ConfigurationError, match="no kernel 'fastest'; there are native-fused, "):
+        matgptq.load(out)
+
+
 @pytest.mark.parametrize("source", ["mapping", "json", "json-layers", "lines"])
 def test_allocations(source, out, expected, tmp_path):
     allocation = {Q: 2, DOWN: 6}

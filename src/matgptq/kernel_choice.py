@@ -67,14 +67,23 @@ class Kernel:
     run: Callable[[Tensor, Any, int, Tensor | None, Activations], Tensor]
 
 
-@functools.lru_cache(maxsize=1024)
-def _choose(product: Product, forced: str) -> Kernel:
+def _candidates(forced: str) -> list[Kernel]:
     candidates = [kernel for kernel in KERNELS if forced in ("", kernel.name)]
     if not candidates:
         names = ", ".join(kernel.name for kernel in KERNELS)
         raise ConfigurationError(f"MATGPTQ_KERNEL: no kernel {forced!r}; there are {names}")
+    return candidates
+
+
+def check_forced() -> None:
+    """Refuse a ``MATGPTQ_KERNEL`` that there is not, before anything is loaded; raises ``ConfigurationError``."""
+    _candidates(os.environ.get("MATGPTQ_KERNEL", ""))
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(product: Product, forced: str) -> Kernel:
     refusals = {}
-    for kernel in candidates:
+    for kernel in _candidates(forced):
         refusals[kernel.name] = kernel.refusal(product) or (None if forced else kernel.drawback(product))
         if refusals[kernel.name] is None:
             return kernel

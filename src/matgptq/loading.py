@@ -22,6 +22,7 @@ from matgptq.errors import (
     SourceError,
 )
 from matgptq.format import Settings, parse_settings
+from matgptq.kernel_choice import check_forced
 from matgptq.model_config import attention_options
 from matgptq.native import Activations
 from matgptq.nested_linear import nested_layers
@@ -66,7 +67,7 @@ def load(
         ``model.set_bits(3)`` or ``model.set_bits({layer: 3, ...})`` changes widths at once, without reading the disk.
 
     Raises:
-        ConfigurationError: ``resident=False``, int8 activations or ``head_bits`` where no kernels can do it.
+        ConfigurationError: ``MATGPTQ_KERNEL`` names no kernel; ``resident=False``, int8 activations or ``head_bits`` where no kernels can do it.
         CheckpointError: damaged or foreign files.
         AllocationError: unknown layers or widths, or a width that a slice does not hold.
     """
@@ -74,6 +75,7 @@ def load(
 
     import matgptq.transformers_integration  # noqa: F401 - registers the format
 
+    check_forced()
     for width in (bits, head_bits):
         if width is not None:
             check_bits(width)

@@ -67,7 +67,8 @@ def load(
         ``model.set_bits(3)`` or ``model.set_bits({layer: 3, ...})`` changes widths at once, without reading the disk.
 
     Raises:
-        ConfigurationError: ``MATGPTQ_KERNEL`` names no kernel; ``resident=False``, int8 activations or ``head_bits`` where no kernels can do it.
+        ConfigurationError: ``MATGPTQ_KERNEL`` names no kernel; ``resident=False``, int8 activations or ``head_bits``
+            where no kernels can do it.
         CheckpointError: damaged or foreign files.
         AllocationError: unknown layers or widths, or a width that a slice does not hold.
     """

@@ -454,11 +454,12 @@ def test_the_memory_of_a_model_is_free_when_its_last_name_is_gone(name, load, ma
 def test_a_copy_that_shares_storage_has_its_own_width(out, expected):
     """A draft model at few bits beside the one it drafts for, without more memory."""
     model = matgptq.load(out, bits=8)
-    draft = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-    draft.set_bits(2)
+    draft = model.copy_at(2)
     assert torch.equal(logits(draft), expected[2])
     assert torch.equal(logits(model), expected[8])
     assert draft.get_submodule(Q).codes.data_ptr() == model.get_submodule(Q).codes.data_ptr()
+    with pytest.raises(matgptq.errors.AllocationError, match="no nested layer"):
+        model.copy_at({"no": 2})
 
 
 def test_generation(out):

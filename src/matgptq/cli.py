@@ -22,6 +22,7 @@ from matgptq.commands import (
     quantize,
     refine,
     search,
+    serve,
     verify,
 )
 from matgptq.commands.options import err_console
@@ -56,6 +57,7 @@ app.command(epilog=quantize.EPILOG)(quantize.quantize)
 app.command(epilog=refine.EPILOG)(refine.refine)
 app.command(name="eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=generate.EPILOG)(generate.generate)
+app.command(epilog=serve.EPILOG)(serve.serve)
 app.command(epilog=info.EPILOG)(info.info)
 app.command(epilog=publish.CARD_EPILOG)(publish.card)
 app.command(epilog=publish.PUSH_EPILOG)(publish.push)

@@ -28,6 +28,7 @@ from matgptq.slicing import check_bits
 from matgptq.stored_layers import parts_of_layers
 from matgptq.stored_tensors import INDEX_NAME, WEIGHTS_NAME, TensorInfo, read_header
 from matgptq.tensor_names import match_names, with_tied
+from matgptq.width_copies import copy_at
 
 _WEIGHTS = (WEIGHTS_NAME, INDEX_NAME)
 
@@ -153,6 +154,10 @@ class NestedModel(Mixin):
     def set_bits(self, bits: int | Mapping[str, int]) -> None:
         """``model.set_bits(3)`` or ``model.set_bits({layer: width})``; see ``matgptq.nested_linear.set_bits``."""
         set_bits(cast(nn.Module, self), bits)
+
+    def copy_at(self, bits: int | Mapping[str, int]) -> Any:
+        """``draft = model.copy_at(3)``: a second model in the same memory; see ``matgptq.width_copies.copy_at``."""
+        return copy_at(self, bits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """``to``, ``cuda`` and the like; refused before anything moves if a layer cannot follow."""

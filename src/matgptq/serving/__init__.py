@@ -1,0 +1,1 @@
+"""Serving a checkpoint at all its widths over HTTP."""

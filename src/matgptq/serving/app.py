@@ -1,0 +1,175 @@
+"""OpenAI's routes over the models of one checkpoint, answered by the handlers of ``transformers serve``.
+
+Those read requests, apply chat templates, find calls of tools and write streams; what they get here is our models
+instead of whatever a client names. Imported when a server starts: it needs FastAPI.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
+
+from matgptq.errors import ConfigurationError
+from matgptq.serving.served_models import ServedModels, UnknownModelError
+
+
+def make_app(models: ServedModels) -> Any:
+    """The FastAPI application.
+
+    Routes: ``POST /v1/chat/completions``, ``/v1/completions``, ``/v1/responses``; ``GET /v1/models``, ``/health``. A
+    request that names no model gets the one that answers to the checkpoint's own name.
+    """
+    app = FastAPI(title="matgptq")
+    shared = {"model_manager": _Manager(models), "generation_state": _OneQueue()}
+    for path, kind in _HANDLERS.items():
+        app.post(path)(_route(models, kind(**shared)))
+    started = int(time.time())
+
+    @app.get("/v1/models")
+    def list_models() -> dict[str, Any]:
+        owned = {"object": "model", "created": started, "owned_by": "matgptq"}
+        return {"object": "list", "data": [{"id": name, **owned} for name in models.names]}
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    return app
+
+
+class _Samples:
+    """A temperature or top_p of a request is also the wish to sample, which transformers takes from the model alone."""
+
+    def _build_generation_config(self, body: dict[str, Any], *others: Any, **keywords: Any) -> Any:
+        generation = super()._build_generation_config(body, *others, **keywords)  # type: ignore[misc]
+        temperature = body.get("temperature")
+        if temperature is not None and float(temperature) < 0:
+            raise ConfigurationError(f"temperature must not be negative, and is {temperature}")
+        if (temperature is not None and float(temperature) > 0) or (temperature is None and "top_p" in body):
+            generation.do_sample = True
+        return generation
+
+
+class _Chat(_Samples, ChatCompletionHandler):  # type: ignore[misc]
+    pass
+
+
+class _Completion(_Samples, CompletionHandler):  # type: ignore[misc]
+    pass
+
+
+class _Response(_Samples, ResponseHandler):  # type: ignore[misc]
+    pass
+
+
+_HANDLERS = {"/v1/chat/completions": _Chat, "/v1/completions": _Completion, "/v1/responses": _Response}
+
+
+def _route(models: ServedModels, handler: Any) -> Callable[[Request], Any]:
+    """What answers a request with a handler."""
+
+    async def answer(request: Request) -> Any:
+        if not isinstance(handler, _Completion) and not models.tokenizer.chat_template:
+            return _refusal(400, f"{models.name} has no chat template; ask /v1/completions")
+        try:
+            given = await request.json()
+            if not isinstance(given, dict):
+                raise ConfigurationError("the request must be a JSON object")
+            # OpenAI's clients write null for what they leave out; of a response, transformers' default is a stream.
+            present = {key: value for key, value in given.items() if value is not None}
+            body = {"model": models.name, "stream": False} | present
+            models.get(body["model"])
+            answered = await handler.handle_request(body, f"matgptq-{uuid.uuid4().hex}")
+        except UnknownModelError as error:
+            return _refusal(404, error, "model_not_found")
+        except HTTPException as error:
+            return _refusal(error.status_code, error.detail)
+        except KeyError as error:  # fields are looked up where they are needed
+            return _refusal(400, f"the request lacks {error}")
+        except (TypeError, ValueError, TemplateError) as error:
+            return _refusal(400, error)
+        if isinstance(answered, StreamingResponse) and not isinstance(handler, _Response):
+            answered.body_iterator = _ended(answered.body_iterator)
+        return answered
+
+    return answer
+
+
+def _refusal(status: int, reason: object, code: str | None = None) -> JSONResponse:
+    """An error in the form in which OpenAI's clients expect one."""
+    error = {"message": str(reason), "type": "invalid_request_error", "param": None, "code": code}
+    return JSONResponse({"error": error}, status)
+
+
+async def _ended(stream: Any) -> AsyncIterator[Any]:
+    """What OpenAI's streams end with and those of transformers do not; some clients wait for it."""
+    async for part in stream:
+        yield part
+    yield "data: [DONE]\n\n"
+
+
+class _Manager:
+    """What the handlers ask of transformers' ``ModelManager``."""
+
+    force_model = None
+
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
+
+    def process_model_name(self, name: str) -> str:
+        return name
+
+    def load_model_and_processor(self, name: str, **_: Any) -> tuple[Any, Any]:
+        return self._models.get(name), self._models.tokenizer
+
+    def get_model_modality(self, *_: Any, **__: Any) -> Modality:
+        return Modality.LLM
+
+
+class _OneQueue(GenerationState):  # type: ignore[misc]
+    """One thread for all widths: they multiply by the same weights, and would take turns on the processors anyway."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._queue = _Queue()
+
+    def get_manager(self, *_: Any, **__: Any) -> GenerateManager:
+        return self._queue
+
+
+class _Queue(GenerateManager):  # type: ignore[misc]
+    """Refuses prompts that a model has no positions for, and ends texts where they end."""
+
+    def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any) -> Any:
+        _fit(model, inputs, gen_config)
+        return super().generate_streaming(model, processor, inputs, gen_config, **others)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any
+    ) -> Any:
+        _fit(model, inputs, gen_config)
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, **others)
+
+
+def _fit(model: Any, inputs: Any, generation: Any) -> None:
+    """Bound the new tokens by what the context has room for; raises ``ConfigurationError`` if that is none."""
+    prompt = inputs["input_ids"].shape[-1]
+    if prompt == 0:
+        raise ConfigurationError("the prompt is empty, and the tokenizer has no token that a text begins with")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        return
+    if prompt >= context:
+        raise ConfigurationError(f"the prompt has {prompt} tokens, the model's context {context}")
+    wanted = generation.max_new_tokens
+    generation.max_new_tokens = context - prompt if wanted is None else min(wanted, context - prompt)

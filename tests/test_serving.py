@@ -1,0 +1,294 @@
+"""One checkpoint served at all its widths: names, OpenAI's routes, errors, a server in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import matgptq
+from matgptq.allocation import Allocation
+from matgptq.allocation_scales import save_scales
+from matgptq.allocation_store import save_allocation
+from matgptq.checkpoint import open_checkpoint
+from matgptq.cli import app
+from matgptq.errors import AllocationError, ConfigurationError
+from matgptq.nested_linear import nested_layers
+from matgptq.serving.served_models import ServedModels, UnknownModelError, open_models
+from matgptq.serving.server import listen
+
+pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
+pytest.importorskip("openai", reason="serving needs the extra `serve`")
+
+from fastapi.testclient import TestClient
+
+from matgptq.serving.app import make_app
+
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+PROMPT, TOKENS = "hello there", 6
+
+
+@pytest.fixture(scope="module")
+def out(make_checkpoint: Any) -> Path:
+    return make_checkpoint("llama", torch.float32)[1]
+
+
+@pytest.fixture(scope="module")
+def models(out: Path) -> ServedModels:
+    return open_models(out, 4, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def client(models: ServedModels) -> TestClient:
+    return TestClient(make_app(models))
+
+
+@pytest.fixture(scope="module")
+def texts(out: Path) -> dict[int, str]:
+    """What each width continues the prompt with."""
+    model, tokenizer = matgptq.load(out), AutoTokenizer.from_pretrained(out)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    found = {}
+    for bits in WIDTHS:
+        model.set_bits(bits)
+        new = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :]
+        found[bits] = tokenizer.decode(new, skip_special_tokens=True)
+    return found
+
+
+def ask(client: TestClient, path: str = "/v1/completions", **body: Any) -> Any:
+    response = client.post(path, json={"prompt": PROMPT, "max_tokens": TOKENS, **body})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def store(path: Path, name: str, layers: dict[str, int]) -> None:
+    opened = open_checkpoint(path)
+    bits = opened.bits_per_weight(layers)
+    found = {"method": "by hand"}
+    save_allocation(
+        opened, Allocation(name, opened.codes_identity, "by hand", bits, bits, 1, 0, {"value": 1.0}, found, layers)
+    )
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_width_is_served_from_the_same_memory(models: ServedModels) -> None:
+    assert models.names == ["tiny", "tiny:4", *(f"tiny:{bits}" for bits in WIDTHS if bits != 4)]
+    first = nested_layers(models.get("tiny"))
+    assert models.get("tiny") is models.get("tiny:4")
+    for bits in WIDTHS:
+        layers = nested_layers(models.get(f"tiny:{bits}"))
+        assert {layer.bits for layer in layers.values()} == {bits}
+        assert all(layer.packed is first[name].packed for name, layer in layers.items())
+    assert {layer.bits for layer in first.values()} == {4}
+    for name in ("tiny:9", "other", "", "tiny:"):
+        with pytest.raises(UnknownModelError, match="tiny:8"):
+            models.get(name)
+
+
+def test_allocations_are_served_beside_the_widths(checkpoint: Path) -> None:
+    layers = {layer: (2, 6)[number % 2] for number, layer in enumerate(open_checkpoint(checkpoint).layers)}
+    store(checkpoint, "small", layers)
+    store(checkpoint, "3", dict.fromkeys(layers, 7))  # a width's name stays the width's
+    served = open_models(checkpoint)
+    assert served.names[:2] == ["checkpoint", "checkpoint:8"]
+    assert len(served.names) == 2 + 6 + 1
+    small = nested_layers(served.get("checkpoint:small"))
+    assert {name: layer.bits for name, layer in small.items()} == layers
+    assert {layer.bits for layer in nested_layers(served.get("checkpoint:3")).values()} == {3}
+
+    first = open_models(checkpoint, allocation="small")
+    assert first.names[:2] == ["checkpoint", "checkpoint:small"]
+    assert {name: layer.bits for name, layer in nested_layers(first.get("checkpoint")).items()} == layers
+
+
+def test_scales_of_an_allocations_own_rule_out_the_rest(checkpoint: Path) -> None:
+    opened = open_checkpoint(checkpoint)
+    layers = dict.fromkeys(opened.layers, 3)
+    store(checkpoint, "tuned", layers)
+    scales = {
+        layer: torch.ones(info.out_features, info.in_features // info.group_size)
+        for layer, info in opened.layers.items()
+    }
+    save_scales(opened, "tuned", layers, scales, {})
+    assert "checkpoint:tuned" not in open_models(checkpoint).names
+    assert open_models(checkpoint, allocation="tuned").names == ["checkpoint", "checkpoint:tuned"]
+
+
+def test_a_slice_serves_itself(out: Path, tmp_path: Path) -> None:
+    assert open_models(out, 3, name="n", resident=False).names == ["n", "n:3"]
+    matgptq.export(out, tmp_path / "slice", format="matgptq-slice", bits=2)
+    assert open_models(tmp_path / "slice").names == ["slice", "slice:2"]
+    with pytest.raises(AllocationError, match="only the slice of 2 bits"):
+        open_models(tmp_path / "slice", 4)
+
+
+# ---- routes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_chooses_its_width(client: TestClient, texts: dict[int, str]) -> None:
+    assert len(set(texts.values())) > 2  # or the widths could not be told apart
+    for bits in (*WIDTHS, *WIDTHS):
+        answer = ask(client, model=f"tiny:{bits}")
+        assert answer["choices"][0]["text"] == texts[bits]
+        assert answer["model"] == f"tiny:{bits}"
+    for nameless in (ask(client), ask(client, model=None), ask(client, model="tiny")):
+        assert nameless["choices"][0]["text"] == texts[4]
+        assert nameless["model"] == "tiny"
+
+
+def test_models_are_listed(client: TestClient, models: ServedModels) -> None:
+    assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == models.names
+    assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_a_stream_says_the_same_and_ends(client: TestClient, texts: dict[int, str]) -> None:
+    body = {"model": "tiny:2", "prompt": PROMPT, "max_tokens": TOKENS, "stream": True}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        parts = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert parts[-1] == "[DONE]"
+    chunks = [json.loads(part) for part in parts[:-1]]
+    said = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    assert said.rstrip("\ufffd") == texts[2].rstrip("\ufffd")  # of a character that does not end
+    assert chunks[-1]["usage"]["completion_tokens"] == TOKENS
+
+
+def test_conversations(client: TestClient) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    answer = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 4}).json()
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    assert answer["usage"]["completion_tokens"] == 4
+    body = {"messages": messages, "max_completion_tokens": 4, "stream": True}
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    answer = client.post("/v1/responses", json={"input": "hello", "max_output_tokens": 4}).json()
+    assert answer["object"] == "response"
+    assert answer["output"]
+
+
+def test_a_temperature_samples(client: TestClient, texts: dict[int, str]) -> None:
+    sampled = {ask(client, temperature=1.5, seed=seed)["choices"][0]["text"] for seed in range(4)}
+    assert len(sampled) > 1
+    assert ask(client, temperature=1.5, seed=2)["choices"] == ask(client, temperature=1.5, seed=2)["choices"]
+    assert ask(client, temperature=0)["choices"][0]["text"] == texts[4]
+    assert len({ask(client, top_p=0.9, seed=seed)["choices"][0]["text"] for seed in range(4)}) > 1
+
+
+def test_text_ends_with_the_context(client: TestClient, models: ServedModels) -> None:
+    context = models.get("tiny").config.max_position_embeddings
+    prompt = models.tokenizer(PROMPT).input_ids
+    answer = ask(client, max_tokens=10 * context, temperature=1.0, seed=0, logit_bias=None)
+    assert answer["usage"]["total_tokens"] <= context
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+BAD = {
+    "another model": (TEXT, {"model": "gpt"}, 404, "no model 'gpt' is served here; there are tiny, tiny:4"),
+    "no width": (TEXT, {"model": "tiny:9"}, 404, "tiny:9"),
+    "a number": (TEXT, {"model": 4}, 404, "no model 4"),
+    "a list": (TEXT, {"model": []}, 400, "unhashable"),
+    "a long prompt": (TEXT, {"prompt": PROMPT * 500}, 400, r"the prompt has \d+ tokens, the model's context 64"),
+    "no prompt": (TEXT, {"prompt": ""}, 400, "the prompt is empty"),
+    "prompts": (TEXT, {"prompt": ["a", "b"]}, 400, "must be a string"),
+    "an unknown field": (TEXT, {"colour": "red"}, 422, "colour"),
+    "no tokens": (TEXT, {"max_tokens": 0}, 400, "max_new_tokens"),
+    "tokens in words": (TEXT, {"max_tokens": "ten"}, 400, "ten"),
+    "a cold temperature": (TEXT, {"temperature": -1}, 400, "temperature"),
+    "no messages": (CHAT, {}, 400, "lacks 'messages'"),
+    "no role": (CHAT, {"messages": [{"content": "a"}]}, 400, "lacks 'role'"),
+    "messages of text": (CHAT, {"messages": ["a"]}, 400, "indices"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused(client: TestClient, case: str) -> None:
+    path, body, status, reason = BAD[case]
+    given = {"prompt": PROMPT, "max_tokens": 4, **body} if path == TEXT else body
+    response = client.post(path, json=given)
+    assert response.status_code == status
+    assert re.search(reason, response.json()["error"]["message"])
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "null", ""])
+def test_what_is_no_request(client: TestClient, content: str) -> None:
+    response = client.post(TEXT, content=content)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_without_a_chat_template_there_are_completions(out: Path, texts: dict[int, str]) -> None:
+    served = open_models(out, 4, name="tiny")
+    served.tokenizer.chat_template = None
+    client = TestClient(make_app(served))
+    response = client.post(CHAT, json={"messages": [{"role": "user", "content": "a"}]})
+    assert response.status_code == 400
+    assert "/v1/completions" in response.json()["error"]["message"]
+    assert ask(client)["choices"][0]["text"] == texts[4]
+
+
+# ---- a process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def url(out: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "matgptq", "serve", str(out), "--port", "0", "--name", "tiny"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        said = ""
+        for line in process.stderr or ():
+            said += line
+            if "startup complete" in line:
+                break
+        found = re.search(r"serving at (\S+)", said)
+        assert found, said
+        yield found[1]
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[1]
+        assert "Traceback" not in rest
+
+
+def test_requests_at_once_get_the_widths_that_they_asked_for(url: str, texts: dict[int, str]) -> None:
+    from openai import OpenAI
+
+    api = OpenAI(base_url=url, api_key="none")
+    assert [model.id for model in api.models.list()][:2] == ["tiny", "tiny:8"]
+
+    def complete(bits: int) -> str:
+        stream = bits % 2 == 0
+        answer = api.completions.create(model=f"tiny:{bits}", prompt=PROMPT, max_tokens=TOKENS, stream=stream)
+        return "".join(part.choices[0].text for part in answer) if stream else answer.choices[0].text
+
+    asked = WIDTHS * 3
+    with ThreadPoolExecutor(6) as pool:
+        for bits, text in zip(asked, pool.map(complete, asked), strict=True):
+            assert text.rstrip("\ufffd") == texts[bits].rstrip("\ufffd")
+
+
+def test_refused_before_anything_is_loaded(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matgptq.serving.served_models.load", lambda *_, **__: pytest.fail("loaded"))
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(app, ["serve", str(out), "--port", str(port)])
+    assert isinstance(result.exception, ConfigurationError)
+    assert f"cannot listen on localhost:{port}" in str(result.exception)
+    with pytest.raises(ConfigurationError, match=r"cannot listen on no\.such\.host"):
+        listen("no.such.host.invalid", 80)
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    result = CliRunner().invoke(app, ["serve", str(out)])
+    assert 'pip install "matgptq[serve]"' in str(result.exception)

@@ -1,4 +1,4 @@
-"""Decoding beside llama.cpp: a random-weight model of Llama-3.2-1B's shape at 8, 4, 3 and 2 bits.
+"""Decoding and reading prompts beside llama.cpp: a random-weight model of Llama-3.2-1B's shape at 8, 4, 3 and 2 bits.
 
     npm pack @node-llama-cpp/linux-x64@3.22.1 && tar xzf node-llama-cpp-linux-x64-3.22.1.tgz
     python benchmarks/llama_cpp.py --llama-cpp package/bins/linux-x64 -o benchmarks/results/llama_cpp.json
@@ -16,9 +16,11 @@ Ours: packed slices and, once, the resident parent; exact and int8 activations; 
     whole           the whole model; our head is tied to the embedding and stays bfloat16
     whole, head 8   the whole model; our head is served at 8 bits (head_bits=8)
     whole, head 6   the same at 6 bits, as llama.cpp's head is but for Q8_0
+    prompt          the blocks read 512 tokens at once; also in float32, which `matgptq.load` computes in on a CPU
 
 The contestants of one width and part are in memory together and take turns; a step is greedy decoding of one token
-after a short prompt. Medians of the rounds are reported, and the median of the rounds' own ratios.
+after a short prompt, or reading a long one. Medians of the rounds are reported, and the median of the rounds' own
+ratios.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from machine import describe_machine
 import matgptq
 from matgptq import native
 from matgptq.native import Activations
-from matgptq.speed import _bytes_per_token, _product_seconds, _step_seconds
+from matgptq.speed import _bytes_per_token, _product_seconds, _prompt_seconds, _step_seconds
 
 TYPES = {8: Type.Q8_0, 4: Type.Q4_0, 3: Type.Q3_K, 2: Type.Q2_K}
 TARGETS = {8: 1.0, 4: 1.0, 3: 1.2, 2: 1.2}
@@ -54,17 +56,19 @@ class Ours:
 
     activations: Activations
     resident: bool = False
+    dtype: str = "bfloat16"
 
     @property
     def name(self) -> str:
-        return f"matgptq, {self.activations}{', resident parent' if self.resident else ''}"
+        dtype = "" if self.dtype == "bfloat16" else f", {self.dtype}"
+        return f"matgptq, {self.activations}{dtype}{', resident parent' if self.resident else ''}"
 
     def load(self, checkpoint: Path, bits: int, head_bits: int | None) -> Any:
         return matgptq.load(
             checkpoint,
             bits,
             device="cpu",
-            dtype="bfloat16",
+            dtype=self.dtype,
             resident=self.resident,
             activations=self.activations,
             head_bits=head_bits,
@@ -78,6 +82,7 @@ class Part:
     vocabulary: int
     head_bits: int | None
     ours: tuple[Ours, ...]
+    prompt: int = 0  # tokens to read; 0 times decoding
 
 
 PARTS = {
@@ -85,57 +90,64 @@ PARTS = {
     "whole": Part(VOCABULARY, None, (Ours("int8"), Ours("exact"))),
     "whole, head 8": Part(VOCABULARY, 8, (Ours("int8"), Ours("exact"))),
     "whole, head 6": Part(VOCABULARY, 6, (Ours("int8"), Ours("exact"))),
+    "prompt": Part(256, None, (Ours("int8"), Ours("exact"), Ours("exact", dtype="float32")), prompt=512),
 }
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something that decodes.
+    """Something that decodes, or reads prompts.
 
     Attributes:
-        step: ``(decoding steps, threads) -> median seconds of one``.
+        step: ``threads -> seconds`` of decoding one token (a median), or of reading a prompt.
         model: ours, None for llama.cpp.
-        bytes_per_token: weights that a step reads.
+        bytes_per_token: weights that decoding one token reads.
         buffers: where llama.cpp keeps them, MiB.
     """
 
     name: str
-    step: Callable[[int, int], float]
+    step: Callable[[int], float]
     model: Any
     bytes_per_token: int
     buffers: dict[str, float]
 
 
-def load_ours(ours: Ours, part: Part, bits: int, checkpoint: Path) -> Contestant:
+def load_ours(ours: Ours, part: Part, bits: int, checkpoint: Path, steps: int) -> Contestant:
     model = ours.load(checkpoint, bits, part.head_bits)
-    prompt = torch.tensor([PROMPT])
 
-    def step(steps: int, threads: int) -> float:
+    def step(threads: int) -> float:
         torch.set_num_threads(threads)
-        return _step_seconds(model, prompt, steps)
+        if part.prompt:
+            return _prompt_seconds(model, torch.tensor([long_prompt(part)]))
+        return _step_seconds(model, torch.tensor([PROMPT]), steps)
 
     return Contestant(ours.name, step, model, _bytes_per_token(model), {})
 
 
-def load_theirs(library: Library, part: Part, bits: int, file: Path) -> Contestant:
+def load_theirs(library: Library, part: Part, bits: int, file: Path, steps: int) -> Contestant:
     model = Model(library, file)
-    return Contestant(
-        f"llama.cpp, {TYPES[bits].name}",
-        lambda steps, threads: model.step_seconds(PROMPT, steps, threads),
-        None,
-        file.stat().st_size,  # all of it but a header is weights that every step reads
-        model.buffers,
-    )
+
+    def step(threads: int) -> float:
+        if part.prompt:
+            return model.prompt_seconds(long_prompt(part), threads)
+        return model.step_seconds(PROMPT, steps, threads)
+
+    size = file.stat().st_size  # all of it but a header is weights that every step reads
+    return Contestant(f"llama.cpp, {TYPES[bits].name}", step, None, size, model.buffers)
 
 
-def measure(contestants: list[Contestant], threads: int, rounds: int, steps: int) -> list[dict[str, Any]]:
+def long_prompt(part: Part) -> list[int]:
+    return [1 + number % (part.vocabulary - 1) for number in range(part.prompt)]
+
+
+def measure(contestants: list[Contestant], tokens: int, threads: int, rounds: int) -> list[dict[str, Any]]:
     """A record for each contestant; the first is the one that the others are compared with."""
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     products: dict[str, list[float]] = {contestant.name: [] for contestant in contestants if contestant.model}
     for _ in range(rounds):
         for contestant in contestants:
-            seconds[contestant.name].append(contestant.step(steps, threads))
-            if contestant.model:
+            seconds[contestant.name].append(contestant.step(threads))
+            if contestant.model and tokens == 1:
                 products[contestant.name].append(_product_seconds(contestant.model, 1))
     records = []
     for contestant in contestants:
@@ -144,13 +156,13 @@ def measure(contestants: list[Contestant], threads: int, rounds: int, steps: int
         record: dict[str, Any] = {
             "contestant": contestant.name,
             "step_ms": round(statistics.median(mine) * 1e3, 2),
-            "tokens_per_second": round(1 / statistics.median(mine), 2),
+            "tokens_per_second": round(tokens / statistics.median(mine), 2),
             "ratio_to_llama_cpp": round(ratio, 3),
             "bytes_per_token": contestant.bytes_per_token,
         }
-        if contestant.model:
+        if products.get(contestant.name):
             record["products_ms"] = round(statistics.median(products[contestant.name]) * 1e3, 2)
-        else:
+        if contestant.buffers:
             record["buffers_mib"] = contestant.buffers
         records.append(record)
     return records
@@ -187,10 +199,10 @@ def main() -> None:
                 file = files / f"{TYPES[bits].name}-{part.vocabulary}.gguf"
                 if not file.exists():
                     write_gguf(file, TYPES[bits], head, part.vocabulary)
-                contestants = [load_theirs(library, part, bits, file)]
-                contestants += [load_ours(ours, part, bits, checkpoint) for ours in part.ours]
+                contestants = [load_theirs(library, part, bits, file, arguments.steps)]
+                contestants += [load_ours(ours, part, bits, checkpoint, arguments.steps) for ours in part.ours]
                 for threads in map(int, arguments.threads.split(",")):
-                    for record in measure(contestants, threads, arguments.rounds, arguments.steps):
+                    for record in measure(contestants, part.prompt or 1, threads, arguments.rounds):
                         records.append({"part": name, "bits": bits, "threads": threads, **record})
                         print(
                             f"{name:14} {bits} bits  {threads} threads  {record['contestant']:32} "

@@ -11,7 +11,7 @@ import re
 import statistics
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,7 @@ _pointer, _int, _uint, _bool, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c
 
 
 KNOWN_VERSION = "0.5"
-CONTEXT = 256
+CONTEXT = 1024
 # Defaults that stand at telling places of the two structures.
 _MODEL = {
     "n_gpu_layers": -1,
@@ -247,7 +247,7 @@ class Model:
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """``[tokens, vocabulary]`` float32, what follows each token."""
-        with ThreadPoolExecutor(1) as fresh:  # as in step_seconds
+        with ThreadPoolExecutor(1) as fresh:  # as in _run
             return fresh.submit(self._logits, tokens).result()
 
     def _logits(self, tokens: Sequence[int]) -> np.ndarray:
@@ -263,12 +263,36 @@ class Model:
 
     def step_seconds(self, prompt: Sequence[int], steps: int, threads: int) -> float:
         """Median time of a greedy decoding step after a prompt."""
+
+        def decode() -> float:
+            token = self._decode(prompt)
+            seconds = []
+            for _ in range(steps):
+                started = time.perf_counter()
+                token = self._decode([token])
+                seconds.append(time.perf_counter() - started)
+            return statistics.median(seconds)
+
+        return self._run(decode, threads)
+
+    def prompt_seconds(self, prompt: Sequence[int], threads: int) -> float:
+        """Time that a prompt takes up to the logits of its last token."""
+
+        def read() -> float:
+            started = time.perf_counter()
+            self._decode(prompt)
+            return time.perf_counter() - started
+
+        return self._run(read, threads)
+
+    def _run(self, work: Callable[[], float], threads: int) -> float:
+        """What ``work`` returns, with an empty cache and threads that nothing else uses."""
         # In a thread that has never run anything else: llama.cpp configures the AMX tiles once per thread, and PyTorch
         # releases them after its own products, upon which llama.cpp would die of an illegal instruction.
         with ThreadPoolExecutor(1) as fresh:
-            return fresh.submit(self._step_seconds, prompt, steps, threads).result()
+            return fresh.submit(self._run_here, work, threads).result()
 
-    def _step_seconds(self, prompt: Sequence[int], steps: int, threads: int) -> float:
+    def _run_here(self, work: Callable[[], float], threads: int) -> float:
         library, c = self._library, self._library.c
         parameters = c.ggml_threadpool_params_default(threads)
         # A pool of its own, as llama.cpp's programs have: without one, threads would be started for every token. It is
@@ -278,17 +302,11 @@ class Model:
         c.llama_attach_threadpool(self._context, pool, pool)
         try:
             c.llama_memory_clear(c.llama_get_memory(self._context), True)
-            token = self._decode(prompt)
-            seconds = []
-            for _ in range(steps):
-                started = time.perf_counter()
-                token = self._decode([token])
-                seconds.append(time.perf_counter() - started)
+            return work()
         finally:
             c.llama_detach_threadpool(self._context)
             self._decode([0])  # only with the next token does llama.cpp let go of the pool
             library.free_threadpool(pool)
-        return statistics.median(seconds)
 
     def _decode(self, tokens: Sequence[int]) -> int:
         c = self._library.c

@@ -90,6 +90,18 @@ struct Avx2 {
     static MATGPTQ_INLINE Floats load_half(const uint16_t* p) {
         return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
     }
+    // Even and odd elements of 16 bfloat16.
+    static MATGPTQ_INLINE void load_pairs(const uint8_t* p, Floats& even, Floats& odd) {
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        even = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+        odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+    }
+    // By halves: lanes i and i + 4, then i and i + 2, and so on.
+    static MATGPTQ_INLINE float sum(Floats v) {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
     static MATGPTQ_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 
     template <int Bits, bool Rounding>

@@ -90,6 +90,19 @@ struct Avx512 {
     static MATGPTQ_INLINE Floats load_half(const uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    // Even and odd elements of 32 bfloat16.
+    static MATGPTQ_INLINE void load_pairs(const uint8_t* p, Floats& even, Floats& odd) {
+        const __m512i words = _mm512_loadu_si512(p);
+        even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+        odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+    }
+    // By halves: lanes i and i + 8, then i and i + 4, and so on.
+    static MATGPTQ_INLINE float sum(Floats v) {
+        const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
     static MATGPTQ_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 
     template <int Bits, bool Rounding>

@@ -83,6 +83,17 @@ struct Neon {
     static MATGPTQ_INLINE Floats load_half(const uint16_t* p) {
         return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
     }
+    // Even and odd elements of 8 bfloat16.
+    static MATGPTQ_INLINE void load_pairs(const uint8_t* p, Floats& even, Floats& odd) {
+        const uint32x4_t words = vreinterpretq_u32_u8(vld1q_u8(p));
+        even = vreinterpretq_f32_u32(vshlq_n_u32(words, 16));
+        odd = vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xFFFF0000u)));
+    }
+    // By halves: lanes i and i + 2, then the two.
+    static MATGPTQ_INLINE float sum(Floats v) {
+        const float32x2_t two = vadd_f32(vget_low_f32(v), vget_high_f32(v));
+        return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+    }
     static MATGPTQ_INLINE void store(float* p, Floats v) { vst1q_f32(p, v); }
 
     template <int Bits, bool Rounding>

@@ -77,6 +77,14 @@ struct Scalar {
     static Floats to_floats(Ints v) { return static_cast<float>(v); }
     static Floats load_floats(const float* p) { return *p; }
     static Floats load_half(const uint16_t* p) { return half_to_float(*p); }
+    static void load_pairs(const uint8_t* p, Floats& even, Floats& odd) {
+        uint32_t word;
+        std::memcpy(&word, p, 4);
+        const uint32_t low = word << 16, high = word & 0xFFFF0000u;
+        std::memcpy(&even, &low, 4);
+        std::memcpy(&odd, &high, 4);
+    }
+    static float sum(Floats v) { return v; }
     static void store(float* p, Floats v) { *p = v; }
 
     template <int Bits, bool Rounding>

@@ -1,6 +1,7 @@
 // All kernels of one instruction set, from the class that describes it.
 #pragma once
 
+#include "dense_kernel.h"
 #include "product_kernels.h"
 #include "refit_kernel.h"
 #include "sweep_kernel.h"
@@ -13,6 +14,7 @@ Kernels make_kernels(const char* name) {
     Kernels table{};
     table.name = name;
     fill_products<Isa>(table);
+    fill_dense<Isa>(table);
     fill_sweep<Isa>(table);
     fill_refit<Isa>(table);
     return table;

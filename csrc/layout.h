@@ -7,6 +7,7 @@
 
 // Of the vector code that is compiled once per instruction set.
 #define MATGPTQ_INLINE inline __attribute__((always_inline))
+#define MATGPTQ_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace matgptq {
 
@@ -99,6 +100,18 @@ using TabulateKernel = bool (*)(const float* x, int64_t columns, float* tables);
 // Sum of the 64-bit words of a multiple of 256 bytes.
 using ReadKernel = uint64_t (*)(const uint8_t* memory, int64_t bytes);
 
+// A dense weight as it lies in memory.
+constexpr int kDenseColumns = 32;  // multiplied together
+struct DenseWeight {
+    const uint8_t* rows;
+    int64_t row_bytes;  // from row to row
+    int64_t columns;
+};
+// x [panel rows, columns, padded] (rows x_step apart, in the order of load_columns) times the rows [row_begin, row_end),
+// into out [panel rows, row_end - row_begin] (rows out_step apart).
+using DenseKernel = void (*)(const DenseWeight&, int64_t row_begin, int64_t row_end, const float* x, int64_t x_step,
+                             float* out, int64_t out_step);
+
 struct SweepPlan;
 using SweepKernel = void (*)(const SweepPlan&, int64_t tile_begin, int64_t tile_end);
 struct RefitTile;
@@ -113,6 +126,7 @@ struct Kernels {
     QuantizeKernel quantize;
     TabulateKernel tabulate;  // null where products use no tables
     ReadKernel read;
+    DenseKernel dense[2][3];  // [bfloat16 ? 1 : 0][log2 of panel rows]
     SweepKernel sweep;
     int sweep_lanes;  // rows per vector of the sweep
     RefitKernel refit, forms;

@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a signature or struct below changes. */
-#define MATGPTQ_ABI_VERSION 5
+#define MATGPTQ_ABI_VERSION 6
 
 enum matgptq_status {
     MATGPTQ_OK = 0,
@@ -125,6 +125,14 @@ MATGPTQ_API int matgptq_matmul(const void *x, int x_dtype, int64_t x_stride, int
  * apart. The product s * level is formed in float32 and rounded once. */
 MATGPTQ_API int matgptq_dequantize(const matgptq_weight *weight, int bits, int64_t row_begin, int64_t row_end,
                                    void *out, int dtype, int64_t out_stride, int num_threads);
+
+/* y = x * W^T + bias for a dense weight that is read as it lies in memory, such as an output head, for few rows of x.
+ * x, y, bias: as above. W: [out_features, in_features] of weight_dtype, rows weight_stride elements apart, aligned to its
+ * elements. Sums are float32, fused and in one order on every instruction set but the scalar one, which does not fuse
+ * them. Non-finite values propagate. */
+MATGPTQ_API int matgptq_dense(const void *x, int x_dtype, int64_t x_stride, int64_t batch, int64_t in_features,
+                              const void *weight, int weight_dtype, int64_t weight_stride, int64_t out_features,
+                              const float *bias, void *y, int y_dtype, int64_t y_stride, int num_threads);
 
 /* Reads `bytes` bytes and returns the sum of their 64-bit words: the fastest read of memory that these kernels could
  * hope for, to state their speed as a share of it. */

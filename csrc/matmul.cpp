@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "elements.h"
 #include "matgptq.h"
 #include "threads.h"
 #include "weight.h"
@@ -18,32 +19,6 @@ namespace {
 constexpr int kTilesPerCall = 4;
 // Pieces below this cost more to hand over than to compute.
 constexpr int64_t kBytesPerPiece = 128 << 10;
-
-float read_float(const void* x, int dtype, int64_t index) {
-    if (dtype == MATGPTQ_FLOAT32) {
-        float value;
-        std::memcpy(&value, static_cast<const char*>(x) + index * 4, 4);
-        return value;
-    }
-    uint16_t half;
-    std::memcpy(&half, static_cast<const char*>(x) + index * 2, 2);
-    const uint32_t word = static_cast<uint32_t>(half) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-
-void write_float(void* y, int dtype, int64_t index, float value) {
-    if (dtype == MATGPTQ_FLOAT32) {
-        std::memcpy(static_cast<char*>(y) + index * 4, &value, 4);
-        return;
-    }
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    const uint32_t rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-    const uint16_t half = static_cast<uint16_t>((word & 0x7FFFFFFF) > 0x7F800000 ? (word >> 16) | 0x40 : rounded);
-    std::memcpy(static_cast<char*>(y) + index * 2, &half, 2);
-}
 
 struct PanelRange {
     int64_t begin;

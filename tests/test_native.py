@@ -584,3 +584,69 @@ def test_refit_sums_refuse() -> None:
     with pytest.raises(ConfigurationError, match="hessian"):
         native.quadratic_forms(difference, hessian[:3])
     assert native.quadratic_forms(difference[:0], hessian).shape == (0,)
+
+
+# ---- dense weights ---------------------------------------------------------------------------------------------------
+
+
+@needs_library
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(0, 18),
+    out_features=st.integers(0, 70),
+    in_features=st.integers(0, 100),
+    dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16])] * 2),
+    biased=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+def test_dense_products(
+    rows: int,
+    out_features: int,
+    in_features: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    biased: bool,
+    threads: int,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, in_features, generator=generator).to(dtypes[0])
+    weight = torch.randn(out_features, in_features + 3, generator=generator).to(dtypes[1])[:, :in_features]
+    bias = torch.randn(out_features, generator=generator) if biased else None
+    y = native.linear(x, weight, bias, num_threads=threads)
+    assert y.shape == (rows, out_features)
+    assert y.dtype == x.dtype
+    whole = native.linear(x.float(), weight, bias)
+    assert_product(whole, x, weight, bias)
+    assert torch.equal(y, whole.to(x.dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("batch", BATCHES)
+def test_dense_batches(isa: str, batch: int) -> None:
+    """Every row is what it is alone."""
+    x, weight = torch.randn(batch, 75), torch.randn(41, 75).bfloat16()
+    y = native.linear(x.view(1, batch, 75), weight)
+    assert y.shape == (1, batch, 41)
+    assert_product(y[0], x, weight)
+    for row in range(batch):
+        assert torch.equal(y[0, row], native.linear(x[row], weight))
+
+
+@needs_library
+def test_dense_refusals() -> None:
+    x, weight = torch.ones(2, 8), torch.ones(3, 8)
+    for bad_x, bad_weight, problem in (
+        (x.half(), weight, "float16"),
+        (x, weight.double(), "float64"),
+        (x[:, :7], weight, "do not fit"),
+        (x, torch.ones(8, 3).T, "not adjacent"),
+        (x, weight[0], "do not fit"),
+        (torch.tensor(1.0), weight, "do not fit"),
+        (x.to("meta"), weight, "must be on the CPU"),
+    ):
+        with pytest.raises(ConfigurationError, match=problem):
+            native.linear(bad_x, bad_weight)
+    with pytest.raises(ConfigurationError, match="bias must have shape"):
+        native.linear(x, weight, torch.ones(4))
+    assert native.linear(x.T.contiguous().T, weight).equal(torch.full((2, 3), 8.0))

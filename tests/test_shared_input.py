@@ -1,4 +1,4 @@
-"""Layers that share an input run as one call and give what each alone would give; the output head at few bits."""
+"""Layers that share an input run as one call and give what each alone would give."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import copy
 import pytest
 import torch
 from test_kernels import make_weight
-from tiny_models import build_model, token_ids
+from tiny_models import token_ids
 
 import matgptq
 from matgptq import kernels, native
-from matgptq.errors import ConfigurationError, UnsupportedModelError
 from matgptq.families import find_family
 from matgptq.native import products
 from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers, set_bits
-from matgptq.output_head import PackedHead, pack_head
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native library")
 
@@ -220,101 +218,6 @@ def test_the_gate_and_up_projection_of_an_expert_share_an_input():
     experts = [f"model.layers.1.block_sparse_moe.experts.{number}.w{leaf}" for number in (0, 10) for leaf in (1, 2, 3)]
     names = find_family("mixtral").shared_inputs(experts)
     assert names == [(experts[0], experts[2]), (experts[3], experts[5])]
-
-
-# --- the output head --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "opt"])
-def test_head_bits(name, make_checkpoint):
-    _, out = make_checkpoint(name, torch.float32)
-    exact = matgptq.load(out, 8)
-    expected = exact(input_ids=token_ids()[:2, :9]).logits
-    distances = []
-    for bits in (2, 4, 6, 8):
-        model = matgptq.load(out, 8, head_bits=bits)
-        assert isinstance(model.get_output_embeddings(), PackedHead)
-        logits = model(input_ids=token_ids()[:2, :9]).logits
-        distances.append(((logits - expected).norm() / expected.norm()).item())
-    assert distances == sorted(distances, reverse=True)
-    assert distances[-1] < 0.02
-
-
-def test_the_full_precision_head_is_what_is_saved(make_checkpoint, tmp_path):
-    _, out = make_checkpoint("llama")
-    model = matgptq.load(out, 8, head_bits=2)
-    model.save_pretrained(tmp_path / "again")
-    tokens = token_ids()[:1, :5]
-    again, expected = (matgptq.load(path, 8)(input_ids=tokens).logits for path in (tmp_path / "again", out))
-    assert torch.equal(again, expected)
-
-
-def _resized(model):
-    model.resize_token_embeddings(300, mean_resizing=False)
-
-
-def _edited(model):
-    with torch.no_grad():
-        model.get_output_embeddings().weight[:7] = 0
-
-
-def _replaced(model):
-    other = torch.linspace(-1, 1, 288 * 64).view(288, 64)  # not what few bits hold exactly
-    model.get_output_embeddings().weight = torch.nn.Parameter(other, requires_grad=False)
-
-
-def _put_in_place(model):
-    weight = model.get_output_embeddings().weight
-    weight.data = weight.data + 1
-
-
-def _trained(model):
-    model.get_output_embeddings().weight.requires_grad_()
-
-
-@pytest.mark.parametrize(
-    "change", [_resized, _edited, _replaced, _put_in_place, _trained], ids=lambda f: f.__name__[1:]
-)
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_head_that_was_changed_is_the_one_that_serves(copied, name, change, make_checkpoint):
-    model = matgptq.load(make_checkpoint(name, torch.float32)[1], 8, head_bits=2)
-    if copied:
-        model = copy.deepcopy(model)
-    change(model)
-    head = model.get_output_embeddings()
-    x = torch.randn(3, 64)
-    logits = head(x)
-    torch.testing.assert_close(logits, torch.nn.functional.linear(x, head.weight))
-    assert logits.requires_grad == (change is _trained)
-    if change is not _trained:
-        assert not getattr(copy.deepcopy(head), "is_packed", False)  # resizing may make a plain one of it
-        pack_head(model, 8)
-        assert 0 < (model.get_output_embeddings()(x) - logits).abs().max() < 0.1 * logits.abs().max()
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
-def test_a_head_that_was_copied_or_cast_is_still_packed(name, make_checkpoint):
-    model = matgptq.load(make_checkpoint(name, torch.float32)[1], 8, head_bits=2)
-    x = torch.randn(3, 64)
-    expected = model.get_output_embeddings()(x)
-    twice_cast = copy.deepcopy(model).bfloat16().double()
-    for twin in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model).bfloat16()), copy.copy(model), twice_cast):
-        head = twin.get_output_embeddings()
-        assert head.is_packed
-        assert torch.equal(head(x), expected)
-    compiled = torch.compile(model.get_output_embeddings(), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
-
-
-def test_head_bits_are_checked(make_checkpoint):
-    _, out = make_checkpoint("llama")
-    with pytest.raises(ConfigurationError, match="1"):
-        matgptq.load(out, head_bits=1)
-    with pytest.raises(ConfigurationError, match="head_bits=8 needs the native kernels"):
-        matgptq.load(out, head_bits=8, dtype="float16")
-    with pytest.raises(UnsupportedModelError, match="lm_head"):
-        pack_head(build_model("llama", hidden_size=40, head_dim=10), 8)
 
 
 def test_a_copy_of_a_model_that_has_decoded(make_checkpoint):

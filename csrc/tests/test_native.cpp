@@ -577,6 +577,76 @@ struct Vector {
     }
 };
 
+void test_dense(const std::vector<std::string>& sets) {
+    for (const bool half_weight : {false, true})
+        for (const bool half_x : {false, true})
+            for (const int64_t in : {1, 31, 32, 33, 100, 352})
+                for (const int64_t out : {1, 3, 4, 6, 133})
+                    for (const int64_t batch : {0, 1, 2, 3, 4, 5, 7, 9}) {
+                        const int64_t x_stride = in + 3, stride = in + 2, y_stride = out + 1;
+                        Vector x(batch * x_stride, half_x, -1, 1), weight(out * stride, half_weight, -1, 1);
+                        std::vector<float> bias(static_cast<size_t>(out)), first;
+                        for (float& value : bias) value = uniform(-1, 1);
+                        for (const std::string& set : sets) {
+                            matgptq_set_isa(set.c_str());
+                            where = set + ", dense, in " + std::to_string(in) + " out " + std::to_string(out) + " batch " +
+                                    std::to_string(batch) + (half_weight ? " bfloat16" : "") + (half_x ? " x" : "");
+                            Vector y(batch * y_stride, half_x, 5, 5);
+                            check(!matgptq_dense(x.data(), x.dtype(), x_stride, batch, in, weight.data(), weight.dtype(),
+                                                 stride, out, batch % 2 ? bias.data() : nullptr, y.data(), y.dtype(),
+                                                 y_stride, batch % 3 ? 1 : 2),
+                                  "dense runs");
+                            y.read();
+                            bool near = true, untouched = true;
+                            for (int64_t b = 0; b < batch; ++b) {
+                                for (int64_t o = 0; o < out; ++o) {
+                                    double sum = batch % 2 ? bias[static_cast<size_t>(o)] : 0, size = std::fabs(sum);
+                                    for (int64_t c = 0; c < in; ++c) {
+                                        const double product =
+                                            static_cast<double>(x.values[static_cast<size_t>(b * x_stride + c)]) *
+                                            weight.values[static_cast<size_t>(o * stride + c)];
+                                        sum += product;
+                                        size += std::fabs(product);
+                                    }
+                                    const double value = y.values[static_cast<size_t>(b * y_stride + o)];
+                                    near &= std::fabs(value - sum) <= 2e-6 * size + (half_x ? 0.004 * std::fabs(sum) : 0);
+                                }
+                                untouched &= y.values[static_cast<size_t>(b * y_stride + out)] == 5;
+                            }
+                            check(near, "dense is its formula");
+                            check(untouched, "dense stays in its rows");
+                            if (set == "scalar") continue;  // which does not fuse
+                            if (first.empty()) first = y.values;
+                            check(first == y.values, "dense equal to the bit");
+                        }
+                    }
+    const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    for (const std::string& set : sets) {
+        matgptq_set_isa(set.c_str());
+        where = set + ", dense, values that are not finite";
+        for (const float bad : {nan, infinity}) {
+            std::vector<float> x(40, 1.0f), weight(2 * 40, 1.0f), y(2);
+            x[37] = bad;
+            check(!matgptq_dense(x.data(), 0, 40, 1, 40, weight.data(), 0, 40, 2, nullptr, y.data(), 0, 2, 1), "runs");
+            check(std::isnan(bad) ? std::isnan(y[0]) && std::isnan(y[1]) : std::isinf(y[0]) && std::isinf(y[1]),
+                  "x propagates");
+            x[37] = 1;
+            weight[40 + 3] = bad;
+            check(!matgptq_dense(x.data(), 0, 40, 1, 40, weight.data(), 0, 40, 2, nullptr, y.data(), 0, 2, 1), "runs");
+            check(y[0] == 40 && !std::isfinite(y[1]), "weights propagate");
+        }
+    }
+    float one = 1, y = 0;
+    where = "dense, refusals";
+    check(matgptq_dense(&one, 7, 1, 1, 1, &one, 0, 1, 1, nullptr, &y, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "unknown dtype");
+    check(matgptq_dense(&one, 0, 1, 1, 1, &one, 2, 1, 1, nullptr, &y, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "unknown dtype");
+    check(matgptq_dense(&one, 0, 1, -1, 1, &one, 0, 1, 1, nullptr, &y, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "rows below 0");
+    check(matgptq_dense(&one, 0, 1, 1, 1, nullptr, 0, 1, 1, nullptr, &y, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "no weight");
+    check(matgptq_dense(&one, 0, 1, 1, 1, &one, 0, 1, 1, nullptr, nullptr, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "no y");
+    check(matgptq_dense(nullptr, 0, 0, 1, 0, nullptr, 0, 0, 1, &one, &y, 0, 1, 1) == MATGPTQ_OK && y == 1, "no columns");
+    std::printf("dense: 960 shapes and dtypes\n");
+}
+
 // Against double precision, in units of what a sum of so many products may be off.
 void test_refit(const std::vector<std::string>& sets) {
     const int64_t shapes[][3] = {{1, 1, 1}, {3, 8, 8}, {17, 15, 5}, {98, 64, 32}, {200, 42, 7}};
@@ -757,6 +827,7 @@ int main() {
     test_sweep(sets);
     test_refit(sets);
     test_read(sets);
+    test_dense(sets);
     test_row_steps();
     test_refusals();
     if (failures) std::printf("%d checks failed\n", failures);

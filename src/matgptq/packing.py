@@ -12,7 +12,7 @@ from matgptq.errors import ConfigurationError
 from matgptq.families import Family, known_family
 from matgptq.native import Activations
 from matgptq.nested_linear import nested_layers, pack_layers
-from matgptq.output_head import pack_head
+from matgptq.output_head import pack_head, quicken_head
 
 
 def pack_model(
@@ -54,6 +54,8 @@ def pack_model(
         decode_in_rows(model, family.blocks.removeprefix(_left_out(model)))
     if head_bits is not None:
         pack_head(model, head_bits, activations)
+    elif native:
+        quicken_head(model)
     return True
 
 

@@ -20,7 +20,7 @@ from matgptq.loading import load
 from matgptq.model_config import longest_window
 from matgptq.native import Activations
 from matgptq.nested_linear import NestedLinear, nested_layers
-from matgptq.output_head import PackedHead
+from matgptq.output_head import DenseHead, PackedHead
 from matgptq.progress import Progress, Silent
 from matgptq.reference_model import load_optional_reference
 from matgptq.slicing import check_widths
@@ -224,7 +224,7 @@ def _product_seconds(model: Any, batch: int) -> float:
 def _bytes_per_token(model: Any) -> int:
     """Bytes of weights that one step reads; of the embedding table only where the output head is tied to it."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    total: int = head.packed.bytes_read(head.bits) if isinstance(head, PackedHead) else head.weight.nbytes
+    total: int = head.bytes_read if isinstance(head, DenseHead | PackedHead) else head.weight.nbytes
     for module in model.modules():
         if isinstance(module, NestedLinear):
             total += _layer_bytes(module)
@@ -243,8 +243,8 @@ def _resident_bytes(model: Any) -> int:
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
     total: int = sum(held.values())
     head = model.get_output_embeddings()
-    if isinstance(head, PackedHead):
-        total += head.packed.nbytes
+    if isinstance(head, DenseHead | PackedHead):
+        total += head.bytes_added
     return total + sum(layer.packed.nbytes for layer in nested_layers(model).values() if layer.packed is not None)
 
 

@@ -7,6 +7,7 @@ Kernels know nothing of autograd. Tensors are read through ``data_ptr`` and copi
 Invalid arguments raise ``ConfigurationError`` before any work starts.
 """
 
+from matgptq.native.dense import linear
 from matgptq.native.library import (
     DTYPES,
     Activations,
@@ -37,6 +38,7 @@ __all__ = [
     "available",
     "dequantize_rows",
     "isa",
+    "linear",
     "matmul",
     "matmul_many",
     "pack_parent",

@@ -20,7 +20,7 @@ from matgptq.errors import ConfigurationError, MatGPTQError
 Activations = Literal["exact", "int8"]
 SweepMode = Literal["residual", "change", "mean"]
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"exact": 0, "int8": 1}
 SWEEP_MODES = {"residual": 0, "change": 1, "mean": 2}
@@ -114,6 +114,14 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "weight_bytes_read": (_int64, (_pointer, _int)),
     "matmul": (_int, (_pointer, _int, _int64, _int64, _int64, _pointer, _int, _int, _int, _int)),
     "dequantize": (_int, (_pointer, _int, _int64, _int64, _pointer, _int, _int64, _int)),
+    "dense": (
+        _int,
+        (
+            *(_pointer, _int, _int64, _int64, _int64),
+            *(_pointer, _int, _int64, _int64),
+            *(_pointer, _pointer, _int, _int64, _int),
+        ),
+    ),
     "read": (ctypes.c_uint64, (_pointer, _int64, _int)),
     "sweep": (_int, (_pointer,)),
     "search_scales": (_int, (_pointer,)),

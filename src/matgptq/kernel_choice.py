@@ -80,6 +80,11 @@ def check_forced() -> None:
     _candidates(os.environ.get("MATGPTQ_KERNEL", ""))
 
 
+def asks_for_reference() -> bool:
+    """Whether ``MATGPTQ_KERNEL`` wants PyTorch's own products."""
+    return os.environ.get("MATGPTQ_KERNEL") == "reference"
+
+
 @functools.lru_cache(maxsize=1024)
 def _choose(product: Product, forced: str) -> Kernel:
     refusals = {}

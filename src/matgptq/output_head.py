@@ -13,6 +13,7 @@ from matgptq import kernels, native, packed_weight
 from matgptq.errors import ConfigurationError
 from matgptq.grid import resolve_group_size
 from matgptq.immutable import Immutable
+from matgptq.kernel_choice import asks_for_reference
 from matgptq.nested_weight import NestedWeight
 from matgptq.recipe import make_recipe
 from matgptq.slicing import PARENT_BITS, check_bits
@@ -184,6 +185,7 @@ class DenseHead(_CopiedHead):
             and weight.stride(1) == 1
             and input.shape[:-1].numel() <= DENSE_ROWS.get(input.dtype, 0)
             and kernels.is_plain(input, self.bias)
+            and not asks_for_reference()
         )
 
 

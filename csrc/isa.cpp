@@ -61,6 +61,14 @@ extern "C" int matgptq_set_isa(const char* name) {
     return MATGPTQ_OK;
 }
 
+extern "C" const char* matgptq_cpu_vendor(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    if (__builtin_cpu_is("intel")) return "intel";
+    if (__builtin_cpu_is("amd")) return "amd";
+#endif
+    return "other";
+}
+
 extern "C" int matgptq_abi_version(void) { return MATGPTQ_ABI_VERSION; }
 
 extern "C" const char* matgptq_message(int status) {

@@ -4,12 +4,25 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 // Of the vector code that is compiled once per instruction set.
 #define MATGPTQ_INLINE inline __attribute__((always_inline))
 #define MATGPTQ_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace matgptq {
+
+// use(0), ..., use(N - 1) with constants, for arrays that are to stay in registers: compilers unroll plain loops after
+// they have decided about those.
+template <class F, int... I>
+MATGPTQ_INLINE void each_of(F&& use, std::integer_sequence<int, I...>) {
+    (use(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+MATGPTQ_INLINE void each(F&& use) {
+    each_of(use, std::make_integer_sequence<int, N>{});
+}
 
 constexpr int kTileRows = 16;
 constexpr int kChunkColumns = 32;

@@ -58,6 +58,8 @@ MATGPTQ_API const char *matgptq_message(int status);
  * matgptq_set_isa forces one (for tests and measurements); no other call may be running meanwhile. */
 MATGPTQ_API const char *matgptq_isa(void);
 MATGPTQ_API int matgptq_set_isa(const char *name);
+/* "intel", "amd" or "other": who made this CPU, on which the speed of other libraries depends. */
+MATGPTQ_API const char *matgptq_cpu_vendor(void);
 
 /* Lend the threads of an OpenMP runtime: `team` calls work(data) on `num_threads` threads, the caller among them, and
  * returns when all are back; it has the signature of GOMP_parallel, which both libgomp and LLVM's runtime export. Threads

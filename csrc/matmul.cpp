@@ -17,6 +17,8 @@ namespace {
 
 // Tiles per kernel call: their planes stay in the second-level cache while further panels of a batch read them.
 constexpr int kTilesPerCall = 4;
+// Panels whose activations are multiplied before those of the next ones are read; they should stay in a cache.
+constexpr size_t kPanelsTogether = 16;
 // Pieces below this cost more to hand over than to compute.
 constexpr int64_t kBytesPerPiece = 128 << 10;
 
@@ -119,8 +121,8 @@ struct Step {
     int64_t first_tile;  // in the flat numbering over all products
 };
 
-void run_tiles(const Step& step, const std::vector<PanelRange>& ranges, bool int8, int y_dtype, int64_t begin,
-               int64_t end) {
+void run_tiles(const Step& step, const std::vector<PanelRange>& ranges, size_t first_panel, size_t last_panel, bool int8,
+               int y_dtype, int64_t begin, int64_t end) {
     const matgptq_product& product = *step.product;
     const int64_t out_features = product.weight->out_features;
     const int form = product.weight->slice_bits ? 0 : 1;
@@ -128,7 +130,7 @@ void run_tiles(const Step& step, const std::vector<PanelRange>& ranges, bool int
     alignas(64) float result[kTilesPerCall * kMaxPanel * kTileRows];
     for (int64_t tile = begin; tile < end; tile += kTilesPerCall) {
         const int64_t last = tile + kTilesPerCall < end ? tile + kTilesPerCall : end;
-        for (size_t p = 0; p < ranges.size(); ++p) {
+        for (size_t p = first_panel; p < last_panel; ++p) {
             const PanelRange& range = ranges[p];
             table[range.kernel](step.view, step.activations->panel(p), tile, last, result);
             for (int64_t t = tile; t < last; ++t) {
@@ -190,16 +192,19 @@ extern "C" int matgptq_matmul(const void* x, int x_dtype, int64_t x_stride, int6
             tiles += weight.tiles;
             bytes += matgptq_weight_bytes_read(&weight, products[i].bits);
         }
-        const int64_t work = bytes * static_cast<int64_t>(ranges.size());
-        const int64_t grain = 1 + kBytesPerPiece * tiles / (work + 1);
-        parallel_for(tiles, grain, num_threads, [&](int64_t begin, int64_t end) {
-            for (const Step& step : steps) {
-                const int64_t from = begin > step.first_tile ? begin - step.first_tile : 0;
-                const int64_t limit = step.product->weight->tiles;
-                const int64_t to = end - step.first_tile < limit ? end - step.first_tile : limit;
-                if (from < to) run_tiles(step, ranges, int8, y_dtype, from, to);
-            }
-        });
+        for (size_t first = 0; first < ranges.size(); first += kPanelsTogether) {
+            const size_t last = ranges.size() - first > kPanelsTogether ? first + kPanelsTogether : ranges.size();
+            const int64_t work = bytes * static_cast<int64_t>(last - first);
+            const int64_t grain = 1 + kBytesPerPiece * tiles / (work + 1);
+            parallel_for(tiles, grain, num_threads, [&](int64_t begin, int64_t end) {
+                for (const Step& step : steps) {
+                    const int64_t from = begin > step.first_tile ? begin - step.first_tile : 0;
+                    const int64_t limit = step.product->weight->tiles;
+                    const int64_t to = end - step.first_tile < limit ? end - step.first_tile : limit;
+                    if (from < to) run_tiles(step, ranges, first, last, int8, y_dtype, from, to);
+                }
+            });
+        }
         return MATGPTQ_OK;
     } catch (const std::bad_alloc&) {
         return MATGPTQ_E_MEMORY;

@@ -73,11 +73,11 @@ MATGPTQ_INLINE void load_planes(const WeightView& weight, int64_t offset, typena
 }
 
 // Each plane is a stream of its own and hardware prefetchers stop at 4 KB, also inside a huge page.
-constexpr int64_t kAhead = 32 * kChunkBytes;
+constexpr int64_t kAhead = 64 * kChunkBytes;
 template <int Planes>
 MATGPTQ_INLINE void prefetch_planes(const WeightView& weight, int64_t offset, int64_t ahead = kAhead) {
     for (int p = 0; p < Planes; ++p)
-        __builtin_prefetch(weight.planes + p * weight.plane_stride + offset + ahead, 0, 3);
+        __builtin_prefetch(weight.planes + p * weight.plane_stride + offset + ahead, 0, 2);
 }
 
 // u_r of 32 columns: bytes[k] holds columns 4k..4k+3 of one row in each lane.
@@ -125,27 +125,30 @@ void int8_product(const WeightView& weight, const Panel& panel, int64_t tile_beg
                 const int64_t chunks = left < weight.block_chunks ? left : weight.block_chunks;
                 for (int part = 0; part < parts; ++part) {
                     Ints sum[Rows][chains];
-                    for (int b = 0; b < Rows; ++b) {
+                    each<Rows>([&](auto b) MATGPTQ_LAMBDA_INLINE {
                         sum[b][0] = S::dot_start(-zero * panel.block_sums[block * Rows + b]);
-                        for (int i = 1; i < chains; ++i) sum[b][i] = S::zero();
-                    }
+                        each<chains - 1>([&](auto i) MATGPTQ_LAMBDA_INLINE { sum[b][i + 1] = S::zero(); });
+                    });
                     for (int64_t c = 0; c < chunks; ++c) {
                         const int64_t at = offset + c * kChunkBytes;
                         if (part == 0) prefetch_planes<planes>(weight, at);
                         typename S::Bytes bytes[8];
                         unpack<S, Bits, Resident>(weight, at + part * 4 * S::kLanes, bytes);
                         const int8_t* x = codes + c * kChunkColumns * Rows;
-                        for (int k = 0; k < 8; ++k)
-                            for (int b = 0; b < Rows; ++b)
+                        each<8>([&](auto k) MATGPTQ_LAMBDA_INLINE {
+                            each<Rows>([&](auto b) MATGPTQ_LAMBDA_INLINE {
                                 sum[b][k % chains] =
                                     S::template dot<Bits>(sum[b][k % chains], bytes[k], x + (k * Rows + b) * 4);
+                            });
+                        });
                     }
-                    for (int b = 0; b < Rows; ++b) {
-                        for (int i = 1; i < chains; ++i) sum[b][0] = S::add(sum[b][0], sum[b][i]);
+                    each<Rows>([&](auto b) MATGPTQ_LAMBDA_INLINE {
+                        each<chains - 1>(
+                            [&](auto i) MATGPTQ_LAMBDA_INLINE { sum[b][0] = S::add(sum[b][0], sum[b][i + 1]); });
                         const Floats step = S::multiply(scale[part], S::broadcast(panel.block_scales[block * Rows + b]));
                         // Not a fused multiply-add: the scalar kernel must give the same bits.
                         total[part][b] = S::add(total[part][b], S::multiply(S::to_floats(sum[b][0]), step));
-                    }
+                    });
                 }
                 offset += chunks * kChunkBytes;
                 codes += chunks * kChunkColumns * Rows;

@@ -91,7 +91,7 @@ def test_bad_activations_propagate(rows):
 def test_the_choice_of_a_kernel(monkeypatch):
     few = kernel_choice.Product(form="native", device="cpu", dtype=torch.float32, rows=1, activations="exact")
     assert kernel_choice.choose(few).name == "native-fused"
-    many = kernel_choice.Product(form="native", device="cpu", dtype=torch.float32, rows=500, activations="exact")
+    many = kernel_choice.Product(form="native", device="cpu", dtype=torch.bfloat16, rows=500, activations="exact")
     assert kernel_choice.choose(many).name == "native-tiled"
     plain = kernel_choice.Product(form="codes", device="cpu", dtype=torch.float16, rows=1, activations="exact")
     assert kernel_choice.choose(plain).name == "reference"
@@ -104,6 +104,32 @@ def test_the_choice_of_a_kernel(monkeypatch):
     monkeypatch.setenv("MATGPTQ_KERNEL", "abacus")
     with pytest.raises(ConfigurationError, match="native-fused, native-tiled, triton-fused, triton-tiled, reference"):
         kernel_choice.choose(few)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("vendor", "isa", "rows"),
+    [
+        ("intel", "avx512", (32, 16)),
+        ("amd", "avx512", (None, 24)),
+        ("amd", "avx2", (32, 16)),
+        ("other", "neon", (32, 16)),
+    ],
+)
+def test_how_many_rows_are_fused(monkeypatch, vendor, isa, rows):
+    """As benchmarks/cpu_crossover.py found them, by whose processor it is."""
+    monkeypatch.setattr(native, "cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(native, "isa", lambda: isa)
+    kernel_choice._choose.cache_clear()
+    for dtype, limit in zip((torch.float32, torch.bfloat16), rows, strict=True):
+
+        def chosen(count, activations="exact", dtype=dtype):
+            return kernel_choice.choose(kernel_choice.Product("native", "cpu", dtype, count, activations)).name
+
+        assert chosen(limit or 100_000) == "native-fused"
+        assert limit is None or chosen(limit + 1) == "native-tiled"
+        assert chosen(100_000, "int8") == "native-fused"
+    kernel_choice._choose.cache_clear()
 
 
 @needs_native

@@ -164,7 +164,7 @@ def test_one_layer_unpacked(rows):
 
 def test_prompts_go_layer_by_layer(calls):
     model = Attention()
-    x = torch.randn(100, 64)
+    x = torch.randn(100, 64).bfloat16()
     assert torch.equal(model.q(x), model.alone("q", x))
     assert calls == []
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,13 @@ from matgptq.gpu.layout import PlaneWeight
 from matgptq.native import Activations
 from matgptq.packed_weight import AnyWeight, Form, dequantize
 
-# Above this many rows PyTorch's matrix product on dequantized tiles wins; see benchmarks/results/cpu_kernels.json.
-# A float32 product has no matrix unit to run on and loses later than a bfloat16 one.
-FUSED_ROWS = {torch.float32: 32, torch.bfloat16: 16}
-_TILE_BYTES = 1 << 20  # a dequantized tile has to stay in the second-level cache until it has been multiplied
+# Above so many rows PyTorch's matrix product on dequantized tiles wins (benchmarks/cpu_crossover.py). For bfloat16
+# Intel's processors have matrix units. For float32 the library that PyTorch calls has AVX-512 code, but for Intel's
+# only: on others it never wins against ours.
+_FUSED_ROWS = {torch.float32: 32, torch.bfloat16: 16}
+_FUSED_ROWS_ELSEWHERE = {torch.float32: sys.maxsize, torch.bfloat16: 24}
+# A dequantized tile should stay in a cache until it has been multiplied, and x is read again for each of them.
+_TILE_BYTES = 4 << 20
 # The same on a GPU. By reasoning, not yet by measurement: unpacking once for every 32 rows against writing and reading
 # the weights once in 16 bits.
 TRITON_FUSED_ROWS = 128
@@ -110,12 +114,18 @@ def _run_reference(x: Tensor, weight: AnyWeight, bits: int, bias: Tensor | None,
     return torch.nn.functional.linear(x, dequantize(weight, bits, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def fused_rows(dtype: torch.dtype) -> int:
+    """How many rows of exact activations the fused native kernel is the fastest for, on this machine."""
+    elsewhere = native.isa() == "avx512" and native.cpu_vendor() != "intel"
+    return (_FUSED_ROWS_ELSEWHERE if elsewhere else _FUSED_ROWS)[dtype]
+
+
 def _refuses_natively(product: Product) -> str | None:
     if product.form != "native":
         return "the weight is not packed for it (matgptq.load packs it on a CPU)"
     if product.device != "cpu":
         return f"the activations are on {product.device}"
-    if product.dtype not in FUSED_ROWS:
+    if product.dtype not in native.DTYPES:
         return f"activations of {product.dtype}; float32 and bfloat16 are supported"
     return None
 
@@ -185,7 +195,7 @@ def _refuses_reference(product: Product) -> str | None:
 
 
 def _many_rows(product: Product) -> str | None:
-    if product.activations == "exact" and product.rows > FUSED_ROWS[product.dtype]:
+    if product.activations == "exact" and product.rows > fused_rows(product.dtype):
         return f"tiles are faster for {product.rows} rows"
     return None
 

@@ -101,6 +101,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "message": (ctypes.c_char_p, (_int,)),
     "isa": (ctypes.c_char_p, ()),
     "set_isa": (_int, (ctypes.c_char_p,)),
+    "cpu_vendor": (ctypes.c_char_p, ()),
     "set_team": (None, (_pointer,)),
     "arena_create": (_pointer, (_int64,)),
     "arena_free": (None, (_pointer,)),
@@ -213,6 +214,12 @@ def require_library() -> ctypes.CDLL:
 def isa() -> str:
     """The instruction set in use: ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"scalar"``."""
     name: bytes = require_library().matgptq_isa()
+    return name.decode()
+
+
+def cpu_vendor() -> str:
+    """Who made this CPU: ``"intel"``, ``"amd"`` or ``"other"``."""
+    name: bytes = require_library().matgptq_cpu_vendor()
     return name.decode()
 
 

@@ -218,6 +218,7 @@ def test_push(measured: Path, hub: Hub, tmp_path: Path) -> None:
     with torch.no_grad():
         one, other = (matgptq.load(path, bits=3)(ids).logits for path in (measured, pushed))
     assert torch.equal(one, other)
+    assert f"the model `{REPOSITORY}:3` gets 3 bits" in hub.files["README.md"].decode()
 
 
 def test_push_to_hub_of_a_model(measured: Path, hub: Hub, tmp_path: Path) -> None:
@@ -261,6 +262,7 @@ def test_a_slice_has_a_card(measured: Path, hub: Hub, tmp_path: Path) -> None:
     assert "target widths 2, 3, 4, 6, 8" in card
     assert f'matgptq.load("{REPOSITORY}")' in card
     assert "set_bits" not in card
+    assert "matgptq serve" not in card  # which has nothing to choose from
 
 
 def test_save_pretrained_that_pushes(measured: Path, hub: Hub, tmp_path: Path) -> None:

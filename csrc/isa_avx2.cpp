@@ -96,6 +96,11 @@ struct Avx2 {
         even = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
         odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
     }
+    // Of an integer n, given as n + 1.5 * 2^23.
+    static MATGPTQ_INLINE Floats power_of_two(Floats shifted) {
+        const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+        return _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(0x3F800000)));
+    }
     // By halves: lanes i and i + 4, then i and i + 2, and so on.
     static MATGPTQ_INLINE float sum(Floats v) {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

@@ -96,6 +96,11 @@ struct Avx512 {
         even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
         odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
     }
+    // Of an integer n, given as n + 1.5 * 2^23.
+    static MATGPTQ_INLINE Floats power_of_two(Floats shifted) {
+        const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+        return _mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(0x3F800000)));
+    }
     // By halves: lanes i and i + 8, then i and i + 4, and so on.
     static MATGPTQ_INLINE float sum(Floats v) {
         const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

@@ -89,6 +89,11 @@ struct Neon {
         even = vreinterpretq_f32_u32(vshlq_n_u32(words, 16));
         odd = vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xFFFF0000u)));
     }
+    // Of an integer n, given as n + 1.5 * 2^23.
+    static MATGPTQ_INLINE Floats power_of_two(Floats shifted) {
+        const uint32x4_t n = vshlq_n_u32(vreinterpretq_u32_f32(shifted), 23);
+        return vreinterpretq_f32_u32(vaddq_u32(n, vdupq_n_u32(0x3F800000)));
+    }
     // By halves: lanes i and i + 2, then the two.
     static MATGPTQ_INLINE float sum(Floats v) {
         const float32x2_t two = vadd_f32(vget_low_f32(v), vget_high_f32(v));

@@ -84,6 +84,13 @@ struct Scalar {
         std::memcpy(&even, &low, 4);
         std::memcpy(&odd, &high, 4);
     }
+    static Floats power_of_two(Floats shifted) {
+        uint32_t word;
+        std::memcpy(&word, &shifted, 4);
+        word = (word << 23) + 0x3F800000u;
+        std::memcpy(&shifted, &word, 4);
+        return shifted;
+    }
     static float sum(Floats v) { return v; }
     static void store(float* p, Floats v) { *p = v; }
 

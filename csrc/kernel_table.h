@@ -1,6 +1,7 @@
 // All kernels of one instruction set, from the class that describes it.
 #pragma once
 
+#include "attention_kernel.h"
 #include "dense_kernel.h"
 #include "product_kernels.h"
 #include "refit_kernel.h"
@@ -15,6 +16,7 @@ Kernels make_kernels(const char* name) {
     table.name = name;
     fill_products<Isa>(table);
     fill_dense<Isa>(table);
+    fill_attention<Isa>(table);
     fill_sweep<Isa>(table);
     fill_refit<Isa>(table);
     return table;

@@ -125,6 +125,20 @@ struct DenseWeight {
 using DenseKernel = void (*)(const DenseWeight&, int64_t row_begin, int64_t row_end, const float* x, int64_t x_step,
                              float* out, int64_t out_step);
 
+// One token's attention; see matgptq_attend. Distances in bytes.
+struct AttentionGroup {
+    const uint8_t *query, *keys, *values;
+    float* out;     // [heads, size]
+    float* scores;    // room for [heads, span + size]
+    int64_t queries;  // heads that share a head of keys
+    int64_t size, length;
+    int64_t span;  // length, as a multiple of 16
+    int64_t key_head_bytes, key_bytes, value_head_bytes, value_bytes;
+    float scale;
+};
+// Of the queries that share one head of keys.
+using AttentionKernel = void (*)(const AttentionGroup&, int64_t key_head);
+
 struct SweepPlan;
 using SweepKernel = void (*)(const SweepPlan&, int64_t tile_begin, int64_t tile_end);
 struct RefitTile;
@@ -140,6 +154,7 @@ struct Kernels {
     TabulateKernel tabulate;  // null where products use no tables
     ReadKernel read;
     DenseKernel dense[2][3];  // [bfloat16 ? 1 : 0][log2 of panel rows]
+    AttentionKernel attend[2];  // [bfloat16 ? 1 : 0]
     SweepKernel sweep;
     int sweep_lanes;  // rows per vector of the sweep
     RefitKernel refit, forms;

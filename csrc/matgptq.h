@@ -225,6 +225,15 @@ MATGPTQ_API int matgptq_rms_norm(void *x, const void *update, const void *weight
 MATGPTQ_API int matgptq_rotate(void *x, const void *cosine, const void *sine, int64_t heads, int64_t size, int dtype);
 /* out = [[gate / (1 + exp(-gate))] * up], `size` elements. */
 MATGPTQ_API int matgptq_silu_product(const void *gate, const void *up, void *out, int64_t size, int dtype);
+/* out = softmax(scale * query * keys^T) * values for one token. query, out: [heads, size], contiguous. keys, values: of
+ * key_heads heads and `length` positions, distances in elements, rows of `size` adjacent ones. heads is a multiple of
+ * key_heads, neighbouring heads share one of them; size is a multiple of MATGPTQ_ATTEND_UNIT. Computed in float32 and
+ * rounded once; the order of sums depends on the instruction set. Over threads, unlike the others. */
+#define MATGPTQ_ATTEND_UNIT 32
+MATGPTQ_API int matgptq_attend(const void *query, const void *keys, const void *values, void *out, int64_t heads,
+                               int64_t key_heads, int64_t size, int64_t length, int64_t key_head_stride,
+                               int64_t key_stride, int64_t value_head_stride, int64_t value_stride, float scale,
+                               int dtype, int num_threads);
 /* x = [x + update], `size` elements, in place. */
 MATGPTQ_API int matgptq_add(void *x, const void *update, int64_t size, int dtype);
 

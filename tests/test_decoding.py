@@ -27,18 +27,18 @@ CONTEXT = token_ids(1, 12)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    made: dict[str, str] = {}
+    made: dict[tuple[str, int], str] = {}
 
-    def make(name: str) -> str:
-        if name not in made:
+    def make(name: str, head_dim: int = 16) -> str:
+        if (name, head_dim) not in made:
             directory = tmp_path_factory.mktemp(name)
-            sizes = {"hidden_size": 64, "intermediate_size": 96}
+            sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": head_dim}
             if name == "mistral":
                 sizes["sliding_window"] = None  # with one shorter than the context there is a mask
             source = save_model(name, directory / "source", torch.float32, shape=sizes)
             matgptq.quantize(source, directory / "out", method="rtn", group_size=GROUP_SIZE)
-            made[name] = str(directory / "out")
-        return made[name]
+            made[name, head_dim] = str(directory / "out")
+        return made[name, head_dim]
 
     return make
 
@@ -76,11 +76,17 @@ def the_long_way(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: o
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [16, 32, 96])
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_token_computes_what_transformers_computes(name, dtype, checkpoint, calls, monkeypatch):
-    model = matgptq.load(checkpoint(name), 4, device="cpu", dtype=dtype)
+def test_a_token_computes_what_transformers_computes(name, head_dim, dtype, checkpoint, calls, monkeypatch):
+    """Heads of 16 are PyTorch's to attend with, others the library's."""
+    model = matgptq.load(checkpoint(name, head_dim), 4, device="cpu", dtype=dtype)
+    attended: list[Tensor | None] = []
+    attend = RowSteps.attend
+    monkeypatch.setattr(RowSteps, "attend", lambda *given: attended.append(attend(*given)) or attended[-1])
     short = decode(model)
     assert len(calls) == 6 * model.config.num_hidden_layers
+    assert [each is not None for each in attended] == [head_dim > 16] * len(calls)
     long = the_long_way(model, monkeypatch)
     # bfloat16 keeps 8 bits: where attention's sum goes the other way, so does all that follows.
     tolerance = 1e-5 if dtype == "float32" else 0.03
@@ -119,6 +125,26 @@ def test_other_caches(checkpoint, monkeypatch):
     expected = the_long_way(model, monkeypatch)
     found = decode(model, cache=StaticCache(config=model.config, max_cache_len=32))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(1, 1, 32), (9, 3, 64), (8, 1, 96), (4, 4, 128)])
+def test_attention_of_a_row(heads, key_heads, size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    steps = RowSteps(dtype)
+    for length in (*range(1, 18), 31, 33, 64, 500):
+        query = torch.randn(1, heads * size, generator=generator).to(dtype)
+        store = torch.randn(2, key_heads, length + 3, size + 5, generator=generator).to(dtype)
+        keys, values = store[:, None, :, 1 : length + 1, :size]
+        found = steps.attend(query, keys, values, 0.1)
+        wanted = nn.functional.scaled_dot_product_attention(
+            query.double().view(1, heads, 1, size), keys.double(), values.double(), scale=0.1, enable_gqa=True
+        )
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(found.double(), wanted.reshape(1, -1), rtol=tolerance, atol=tolerance)
+    assert steps.attend(query[:, : heads * 16], keys[..., :16], values[..., :16], 0.1) is None
+    assert steps.attend(query, keys.double(), values.double(), 0.1) is None
+    assert steps.attend(query, keys.mT.contiguous().mT, values, 0.1) is None
 
 
 def test_the_state_of_the_caller_is_not_written_to(checkpoint, calls):

@@ -647,6 +647,88 @@ void test_dense(const std::vector<std::string>& sets) {
     std::printf("dense: 960 shapes and dtypes\n");
 }
 
+void test_attend(const std::vector<std::string>& sets) {
+    const auto at = [](int64_t i) { return static_cast<size_t>(i); };
+    for (const bool half : {false, true})
+        for (const auto& shape : {std::pair<int64_t, int64_t>{1, 1}, {4, 2}, {9, 3}, {8, 1}})
+            for (const int64_t size : {32, 64, 96, 128})
+                for (const int64_t length : {1, 2, 15, 16, 17, 33, 100}) {
+                    const int64_t heads = shape.first, key_heads = shape.second, stride = size + 3;
+                    const int64_t head_stride = (length + 2) * stride;
+                    Vector query(heads * size, half, -2, 2), keys(key_heads * head_stride, half, -2, 2);
+                    Vector values(key_heads * head_stride, half, -1, 1);
+                    const float scale = 1 / std::sqrt(static_cast<float>(size));
+                    std::vector<double> expected(at(heads * size));
+                    for (int64_t h = 0; h < heads; ++h) {
+                        const int64_t first = h / (heads / key_heads) * head_stride;
+                        std::vector<double> weights(at(length));
+                        double top = -1e300, total = 0;
+                        for (int64_t t = 0; t < length; ++t) {
+                            double& score = weights[at(t)];
+                            for (int64_t i = 0; i < size; ++i)
+                                score += static_cast<double>(query.values[at(h * size + i)]) *
+                                         keys.values[at(first + t * stride + i)];
+                            score *= scale;
+                            top = std::max(top, score);
+                        }
+                        for (double& weight : weights) total += weight = std::exp(weight - top);
+                        for (int64_t t = 0; t < length; ++t)
+                            for (int64_t i = 0; i < size; ++i)
+                                expected[at(h * size + i)] +=
+                                    weights[at(t)] / total * values.values[at(first + t * stride + i)];
+                    }
+                    for (const std::string& set : sets) {
+                        matgptq_set_isa(set.c_str());
+                        where = set + ", attend, heads " + std::to_string(heads) + " size " + std::to_string(size) +
+                                " length " + std::to_string(length) + (half ? ", bfloat16" : "");
+                        Vector out(heads * size, half, 7, 7);
+                        check(!matgptq_attend(query.data(), keys.data(), values.data(), out.data(), heads, key_heads,
+                                              size, length, head_stride, stride, head_stride, stride, scale, out.dtype(),
+                                              static_cast<int>(length % 3 + 1)),
+                              "attend runs");
+                        out.read();
+                        bool near = true;
+                        for (size_t i = 0; i < expected.size(); ++i)
+                            near &= std::fabs(out.values[i] - expected[i]) <=
+                                    3e-6 + (half ? 0.004 * std::fabs(expected[i]) : 0);
+                        check(near, "attend is its formula");
+                    }
+                }
+    const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    std::vector<float> query(32, 1.0f), keys(20 * 32, 1.0f), values(20 * 32, 1.0f), out(32);
+    const auto run = [&](int64_t size) {
+        return matgptq_attend(query.data(), keys.data(), values.data(), out.data(), 1, 1, size, 20, 0, 32, 0, 32, 1.0f, 0,
+                              1);
+    };
+    for (const std::string& set : sets) {
+        matgptq_set_isa(set.c_str());
+        where = set + ", attend, values that are not finite";
+        for (const float bad : {nan, infinity})
+            for (const size_t place : {0, 18}) {
+                keys[place * 32 + 5] = bad;
+                check(!run(32) && std::isnan(out[0]) && std::isnan(out[31]), "keys propagate");
+                keys[place * 32 + 5] = 1;
+                values[place * 32 + 5] = bad;
+                check(!run(32) && !std::isfinite(out[5]) && std::fabs(out[6] - 1) < 1e-6f, "values propagate");
+                values[place * 32 + 5] = 1;
+            }
+        where = set + ", attend, scores far apart";
+        keys.assign(keys.size(), -300.0f);
+        for (size_t i = 0; i < 32; ++i) keys[7 * 32 + i] = 300;
+        values[7 * 32 + 1] = 5;
+        check(!run(32) && std::fabs(out[1] - 5) < 1e-5f && std::fabs(out[0] - 1) < 1e-6f, "the largest counts alone");
+        keys.assign(keys.size(), 1.0f);
+        values.assign(values.size(), 1.0f);
+    }
+    where = "attend, refusals";
+    check(run(16) == MATGPTQ_E_ARGUMENT && run(0) == MATGPTQ_E_ARGUMENT, "size");
+    check(matgptq_attend(query.data(), keys.data(), values.data(), out.data(), 3, 2, 32, 1, 0, 32, 0, 32, 1, 0, 1) ==
+              MATGPTQ_E_ARGUMENT, "heads");
+    check(matgptq_attend(nullptr, keys.data(), values.data(), out.data(), 1, 1, 32, 1, 0, 32, 0, 32, 1, 0, 1) ==
+              MATGPTQ_E_ARGUMENT, "no query");
+    std::printf("attend: 224 shapes and dtypes\n");
+}
+
 // Against double precision, in units of what a sum of so many products may be off.
 void test_refit(const std::vector<std::string>& sets) {
     const int64_t shapes[][3] = {{1, 1, 1}, {3, 8, 8}, {17, 15, 5}, {98, 64, 32}, {200, 42, 7}};
@@ -828,6 +910,7 @@ int main() {
     test_refit(sets);
     test_read(sets);
     test_dense(sets);
+    test_attend(sets);
     test_row_steps();
     test_refusals();
     if (failures) std::printf("%d checks failed\n", failures);

@@ -176,6 +176,9 @@ class RowBlock:
         steps.rotate(key, cosine, sine)
         shape = (1, -1, 1, size)
         keys, values = keywords["past_key_values"].update(key.view(shape), value.view(shape), self._attention.layer_idx)
+        attended = steps.attend(query, keys, values, self._attention.scaling)
+        if attended is not None:
+            return attended
         output = nn.functional.scaled_dot_product_attention(
             query.view(shape), keys, values, scale=self._attention.scaling, enable_gqa=len(set(sizes)) > 1
         )

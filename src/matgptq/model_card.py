@@ -193,7 +193,8 @@ def _use(checkpoint: Checkpoint, name: str) -> str:
         rest += (
             f" It serves {checkpoint.settings.bits} bits, as `bits` in\n`config.json` says; "
             "`quantization_config=matgptq.MatGPTQConfig(bits=3)` asks for another width.\n\n"
-            f"`matgptq serve {name}` serves all widths behind OpenAI's API; a request for the model `{name}:3` gets 3 bits."
+            f"`matgptq serve {name}` serves all widths behind OpenAI's API; "
+            f"a request for the model `{name}:3` gets 3 bits."
         )
     return f"""## Use
 

@@ -131,6 +131,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "rotate": (_int, (_pointer, _pointer, _pointer, _int64, _int64, _int)),
     "silu_product": (_int, (_pointer, _pointer, _pointer, _int64, _int)),
     "add": (_int, (_pointer, _pointer, _int64, _int)),
+    "attend": (_int, (*[_pointer] * 4, *[_int64] * 8, ctypes.c_float, _int, _int)),
 }
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from matgptq.native.library import DTYPES, check_status, require_library
 
+ATTEND_UNIT = 32
+
 
 class RowSteps:
     """The calls for one dtype.
@@ -26,6 +28,7 @@ class RowSteps:
         self._rotate = library.matgptq_rotate
         self._silu_product = library.matgptq_silu_product
         self._add = library.matgptq_add
+        self._attend = library.matgptq_attend
 
     def __deepcopy__(self, _: object) -> RowSteps:
         """Itself: functions of a library are not copied with a model."""
@@ -59,6 +62,32 @@ class RowSteps:
         gate = gate_up.data_ptr()
         status = self._silu_product(
             gate, gate + size * gate_up.element_size(), out.data_ptr(), size, self._dtype
+        )  # fmt: skip
+        if status:
+            check_status(status)
+        return out
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor | None:
+        """Attention of a token, ``[1, heads * size]`` as the query is.
+
+        Args:
+            query: ``[1, heads * size]``, contiguous.
+            keys, values: ``[1, key heads, positions, size]``, any distances between rows of adjacent elements.
+            scale: of the scores.
+
+        Returns:
+            None where the library does not compute it: sizes that are no multiple of ``ATTEND_UNIT``, other dtypes.
+        """
+        _, key_heads, length, size = keys.shape
+        if size % ATTEND_UNIT or any(
+            not each.is_cpu or each.dtype != query.dtype or each.stride(3) != 1 for each in (keys, values)
+        ):
+            return None
+        out = torch.empty_like(query)
+        status = self._attend(
+            query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), query.shape[1] // size, key_heads,
+            size, length, keys.stride(1), keys.stride(2), values.stride(1), values.stride(2), scale, self._dtype,
+            torch.get_num_threads(),
         )  # fmt: skip
         if status:
             check_status(status)

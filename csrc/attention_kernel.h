@@ -1,0 +1,113 @@
+// Attention of one token: a query per head over the keys and values that came before, as a cache holds them.
+#pragma once
+
+#include <initializer_list>
+#include <limits>
+
+#include "layout.h"
+
+namespace matgptq {
+namespace {
+
+// Elements begin.. of a row as two vectors, in an order of their own that keys, values and queries share: neighbours
+// apart for bfloat16, one vector behind the other for float32.
+template <class S, bool Half>
+MATGPTQ_INLINE void load_elements(const uint8_t* row, int64_t begin, typename S::Floats* halves) {
+    if constexpr (Half) {
+        S::load_pairs(row + begin * 2, halves[0], halves[1]);
+    } else {
+        const float* values = reinterpret_cast<const float*>(row) + begin;
+        halves[0] = S::load_floats(values);
+        halves[1] = S::load_floats(values + S::kLanes);
+    }
+}
+
+// exp(x) for x <= 0 to within 2 units in the last place, 0 below -87; NaN stays one. 2^n e^r with |r| <= ln(2) / 2.
+template <class S>
+MATGPTQ_INLINE typename S::Floats exp_not_positive(typename S::Floats x) {
+    using Floats = typename S::Floats;
+    const auto constant = [](float value) { return S::broadcast(value); };
+    const Floats clamped = S::max(constant(-87.0f), x);  // of a number and NaN, the second
+    const Floats shifted = S::add(S::multiply(clamped, constant(1.44269504f)), constant(12582912.0f));
+    const Floats n = S::subtract(shifted, constant(12582912.0f));
+    const Floats r = S::add(S::subtract(clamped, S::multiply(n, constant(0.693359375f))),
+                            S::multiply(n, constant(2.12194440e-4f)));
+    Floats p = constant(1.9875691500e-4f);
+    for (const float term : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = S::add(S::multiply(p, r), constant(term));
+    p = S::add(S::add(S::multiply(S::multiply(p, r), r), r), constant(1.0f));
+    return S::select(S::less(x, constant(-87.0f)), constant(0.0f), S::multiply(p, S::power_of_two(shifted)));
+}
+
+template <class S, bool Half>
+void attend_group(const AttentionGroup& group, int64_t head) {
+    using Floats = typename S::Floats;
+    constexpr int step = 2 * S::kLanes;
+    constexpr int64_t bytes = Half ? 2 : 4;
+    const int64_t size = group.size, length = group.length, queries = group.queries;
+    const uint8_t* const query = group.query + head * queries * size * bytes;
+    const uint8_t* const keys = group.keys + head * group.key_head_bytes;
+    const uint8_t* const values = group.values + head * group.value_head_bytes;
+    const int64_t span = group.span;
+    float* const scores = group.scores + head * queries * (span + size);  // [queries, span]
+    float* const sums = scores + queries * span;                          // [queries, size], in the order of vectors
+    for (int64_t t = 0; t < length; ++t) {
+        const uint8_t* key = keys + t * group.key_bytes;
+        for (int64_t q = 0; q < queries; ++q) {
+            Floats even = S::broadcast(0.0f), odd = S::broadcast(0.0f);
+            for (int64_t i = 0; i < size; i += step) {
+                Floats k[2], x[2];
+                load_elements<S, Half>(key, i, k);
+                load_elements<S, Half>(query + q * size * bytes, i, x);
+                even = S::fma(k[0], x[0], even);
+                odd = S::fma(k[1], x[1], odd);
+            }
+            scores[q * span + t] = S::sum(S::add(even, odd)) * group.scale;
+        }
+    }
+    for (int64_t q = 0; q < queries; ++q) {
+        float* row = scores + q * span;
+        float top = row[0];
+        for (int64_t t = 1; t < length; ++t) top = row[t] > top ? row[t] : top;
+        // Behind the last position nothing counts.
+        for (int64_t t = length; t < span; ++t) row[t] = -std::numeric_limits<float>::infinity();
+        Floats total = S::broadcast(0.0f);
+        for (int64_t t = 0; t < span; t += S::kLanes) {
+            const Floats e = exp_not_positive<S>(S::subtract(S::load_floats(row + t), S::broadcast(top)));
+            S::store(row + t, e);
+            total = S::add(total, e);
+        }
+        const Floats share = S::broadcast(1.0f / S::sum(total));
+        for (int64_t t = 0; t < span; t += S::kLanes) S::store(row + t, S::multiply(S::load_floats(row + t), share));
+        for (int64_t i = 0; i < size; ++i) sums[q * size + i] = 0.0f;
+    }
+    for (int64_t t = 0; t < length; ++t) {
+        const uint8_t* value = values + t * group.value_bytes;
+        for (int64_t i = 0; i < size; i += step) {
+            Floats v[2];
+            load_elements<S, Half>(value, i, v);
+            for (int64_t q = 0; q < queries; ++q) {
+                const Floats weight = S::broadcast(scores[q * span + t]);
+                float* sum = sums + q * size + i;
+                S::store(sum, S::fma(weight, v[0], S::load_floats(sum)));
+                S::store(sum + S::kLanes, S::fma(weight, v[1], S::load_floats(sum + S::kLanes)));
+            }
+        }
+    }
+    // Back into the order of elements.
+    for (int64_t q = 0; q < queries; ++q)
+        for (int64_t i = 0; i < size; ++i) {
+            const int64_t within = i % step;
+            const int64_t place = Half ? within / 2 + within % 2 * S::kLanes : within;
+            group.out[(head * queries + q) * size + i] = sums[q * size + i - within + place];
+        }
+}
+
+template <class S>
+void fill_attention(Kernels& table) {
+    table.attend[0] = attend_group<S, false>;
+    table.attend[1] = attend_group<S, true>;
+}
+
+}  // namespace
+}  // namespace matgptq

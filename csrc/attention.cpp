@@ -30,8 +30,8 @@ extern "C" int matgptq_attend(const void* query, const void* keys, const void* v
         const Buffer<float> scores = allocate<float>(heads * (span + size));
         const Buffer<float> result = allocate<float>(heads * size);
         const AttentionGroup group{static_cast<const uint8_t*>(query), static_cast<const uint8_t*>(keys),
-                                   static_cast<const uint8_t*>(values), result.get(), scores.get(), queries, size, length, span,
-                                   key_head_stride * bytes, key_stride * bytes, value_head_stride * bytes,
+                                   static_cast<const uint8_t*>(values), result.get(), scores.get(), queries, size, length,
+                                   span, key_head_stride * bytes, key_stride * bytes, value_head_stride * bytes,
                                    value_stride * bytes, scale};
         const int64_t grain = 1 + kBytesPerPiece / (2 * length * size * bytes);
         parallel_for(key_heads, grain, num_threads, [&](int64_t begin, int64_t end) {

@@ -1,43 +1,14 @@
 // Attention of one token: a query per head over the keys and values that came before, as a cache holds them.
 #pragma once
 
-#include <initializer_list>
 #include <limits>
 
+#include "exp_kernel.h"
 #include "layout.h"
+#include "row_elements.h"
 
 namespace matgptq {
 namespace {
-
-// Elements begin.. of a row as two vectors, in an order of their own that keys, values and queries share: neighbours
-// apart for bfloat16, one vector behind the other for float32.
-template <class S, bool Half>
-MATGPTQ_INLINE void load_elements(const uint8_t* row, int64_t begin, typename S::Floats* halves) {
-    if constexpr (Half) {
-        S::load_pairs(row + begin * 2, halves[0], halves[1]);
-    } else {
-        const float* values = reinterpret_cast<const float*>(row) + begin;
-        halves[0] = S::load_floats(values);
-        halves[1] = S::load_floats(values + S::kLanes);
-    }
-}
-
-// exp(x) for x <= 0 to within 2 units in the last place, 0 below -87; NaN stays one. 2^n e^r with |r| <= ln(2) / 2.
-template <class S>
-MATGPTQ_INLINE typename S::Floats exp_not_positive(typename S::Floats x) {
-    using Floats = typename S::Floats;
-    const auto constant = [](float value) { return S::broadcast(value); };
-    const Floats clamped = S::max(constant(-87.0f), x);  // of a number and NaN, the second
-    const Floats shifted = S::add(S::multiply(clamped, constant(1.44269504f)), constant(12582912.0f));
-    const Floats n = S::subtract(shifted, constant(12582912.0f));
-    const Floats r = S::add(S::subtract(clamped, S::multiply(n, constant(0.693359375f))),
-                            S::multiply(n, constant(2.12194440e-4f)));
-    Floats p = constant(1.9875691500e-4f);
-    for (const float term : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = S::add(S::multiply(p, r), constant(term));
-    p = S::add(S::add(S::multiply(S::multiply(p, r), r), r), constant(1.0f));
-    return S::select(S::less(x, constant(-87.0f)), constant(0.0f), S::multiply(p, S::power_of_two(shifted)));
-}
 
 template <class S, bool Half>
 void attend_group(const AttentionGroup& group, int64_t head) {
@@ -57,8 +28,8 @@ void attend_group(const AttentionGroup& group, int64_t head) {
             Floats even = S::broadcast(0.0f), odd = S::broadcast(0.0f);
             for (int64_t i = 0; i < size; i += step) {
                 Floats k[2], x[2];
-                load_elements<S, Half>(key, i, k);
-                load_elements<S, Half>(query + q * size * bytes, i, x);
+                load_halves<S, Half>(key + i * bytes, S::kLanes, k);
+                load_halves<S, Half>(query + (q * size + i) * bytes, S::kLanes, x);
                 even = S::fma(k[0], x[0], even);
                 odd = S::fma(k[1], x[1], odd);
             }
@@ -85,7 +56,7 @@ void attend_group(const AttentionGroup& group, int64_t head) {
         const uint8_t* value = values + t * group.value_bytes;
         for (int64_t i = 0; i < size; i += step) {
             Floats v[2];
-            load_elements<S, Half>(value, i, v);
+            load_halves<S, Half>(value + i * bytes, S::kLanes, v);
             for (int64_t q = 0; q < queries; ++q) {
                 const Floats weight = S::broadcast(scores[q * span + t]);
                 float* sum = sums + q * size + i;

@@ -35,7 +35,7 @@ extern "C" int matgptq_dense(const void* x, int x_dtype, int64_t x_stride, int64
             const char* from = static_cast<const char*>(x) + b * x_stride * element_bytes(x_dtype);
             float* to = values.get() + b * columns;
             for (int64_t c = 0; c < columns; ++c) {
-                // Even columns of a chunk in front of its odd ones: see load_columns.
+                // Even columns of a chunk in front of its odd ones: see load_halves.
                 const int64_t within = c % kDenseColumns;
                 const int64_t place = half ? within / 2 + (within % 2) * (kDenseColumns / 2) : within;
                 to[c - within + place] = c < in_features ? read_float(from, x_dtype, c) : 0.0f;

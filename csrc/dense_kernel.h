@@ -4,22 +4,13 @@
 #include <cstring>
 
 #include "layout.h"
+#include "row_elements.h"
 
 namespace matgptq {
 namespace {
 
-// A chunk of 32 columns fills two vectors of 16 sums: even and odd columns of a bfloat16 weight, whose two halves of a
-// word become floats by a shift and a mask; the first and the last 16 of a float32 weight.
-template <class S, bool Half>
-MATGPTQ_INLINE void load_columns(const uint8_t* chunk, int part, typename S::Floats* halves) {
-    if constexpr (Half) {
-        S::load_pairs(chunk + part * 4 * S::kLanes, halves[0], halves[1]);
-    } else {
-        const float* values = reinterpret_cast<const float*>(chunk) + part * S::kLanes;
-        halves[0] = S::load_floats(values);
-        halves[1] = S::load_floats(values + kDenseColumns / 2);
-    }
-}
+// A chunk of 32 columns fills two vectors of 16 sums: even and odd columns of a bfloat16 weight, the first and the last
+// 16 of a float32 one.
 
 // Asked for at least so far ahead.
 constexpr int64_t kAheadBytes = 8192;
@@ -39,7 +30,7 @@ MATGPTQ_INLINE void dense_block(const DenseWeight& weight, const uint8_t* first,
         for (int part = 0; part < parts; ++part)
             for (int w = 0; w < Count; ++w) {
                 Floats columns[2];
-                load_columns<S, Half>(chunk + w * step, part, columns);
+                load_halves<S, Half>(chunk + w * step + part * 4 * S::kLanes, kDenseColumns / 2, columns);
                 for (int b = 0; b < Rows; ++b)
                     for (int half = 0; half < 2; ++half)
                         sum[w][b][part][half] =

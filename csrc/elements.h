@@ -11,6 +11,21 @@ namespace matgptq {
 // static: a copy compiled for one instruction set must not be linked into another.
 static inline int64_t element_bytes(int dtype) { return dtype == MATGPTQ_FLOAT32 ? 4 : 2; }
 
+static inline float from_bfloat16(uint16_t half) {
+    const uint32_t word = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+// To nearest, ties to even; a NaN stays one whatever its payload.
+static inline uint16_t to_bfloat16(float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    const uint32_t rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+    return static_cast<uint16_t>((word & 0x7FFFFFFF) > 0x7F800000 ? (word >> 16) | 0x40 : rounded);
+}
+
 static inline float read_float(const void* x, int dtype, int64_t index) {
     if (dtype == MATGPTQ_FLOAT32) {
         float value;
@@ -19,22 +34,15 @@ static inline float read_float(const void* x, int dtype, int64_t index) {
     }
     uint16_t half;
     std::memcpy(&half, static_cast<const char*>(x) + index * 2, 2);
-    const uint32_t word = static_cast<uint32_t>(half) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
+    return from_bfloat16(half);
 }
 
-// To nearest, ties to even; a NaN stays one.
 static inline void write_float(void* y, int dtype, int64_t index, float value) {
     if (dtype == MATGPTQ_FLOAT32) {
         std::memcpy(static_cast<char*>(y) + index * 4, &value, 4);
         return;
     }
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    const uint32_t rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-    const uint16_t half = static_cast<uint16_t>((word & 0x7FFFFFFF) > 0x7F800000 ? (word >> 16) | 0x40 : rounded);
+    const uint16_t half = to_bfloat16(value);
     std::memcpy(static_cast<char*>(y) + index * 2, &half, 2);
 }
 

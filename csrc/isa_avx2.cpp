@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "kernel_table.h"
+#include "x86_sums.h"
 
 namespace matgptq {
 namespace {
@@ -76,6 +77,7 @@ struct Avx2 {
     static MATGPTQ_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
     static MATGPTQ_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
     static MATGPTQ_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+    static MATGPTQ_INLINE Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
     static MATGPTQ_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
     static MATGPTQ_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
     static MATGPTQ_INLINE Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
@@ -101,12 +103,7 @@ struct Avx2 {
         const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
         return _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(0x3F800000)));
     }
-    // By halves: lanes i and i + 4, then i and i + 2, and so on.
-    static MATGPTQ_INLINE float sum(Floats v) {
-        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-    }
+    static MATGPTQ_INLINE float sum(Floats v) { return sum_by_halves(v); }
     static MATGPTQ_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 
     template <int Bits, bool Rounding>

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "kernel_table.h"
+#include "x86_sums.h"
 
 namespace matgptq {
 namespace {
@@ -72,6 +73,7 @@ struct Avx512 {
     static MATGPTQ_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static MATGPTQ_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
     static MATGPTQ_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static MATGPTQ_INLINE Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
     static MATGPTQ_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static MATGPTQ_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
     static MATGPTQ_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
@@ -101,12 +103,8 @@ struct Avx512 {
         const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
         return _mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(0x3F800000)));
     }
-    // By halves: lanes i and i + 8, then i and i + 4, and so on.
     static MATGPTQ_INLINE float sum(Floats v) {
-        const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+        return sum_by_halves(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
     }
     static MATGPTQ_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 

@@ -69,6 +69,7 @@ struct Neon {
     static MATGPTQ_INLINE Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
     static MATGPTQ_INLINE Floats subtract(Floats a, Floats b) { return vsubq_f32(a, b); }
     static MATGPTQ_INLINE Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
+    static MATGPTQ_INLINE Floats divide(Floats a, Floats b) { return vdivq_f32(a, b); }
     static MATGPTQ_INLINE Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
     static MATGPTQ_INLINE Floats fnma(Floats a, Floats b, Floats c) { return vfmsq_f32(c, a, b); }
     static MATGPTQ_INLINE Floats min(Floats a, Floats b) { return vminq_f32(a, b); }

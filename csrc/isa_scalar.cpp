@@ -65,6 +65,7 @@ struct Scalar {
     static Floats add(Floats a, Floats b) { return a + b; }
     static Floats subtract(Floats a, Floats b) { return a - b; }
     static Floats multiply(Floats a, Floats b) { return a * b; }
+    static Floats divide(Floats a, Floats b) { return a / b; }
     static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
     static Floats fnma(Floats a, Floats b, Floats c) { return c - a * b; }
     static Floats min(Floats a, Floats b) { return a < b ? a : b; }

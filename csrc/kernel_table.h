@@ -17,6 +17,7 @@ Kernels make_kernels(const char* name) {
     fill_products<Isa>(table);
     fill_dense<Isa>(table);
     fill_attention<Isa>(table);
+    table.silu = silu<Isa>;
     fill_sweep<Isa>(table);
     fill_refit<Isa>(table);
     return table;

@@ -120,7 +120,7 @@ struct DenseWeight {
     int64_t row_bytes;  // from row to row
     int64_t columns;
 };
-// x [panel rows, columns, padded] (rows x_step apart, in the order of load_columns) times the rows [row_begin, row_end),
+// x [panel rows, columns, padded] (rows x_step apart, in the order of load_halves) times the rows [row_begin, row_end),
 // into out [panel rows, row_end - row_begin] (rows out_step apart).
 using DenseKernel = void (*)(const DenseWeight&, int64_t row_begin, int64_t row_end, const float* x, int64_t x_step,
                              float* out, int64_t out_step);
@@ -139,6 +139,9 @@ struct AttentionGroup {
 // Of the queries that share one head of keys.
 using AttentionKernel = void (*)(const AttentionGroup&, int64_t key_head);
 
+// x / (1 + exp(-x)) in place, for a multiple of 16 values.
+using SiluKernel = void (*)(float* x, int64_t size);
+
 struct SweepPlan;
 using SweepKernel = void (*)(const SweepPlan&, int64_t tile_begin, int64_t tile_end);
 struct RefitTile;
@@ -154,6 +157,7 @@ struct Kernels {
     TabulateKernel tabulate;  // null where products use no tables
     ReadKernel read;
     DenseKernel dense[2][3];  // [bfloat16 ? 1 : 0][log2 of panel rows]
+    SiluKernel silu;
     AttentionKernel attend[2];  // [bfloat16 ? 1 : 0]
     SweepKernel sweep;
     int sweep_lanes;  // rows per vector of the sweep

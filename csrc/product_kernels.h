@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "elements.h"
 #include "layout.h"
 
 namespace matgptq {
@@ -353,11 +354,7 @@ MATGPTQ_INLINE void scale_levels(const int8_t* levels, int count, float scale, v
     unsigned char* to = static_cast<unsigned char*>(out);
     for (int i = 0; i < count; ++i) {
         const float value = static_cast<float>(levels[i]) * scale;
-        uint32_t word;
-        std::memcpy(&word, &value, 4);
-        // Round half to even; NaN (an infinite scale times 0) keeps a mantissa bit.
-        const uint32_t rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-        const uint16_t half = static_cast<uint16_t>((word & 0x7FFFFFFF) > 0x7F800000 ? (word >> 16) | 0x40 : rounded);
+        const uint16_t half = to_bfloat16(value);
         std::memcpy(to + 2 * i, &half, 2);
     }
 }

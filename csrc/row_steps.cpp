@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "elements.h"
+#include "layout.h"
 #include "matgptq.h"
 
 namespace {
@@ -16,20 +18,8 @@ struct Float32 {
 
 struct BFloat16 {
     using Stored = uint16_t;
-    static float load(uint16_t value) {
-        const uint32_t bits = static_cast<uint32_t>(value) << 16;
-        float result;
-        std::memcpy(&result, &bits, sizeof result);
-        return result;
-    }
-    // To nearest, ties to even; a NaN stays one whatever its payload.
-    static uint16_t store(float value) {
-        uint32_t bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        const uint32_t quiet = (bits >> 16) | 0x40u;
-        return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
-    }
+    static float load(uint16_t value) { return matgptq::from_bfloat16(value); }
+    static uint16_t store(float value) { return matgptq::to_bfloat16(value); }
 };
 
 template <typename T>
@@ -96,38 +86,22 @@ void rotate(void* x_, const void* cosine_, const void* sine_, int64_t heads, int
     }
 }
 
-// exp(x) for x <= 0 to within 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2, r by a polynomial.
-inline float exp_not_positive(float x) {
-    const float clamped = x < -87.0f ? -87.0f : x;  // smaller results vanish beside the 1 that they are added to
-    const int32_t whole = static_cast<int32_t>(clamped * 1.44269504f - 0.5f);  // to nearest, as x <= 0
-    const float n = static_cast<float>(whole);
-    const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = (p * r) * r + r + 1.0f;
-    const int32_t bits = (whole + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
-}
-
-inline float silu(float x) {
-    // With e = exp(-|x|): 1 / (1 + exp(-x)) is 1 / (1 + e) for x >= 0 and e / (1 + e) below, and nothing overflows.
-    const float magnitude = std::fabs(x);
-    const float e = exp_not_positive(-(magnitude == magnitude ? magnitude : 0.0f));
-    return x * ((x < 0.0f ? e : 1.0f) / (1.0f + e));
-}
+// Values that are activated together.
+constexpr int64_t kPiece = 256;
 
 template <typename T>
 void silu_product(const void* gate_, const void* up_, void* out_, int64_t size) {
     using Stored = typename T::Stored;
     const Stored *gate = static_cast<const Stored*>(gate_), *up = static_cast<const Stored*>(up_);
     Stored* out = static_cast<Stored*>(out_);
-    for (int64_t i = 0; i < size; ++i) out[i] = T::store(rounded<T>(silu(T::load(gate[i]))) * T::load(up[i]));
+    alignas(64) float values[kPiece] = {};
+    for (int64_t begin = 0; begin < size; begin += kPiece) {
+        const int64_t count = size - begin < kPiece ? size - begin : kPiece;
+        for (int64_t i = 0; i < count; ++i) values[i] = T::load(gate[begin + i]);
+        matgptq::kernels().silu(values, matgptq::ceil_div(count, 16) * 16);
+        for (int64_t i = 0; i < count; ++i)
+            out[begin + i] = T::store(rounded<T>(values[i]) * T::load(up[begin + i]));
+    }
 }
 
 bool is_dtype(int dtype) { return dtype == MATGPTQ_FLOAT32 || dtype == MATGPTQ_BFLOAT16; }

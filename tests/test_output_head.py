@@ -75,7 +75,7 @@ def test_an_exact_head_follows_its_weight(copied, name, make_checkpoint, calls):
         model = copy.deepcopy(model)
         assert model.get_output_embeddings().rows.data_ptr() == held.rows.data_ptr()  # one copy is enough for all
     x = torch.randn(3, 64)
-    for change in (_edited, _put_in_place, _replaced, _resized):
+    for change in (_merged, _edited, _put_in_place, _replaced, _resized):
         change(model)
         head = model.get_output_embeddings()
         assert_product(head, x)
@@ -179,6 +179,10 @@ def test_the_full_precision_head_is_what_is_saved(make_checkpoint, tmp_path):
 
 def _resized(model):
     model.resize_token_embeddings(300, mean_resizing=False)
+
+
+def _merged(model):
+    model.get_output_embeddings().weight.data += 0.01
 
 
 def _edited(model):

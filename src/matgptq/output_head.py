@@ -152,7 +152,8 @@ class DenseHead(_CopiedHead):
     @property
     def rows(self) -> Tensor:
         """What is multiplied by: the copy, or the weight."""
-        return self._copy.tensor if self._copy is not None and self.is_current else self.weight
+        copy = self._copy
+        return copy.tensor if copy is not None and self.is_current and copy.resembles(self.weight) else self.weight
 
     @property
     def bytes_read(self) -> int:
@@ -194,18 +195,33 @@ class _Rows(Immutable):
     """A bfloat16 copy of a float32 weight, the same for all copies of a model."""
 
     tensor: Tensor
+    sample: Tensor
 
     @staticmethod
     def of(weight: Tensor) -> _Rows | None:
         """None where it would not be exact, or is not needed."""
-        if weight.dtype != torch.float32:
+        if weight.dtype != torch.float32 or weight.is_inference():  # whose changes nothing counts
             return None
         copy = torch.empty_like(weight, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
         for start in range(0, len(weight), _ROWS):
             piece = weight[start : start + _ROWS]
             if not torch.equal(copy[start : start + _ROWS].copy_(piece).float(), piece):
                 return None
-        return _Rows(copy)
+        return _Rows(copy, _sample(copy).clone())
+
+    def resembles(self, weight: Tensor) -> bool:
+        """Whether some elements are the copied ones: PyTorch does not count changes through ``weight.data``.
+
+        Merging an adapter is one of them, and changes nearly all elements; a change of a few rows stays unseen.
+        """
+        part = _sample(weight.detach())
+        return torch.equal(part, self.sample.to(part.dtype))
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A hundred elements or so, spread over a matrix."""
+    rows, columns = weight.shape
+    return weight[:: max(1, rows // 16), :: max(1, columns // 8)]
 
 
 def pack_head(model: Any, bits: int, activations: native.Activations = "exact") -> None:

@@ -12,7 +12,6 @@ from matgptq.allocation_store import find_allocation, stored_allocations
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import ConfigurationError
 from matgptq.loading import load
-from matgptq.native import Activations
 from matgptq.nested_linear import SlicedLinear, nested_layers
 from matgptq.slicing import WIDTHS
 from matgptq.source import load_tokenizer
@@ -42,7 +41,6 @@ class ServedModels:
     def __init__(self, model: Any, tokenizer: Any, name: str, own: str, others: Mapping[str, Widths]) -> None:
         self.tokenizer = tokenizer
         self.name = name
-        self.own = own
         self._model = model
         self._others = {f"{name}:{choice}": widths for choice, widths in others.items() if choice != own}
         self._made = {name: model, f"{name}:{own}": model}
@@ -69,12 +67,8 @@ def open_models(
     allocation: str | Path | None = None,
     *,
     name: str | None = None,
-    resident: bool = True,
-    activations: Activations = "exact",
-    head_bits: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> ServedModels:
     """Load a checkpoint to be served.
 
@@ -85,23 +79,13 @@ def open_models(
         path: a checkpoint directory, a slice, or a hub id.
         bits, allocation: of the model that answers to the checkpoint's name alone; default: the checkpoint's width.
         name: of the checkpoint; default: its directory's, or the hub id.
-        resident, activations, head_bits, device, dtype, trust_remote_code: see ``matgptq.load``.
+        trust_remote_code, options: see ``matgptq.load``.
 
     Raises:
         ConfigurationError, CheckpointError, AllocationError, SourceError: as ``matgptq.load``.
     """
     local = Path(path).expanduser()
-    model = load(
-        path,
-        bits,
-        allocation,
-        device=device,
-        dtype=dtype,
-        resident=resident,
-        activations=activations,
-        head_bits=head_bits,
-        trust_remote_code=trust_remote_code,
-    )
+    model = load(path, bits, allocation, trust_remote_code=trust_remote_code, **options)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     layers = nested_layers(model)
     widths = {layer.bits for layer in layers.values()}

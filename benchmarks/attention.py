@@ -21,19 +21,19 @@ from machine import describe_machine
 
 import matgptq
 from matgptq import native
-from matgptq.native import RowSteps
+from matgptq.native import BlockCalls
 from matgptq.speed import _step_seconds
 
 
 @contextmanager
 def attention(ours: bool) -> Iterator[None]:
-    kept = RowSteps.attend
+    kept = BlockCalls.attends
     if not ours:
-        RowSteps.attend = lambda *_: None  # type: ignore[method-assign,assignment]
+        BlockCalls.attends = lambda *_: False  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        RowSteps.attend = kept  # type: ignore[method-assign]
+        BlockCalls.attends = kept  # type: ignore[method-assign]
 
 
 def measure(model: Any, length: int, steps: int, rounds: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a signature or struct below changes. */
-#define MATGPTQ_ABI_VERSION 6
+#define MATGPTQ_ABI_VERSION 7
 
 enum matgptq_status {
     MATGPTQ_OK = 0,
@@ -210,32 +210,44 @@ typedef struct {
 
 MATGPTQ_API int matgptq_refit(const matgptq_refit_job *job);
 
-/* ---- between the products of a decoded row -------------------------------------------------------------------------
- * What a transformer block does to a few vectors besides multiplying: nothing that takes a processor long, but as
- * separate operations of an interpreter longer than the products of a small model. All in the calling thread. Every
- * intermediate result that the formulas write as [..] is rounded to `dtype`; sums are float32, in a fixed order, so that
- * results are the same on every instruction set. NaN and infinity propagate. */
+/* ---- a token through a transformer block ---------------------------------------------------------------------------
+ * Between the products of a block there are some thirty small operations, which for one token take an interpreter longer
+ * than the products of a small model. Here a block is two calls; between them the key and the value join a cache. */
 
-/* If update is not NULL first x = [x + update], in place; then out = [weight * [x / sqrt(mean(x^2) + eps)]], for `rows`
- * rows of `size`. `out` may be `x` only without update. */
-MATGPTQ_API int matgptq_rms_norm(void *x, const void *update, const void *weight, float eps, void *out, int64_t rows,
-                                 int64_t size, int dtype);
-/* Rotary embedding of `heads` vectors of `size` (even), in place: x = [[x * cos] + [(-second half, first half) * sin]],
- * with cos and sin of `size` elements. */
-MATGPTQ_API int matgptq_rotate(void *x, const void *cosine, const void *sine, int64_t heads, int64_t size, int dtype);
-/* out = [[gate / (1 + exp(-gate))] * up], `size` elements. */
-MATGPTQ_API int matgptq_silu_product(const void *gate, const void *up, void *out, int64_t size, int dtype);
 /* out = softmax(scale * query * keys^T) * values for one token. query, out: [heads, size], contiguous. keys, values: of
  * key_heads heads and `length` positions, distances in elements, rows of `size` adjacent ones. heads is a multiple of
  * key_heads, neighbouring heads share one of them; size is a multiple of MATGPTQ_ATTEND_UNIT. Computed in float32 and
- * rounded once; the order of sums depends on the instruction set. Over threads, unlike the others. */
+ * rounded once; the order of sums depends on the instruction set. */
 #define MATGPTQ_ATTEND_UNIT 32
 MATGPTQ_API int matgptq_attend(const void *query, const void *keys, const void *values, void *out, int64_t heads,
                                int64_t key_heads, int64_t size, int64_t length, int64_t key_head_stride,
                                int64_t key_stride, int64_t value_head_stride, int64_t value_stride, float scale,
                                int dtype, int num_threads);
-/* x = [x + update], `size` elements, in place. */
-MATGPTQ_API int matgptq_add(void *x, const void *update, int64_t size, int dtype);
+/* A block of the plain kind:  x += output(attention(rotary(query, key), value));  x += down(silu(gate) * up),  both from
+ * an RMS norm of x. Vectors are of `dtype` and rounded to it where transformers rounds them; products sum in float32.
+ * The struct and what it points to must stay as they are during a call, and may serve several at once. */
+enum { MATGPTQ_QUERY, MATGPTQ_KEY, MATGPTQ_VALUE, MATGPTQ_OUTPUT, MATGPTQ_GATE, MATGPTQ_UP, MATGPTQ_DOWN };
+typedef struct {
+    int dtype;
+    int activations;
+    int64_t hidden;        /* of x */
+    int64_t size;          /* of a head; even */
+    float scale;           /* of attention's scores */
+    float first_eps, second_eps, query_eps, key_eps;
+    const void *first_norm, *second_norm; /* [hidden], weights of the norms before attention and before the MLP */
+    const void *query_norm, *key_norm;    /* [size], of norms of each head, or NULL */
+    matgptq_product products[7];          /* y and y_stride are not read */
+} matgptq_block;
+
+/* qkv = query, key and value of x [hidden], side by side, the first two normed (if they have norms) and rotated by cosine
+ * and sine [size]. */
+MATGPTQ_API int matgptq_block_start(const matgptq_block *block, const void *x, const void *cosine, const void *sine,
+                                    void *qkv, int num_threads);
+/* The rest of the block: x [hidden] in place. query, keys, values: as for matgptq_attend; where keys is NULL, `query` is
+ * what attention gave. */
+MATGPTQ_API int matgptq_block_finish(const matgptq_block *block, void *x, const void *query, const void *keys,
+                                     const void *values, int64_t length, int64_t key_head_stride, int64_t key_stride,
+                                     int64_t value_head_stride, int64_t value_stride, int num_threads);
 
 #ifdef __cplusplus
 }

@@ -1,13 +1,13 @@
-// What happens to a decoded row between its products: see matgptq.h. Plain loops over short vectors, written so that
-// compilers vectorize them without reordering a sum.
+// Plain loops over short vectors, written so that compilers vectorize them without reordering a sum.
+#include "row_steps.h"
+
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 
 #include "elements.h"
 #include "layout.h"
-#include "matgptq.h"
 
+namespace matgptq {
 namespace {
 
 struct Float32 {
@@ -18,8 +18,8 @@ struct Float32 {
 
 struct BFloat16 {
     using Stored = uint16_t;
-    static float load(uint16_t value) { return matgptq::from_bfloat16(value); }
-    static uint16_t store(float value) { return matgptq::to_bfloat16(value); }
+    static float load(uint16_t value) { return from_bfloat16(value); }
+    static uint16_t store(float value) { return to_bfloat16(value); }
 };
 
 template <typename T>
@@ -98,40 +98,30 @@ void silu_product(const void* gate_, const void* up_, void* out_, int64_t size) 
     for (int64_t begin = 0; begin < size; begin += kPiece) {
         const int64_t count = size - begin < kPiece ? size - begin : kPiece;
         for (int64_t i = 0; i < count; ++i) values[i] = T::load(gate[begin + i]);
-        matgptq::kernels().silu(values, matgptq::ceil_div(count, 16) * 16);
+        kernels().silu(values, ceil_div(count, 16) * 16);
         for (int64_t i = 0; i < count; ++i)
             out[begin + i] = T::store(rounded<T>(values[i]) * T::load(up[begin + i]));
     }
 }
 
-bool is_dtype(int dtype) { return dtype == MATGPTQ_FLOAT32 || dtype == MATGPTQ_BFLOAT16; }
-
 }  // namespace
 
-int matgptq_rms_norm(void* x, const void* update, const void* weight, float eps, void* out, int64_t rows, int64_t size,
-                     int dtype) {
-    if (rows < 0 || size < 1 || !is_dtype(dtype)) return MATGPTQ_E_ARGUMENT;
-    if (rows && (!x || !weight || !out)) return MATGPTQ_E_ARGUMENT;
+void rms_norm(void* x, const void* update, const void* weight, float eps, void* out, int64_t rows, int64_t size,
+              int dtype) {
     (dtype == MATGPTQ_FLOAT32 ? rms_norm<Float32> : rms_norm<BFloat16>)(x, update, weight, eps, out, rows, size);
-    return MATGPTQ_OK;
 }
 
-int matgptq_rotate(void* x, const void* cosine, const void* sine, int64_t heads, int64_t size, int dtype) {
-    if (heads < 0 || size < 2 || size % 2 || !is_dtype(dtype)) return MATGPTQ_E_ARGUMENT;
-    if (heads && (!x || !cosine || !sine)) return MATGPTQ_E_ARGUMENT;
+void rotate(void* x, const void* cosine, const void* sine, int64_t heads, int64_t size, int dtype) {
     (dtype == MATGPTQ_FLOAT32 ? rotate<Float32> : rotate<BFloat16>)(x, cosine, sine, heads, size);
-    return MATGPTQ_OK;
 }
 
-int matgptq_silu_product(const void* gate, const void* up, void* out, int64_t size, int dtype) {
-    if (size < 0 || !is_dtype(dtype) || (size && (!gate || !up || !out))) return MATGPTQ_E_ARGUMENT;
+void silu_product(const void* gate, const void* up, void* out, int64_t size, int dtype) {
     (dtype == MATGPTQ_FLOAT32 ? silu_product<Float32> : silu_product<BFloat16>)(gate, up, out, size);
-    return MATGPTQ_OK;
 }
 
-int matgptq_add(void* x, const void* update, int64_t size, int dtype) {
-    if (size < 0 || !is_dtype(dtype) || (size && (!x || !update))) return MATGPTQ_E_ARGUMENT;
+void add(void* x, const void* update, int64_t size, int dtype) {
     if (dtype == MATGPTQ_FLOAT32) add<Float32>(static_cast<float*>(x), static_cast<const float*>(update), size);
     else add<BFloat16>(static_cast<uint16_t*>(x), static_cast<const uint16_t*>(update), size);
-    return MATGPTQ_OK;
 }
+
+}  // namespace matgptq

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import matgptq
 from matgptq import native
 from matgptq.decoding import DecodesRows, RowBlock
-from matgptq.native import RowSteps
+from matgptq.native import BlockCalls
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
 
@@ -81,12 +81,12 @@ def the_long_way(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: o
 def test_a_token_computes_what_transformers_computes(name, head_dim, dtype, checkpoint, calls, monkeypatch):
     """Heads of 16 are PyTorch's to attend with, others the library's."""
     model = matgptq.load(checkpoint(name, head_dim), 4, device="cpu", dtype=dtype)
-    attended: list[Tensor | None] = []
-    attend = RowSteps.attend
-    monkeypatch.setattr(RowSteps, "attend", lambda *given: attended.append(attend(*given)) or attended[-1])
+    attended: list[bool] = []
+    attends = BlockCalls.attends
+    monkeypatch.setattr(BlockCalls, "attends", lambda *given: attended.append(attends(*given)) or attended[-1])
     short = decode(model)
     assert len(calls) == 6 * model.config.num_hidden_layers
-    assert [each is not None for each in attended] == [head_dim > 16] * len(calls)
+    assert attended == [head_dim > 16] * len(calls)
     long = the_long_way(model, monkeypatch)
     # bfloat16 keeps 8 bits: where attention's sum goes the other way, so does all that follows.
     tolerance = 1e-5 if dtype == "float32" else 0.03
@@ -125,26 +125,6 @@ def test_other_caches(checkpoint, monkeypatch):
     expected = the_long_way(model, monkeypatch)
     found = decode(model, cache=StaticCache(config=model.config, max_cache_len=32))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "key_heads", "size"), [(1, 1, 32), (9, 3, 64), (8, 1, 96), (4, 4, 128)])
-def test_attention_of_a_row(heads, key_heads, size, dtype):
-    generator = torch.Generator().manual_seed(0)
-    steps = RowSteps(dtype)
-    for length in (*range(1, 18), 31, 33, 64, 500):
-        query = torch.randn(1, heads * size, generator=generator).to(dtype)
-        store = torch.randn(2, key_heads, length + 3, size + 5, generator=generator).to(dtype)
-        keys, values = store[:, None, :, 1 : length + 1, :size]
-        found = steps.attend(query, keys, values, 0.1)
-        wanted = nn.functional.scaled_dot_product_attention(
-            query.double().view(1, heads, 1, size), keys.double(), values.double(), scale=0.1, enable_gqa=True
-        )
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-        torch.testing.assert_close(found.double(), wanted.reshape(1, -1), rtol=tolerance, atol=tolerance)
-    assert steps.attend(query[:, : heads * 16], keys[..., :16], values[..., :16], 0.1) is None
-    assert steps.attend(query, keys.double(), values.double(), 0.1) is None
-    assert steps.attend(query, keys.mT.contiguous().mT, values, 0.1) is None
 
 
 def test_the_state_of_the_caller_is_not_written_to(checkpoint, calls):
@@ -311,32 +291,3 @@ def test_saved_and_loaded_again(checkpoint, tmp_path):
     model.save_pretrained(tmp_path / "again")
     make_tokenizer().save_pretrained(tmp_path / "again")
     assert torch.equal(decode(matgptq.load(tmp_path / "again", 8, device="cpu")), decode(model))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [2, 6, 30, 64, 130])
-def test_steps_round_where_transformers_rounds(dtype, size):
-    generator = torch.Generator().manual_seed(size)
-    steps = RowSteps(dtype)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    x, update, weight = normal(1, size), normal(1, size), normal(size)
-    residual = x.clone()
-    found = steps.rms_norm(residual, weight, 1e-5, update)
-    assert torch.equal(residual, x + update)
-    wide = residual.float()
-    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
-    unit = torch.finfo(dtype).eps
-    torch.testing.assert_close(found, weight * normed, rtol=2 * unit, atol=0)
-    gate_up = normal(1, 2 * size) * 4
-    gate, up = gate_up.chunk(2, 1)
-    torch.testing.assert_close(
-        steps.silu_product(gate_up), nn.functional.silu(gate) * up, rtol=2.5 * unit, atol=unit * 1e-3
-    )
-    heads, cosine, sine = normal(3, size), normal(1, 1, size), normal(1, 1, size)
-    turned = torch.cat([-heads[:, size // 2 :], heads[:, : size // 2]], 1)
-    expected = heads * cosine[0] + turned * sine[0]
-    steps.rotate(heads, cosine, sine)
-    assert torch.equal(heads, expected)

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "matgptq.h"
+#include "row_steps.h"
 
 namespace {
 
@@ -811,8 +812,8 @@ void test_row_steps() {
                     const float added = x.values[i] + (updates ? update.values[i] : 0.0f);
                     sum[i] = half ? bfloat16(added) : added;
                 }
-                check(matgptq_rms_norm(x.data(), updates ? update.data() : nullptr, weight.data(), 1e-5f, out.data(),
-                                       rows, size, x.dtype()) == MATGPTQ_OK, "rms_norm runs");
+                matgptq::rms_norm(x.data(), updates ? update.data() : nullptr, weight.data(), 1e-5f, out.data(), rows, size,
+                                  x.dtype());
                 x.read();
                 out.read();
                 bool same = true;
@@ -829,8 +830,7 @@ void test_row_steps() {
                 check(same, "rms_norm is its formula");
             }
             Vector gate(size, half, -20, 20), up(size, half, -2, 2), product(size, half, 0, 0);
-            check(matgptq_silu_product(gate.data(), up.data(), product.data(), size, gate.dtype()) == MATGPTQ_OK,
-                  "silu_product runs");
+            matgptq::silu_product(gate.data(), up.data(), product.data(), size, gate.dtype());
             product.read();
             bool same = true;
             for (int64_t i = 0; i < size; ++i) {
@@ -839,7 +839,7 @@ void test_row_steps() {
             }
             check(same, "silu_product is its formula");
             Vector sum = gate;
-            check(matgptq_add(sum.data(), up.data(), size, sum.dtype()) == MATGPTQ_OK, "add runs");
+            matgptq::add(sum.data(), up.data(), size, sum.dtype());
             sum.read();
             same = true;
             for (int64_t i = 0; i < size; ++i) {
@@ -847,16 +847,11 @@ void test_row_steps() {
                 same &= sum.values[at(i)] == (half ? bfloat16(added) : added);
             }
             check(same, "add is exact");
-            if (size % 2) {
-                check(matgptq_rotate(gate.data(), up.data(), up.data(), 1, size, gate.dtype()) == MATGPTQ_E_ARGUMENT,
-                      "rotate refuses an odd size");
-                continue;
-            }
+            if (size % 2) continue;
             const int64_t heads = 3, half_size = size / 2;
             Vector turned(heads * size, half, -2, 2), cosine(size, half, -1, 1), sine(size, half, -1, 1);
             const Vector before = turned;
-            check(matgptq_rotate(turned.data(), cosine.data(), sine.data(), heads, size, turned.dtype()) == MATGPTQ_OK,
-                  "rotate runs");
+            matgptq::rotate(turned.data(), cosine.data(), sine.data(), heads, size, turned.dtype());
             turned.read();
             same = true;
             for (int64_t i = 0; i < heads * size; ++i) {
@@ -874,22 +869,128 @@ void test_row_steps() {
     where = "row steps, values that are not finite";
     const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
     std::vector<float> gate = {nan, infinity, 1.0f, 88.0f, -200.0f}, up = {1, 1, nan, 1, 1}, out(5), ones(5, 1.0f);
-    check(matgptq_silu_product(gate.data(), up.data(), out.data(), 5, MATGPTQ_FLOAT32) == MATGPTQ_OK, "runs");
+    matgptq::silu_product(gate.data(), up.data(), out.data(), 5, MATGPTQ_FLOAT32);
     check(std::isnan(out[0]) && std::isinf(out[1]) && std::isnan(out[2]), "silu_product propagates them");
     check(out[3] == 88.0f && std::fabs(out[4]) < 1e-30f, "silu_product does not overflow");
     std::vector<float> row = {1, nan, 1, 1, 1};
-    check(matgptq_rms_norm(row.data(), nullptr, ones.data(), 1e-5f, out.data(), 1, 5, MATGPTQ_FLOAT32) == MATGPTQ_OK,
-          "runs");
+    matgptq::rms_norm(row.data(), nullptr, ones.data(), 1e-5f, out.data(), 1, 5, MATGPTQ_FLOAT32);
     check(std::isnan(out[0]) && std::isnan(out[4]), "rms_norm propagates them");
     uint16_t quiet = 0x7fc1, word = 0x3f80;
-    check(matgptq_add(&quiet, &word, 1, MATGPTQ_BFLOAT16) == MATGPTQ_OK && (quiet & 0x7fff) > 0x7f80, "a NaN stays one");
-    where = "row steps, refusals";
-    check(matgptq_rms_norm(row.data(), nullptr, ones.data(), 0, out.data(), 1, 0, 0) == MATGPTQ_E_ARGUMENT, "size 0");
-    check(matgptq_rms_norm(row.data(), nullptr, nullptr, 0, out.data(), 1, 5, 0) == MATGPTQ_E_ARGUMENT, "no weight");
-    check(matgptq_silu_product(gate.data(), up.data(), out.data(), 5, 2) == MATGPTQ_E_ARGUMENT, "unknown dtype");
-    check(matgptq_add(nullptr, up.data(), 5, 0) == MATGPTQ_E_ARGUMENT, "no row");
-    check(matgptq_add(nullptr, nullptr, 0, 0) == MATGPTQ_OK, "nothing to add");
+    matgptq::add(&quiet, &word, 1, MATGPTQ_BFLOAT16);
+    check((quiet & 0x7fff) > 0x7f80, "a NaN stays one");
     std::printf("row steps: ten sizes, two dtypes\n");
+}
+
+// A block is its parts, to the bit.
+void test_block(const std::vector<std::string>& sets) {
+    const int64_t hidden = 96, size = 32, heads = 4, key_heads = 2, mlp = 160, length = 5;
+    const int64_t shapes[7][2] = {{heads * size, hidden}, {key_heads * size, hidden}, {key_heads * size, hidden},
+                                  {hidden, heads * size}, {mlp, hidden},              {mlp, hidden},
+                                  {hidden, mlp}};
+    matgptq_weight* weights[7];
+    for (int i = 0; i < 7; ++i) weights[i] = Case(shapes[i][0], shapes[i][1], 32, true).pack(i % 2 ? 0 : 4);
+    std::vector<float> bias(static_cast<size_t>(heads * size));
+    for (auto& v : bias) v = uniform(-1, 1);
+    for (const std::string& set : sets)
+        for (const bool half : {false, true})
+            for (const int activations : {MATGPTQ_EXACT, MATGPTQ_INT8}) {
+                matgptq_set_isa(set.c_str());
+                where = set + ", block" + (half ? ", bfloat16" : ", float32") + (activations ? ", int8" : "");
+                Vector x(hidden, half, -1, 1), first(hidden, half, 0.5f, 2), second(hidden, half, 0.5f, 2);
+                Vector query_norm(size, half, 0.5f, 2), key_norm(size, half, 0.5f, 2);
+                Vector cosine(size, half, -1, 1), sine(size, half, -1, 1);
+                Vector keys(key_heads * length * size, half, -1, 1), values(key_heads * length * size, half, -1, 1);
+                const int dtype = x.dtype();
+                matgptq_block block{};
+                block.dtype = dtype;
+                block.activations = activations;
+                block.hidden = hidden;
+                block.size = size;
+                block.scale = 0.2f;
+                block.first_eps = block.second_eps = block.query_eps = block.key_eps = 1e-5f;
+                block.first_norm = first.data();
+                block.second_norm = second.data();
+                block.query_norm = query_norm.data();
+                block.key_norm = key_norm.data();
+                for (int i = 0; i < 7; ++i) block.products[i] = {weights[i], 4, i ? nullptr : bias.data(), nullptr, 0};
+                const int64_t total = (heads + 2 * key_heads) * size, key_at = heads * size;
+                Vector normed(hidden, half, 0, 0), expected(total, half, 0, 0), found(total, half, 0, 0);
+                const auto part = [&](Vector& v, int64_t at) { return static_cast<char*>(v.data()) + at * (half ? 2 : 4); };
+                const auto multiply = [&](int i, const void* from, void* to) {
+                    matgptq_product product = block.products[i];
+                    product.y = to;
+                    check(matgptq_matmul(from, dtype, shapes[i][1], 1, shapes[i][1], &product, 1, dtype, activations, 1) ==
+                              MATGPTQ_OK, "a product runs");
+                };
+                matgptq::rms_norm(x.data(), nullptr, first.data(), 1e-5f, normed.data(), 1, hidden, dtype);
+                multiply(0, normed.data(), expected.data());
+                multiply(1, normed.data(), part(expected, key_at));
+                multiply(2, normed.data(), part(expected, key_at + key_heads * size));
+                matgptq::rms_norm(expected.data(), nullptr, query_norm.data(), 1e-5f, expected.data(), heads, size, dtype);
+                matgptq::rms_norm(part(expected, key_at), nullptr, key_norm.data(), 1e-5f, part(expected, key_at), key_heads,
+                                  size, dtype);
+                matgptq::rotate(expected.data(), cosine.data(), sine.data(), heads + key_heads, size, dtype);
+                check(matgptq_block_start(&block, x.data(), cosine.data(), sine.data(), found.data(), 2) == MATGPTQ_OK,
+                      "start runs");
+                expected.read();
+                found.read();
+                check(found.values == expected.values, "start is its parts");
+
+                Vector attended(heads * size, half, 0, 0), update(hidden, half, 0, 0), gate(mlp, half, 0, 0);
+                Vector up(mlp, half, 0, 0), product(mlp, half, 0, 0), wanted = x;
+                check(matgptq_attend(found.data(), keys.data(), values.data(), attended.data(), heads, key_heads, size,
+                                     length, length * size, size, length * size, size, 0.2f, dtype, 1) == MATGPTQ_OK,
+                      "attend runs");
+                multiply(3, attended.data(), update.data());
+                matgptq::rms_norm(wanted.data(), update.data(), second.data(), 1e-5f, normed.data(), 1, hidden, dtype);
+                multiply(4, normed.data(), gate.data());
+                multiply(5, normed.data(), up.data());
+                matgptq::silu_product(gate.data(), up.data(), product.data(), mlp, dtype);
+                multiply(6, product.data(), update.data());
+                matgptq::add(wanted.data(), update.data(), hidden, dtype);
+                wanted.read();
+                Vector again = x;
+                check(matgptq_block_finish(&block, x.data(), found.data(), keys.data(), values.data(), length, length * size,
+                                           size, length * size, size, 2) == MATGPTQ_OK, "finish runs");
+                check(matgptq_block_finish(&block, again.data(), attended.data(), nullptr, nullptr, 0, 0, 0, 0, 0, 1) ==
+                          MATGPTQ_OK, "finish after another attention runs");
+                x.read();
+                again.read();
+                check(x.values == wanted.values && again.values == wanted.values, "finish is its parts");
+                if (half || activations) continue;
+
+                where = "block, refusals";
+                const auto start = [&](const matgptq_block& with) {
+                    return matgptq_block_start(&with, x.data(), cosine.data(), sine.data(), found.data(), 1);
+                };
+                matgptq_block bad = block;
+                bad.dtype = 2;
+                check(start(bad) == MATGPTQ_E_ARGUMENT, "unknown dtype");
+                bad = block;
+                bad.size = 31;
+                check(start(bad) == MATGPTQ_E_ARGUMENT, "odd heads");
+                bad.size = 24;
+                check(start(bad) == MATGPTQ_E_SHAPE, "heads that do not fill the keys");
+                bad = block;
+                bad.products[MATGPTQ_DOWN].weight = nullptr;
+                check(start(bad) == MATGPTQ_E_ARGUMENT, "no weight");
+                bad.products[MATGPTQ_DOWN].weight = weights[MATGPTQ_UP];
+                check(start(bad) == MATGPTQ_E_SHAPE, "a weight of another shape");
+                bad = block;
+                bad.products[MATGPTQ_KEY].bits = 9;
+                check(start(bad) == MATGPTQ_E_BITS, "a width that there is not");
+                bad = block;
+                bad.second_norm = nullptr;
+                check(start(bad) == MATGPTQ_E_ARGUMENT, "no norm");
+                check(matgptq_block_start(nullptr, x.data(), cosine.data(), sine.data(), found.data(), 1) ==
+                          MATGPTQ_E_ARGUMENT, "no block");
+                check(matgptq_block_start(&block, x.data(), nullptr, sine.data(), found.data(), 1) == MATGPTQ_E_ARGUMENT,
+                      "no cosine");
+                check(matgptq_block_finish(&block, x.data(), nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, 1) ==
+                          MATGPTQ_E_ARGUMENT, "no query");
+            }
+    for (matgptq_weight* weight : weights) matgptq_weight_free(weight);
+    std::printf("block: two dtypes, two kinds of activations\n");
 }
 
 }  // namespace
@@ -912,6 +1013,7 @@ int main() {
     test_dense(sets);
     test_attend(sets);
     test_row_steps();
+    test_block(sets);
     test_refusals();
     if (failures) std::printf("%d checks failed\n", failures);
     return failures ? 1 : 0;

@@ -1,15 +1,16 @@
 """Transformer blocks that take one token, which is what decoding is made of, in few calls.
 
 Between the products of a block transformers runs some thirty small operations, which for one token take longer than
-they compute: in a small model longer than the products. Here a block of the plain kind (Llama's and its likes) is four
-products, attention, and five calls of the native library, with the same rounding as in transformers' own code; only
-attention's order of sums may differ. Whatever is not this case goes to the block's own code: more than a token, a mask,
-gradients, a graph that is being compiled, a hook, another module or another ``forward`` inside the block.
+they compute: in a small model longer than the products. Here a block of the plain kind (Llama's and its likes) is two
+calls of the native library, between which key and value join the cache, with the same rounding as in transformers' own
+code; only attention's order of sums may differ. Whatever is not this case goes to the block's own code: more than a
+token, a mask, gradients, a graph that is being compiled, a hook, another module or another ``forward`` inside the block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
-from matgptq import kernels
+from matgptq import kernel_choice, kernels, native
 from matgptq.mixed_classes import Mixin, mix_in
-from matgptq.native import DTYPES, RowSteps
+from matgptq.native import DTYPES, BlockCalls, Norm
 from matgptq.nested_linear import NestedLinear
-from matgptq.shared_input import SharedInput
+from matgptq.shared_input import state_of
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -79,7 +80,7 @@ def _row_block(block: Any) -> RowBlock | None:
         or attention.config.hidden_act not in ("silu", "swish")
     ):
         return None
-    return RowBlock(block, RowSteps(dtype))
+    return RowBlock(block)
 
 
 class RowBlock:
@@ -87,19 +88,16 @@ class RowBlock:
 
     Args:
         block: of the plain kind.
-        steps: for its dtype.
     """
 
-    def __init__(self, block: Any, steps: RowSteps) -> None:
-        self._steps = steps
+    def __init__(self, block: Any) -> None:
         attention, mlp = block.self_attn, block.mlp
         self._attention = attention
         self._first_norm, self._second_norm = (getattr(block, name) for name in _NORMS)
         self._head_norms = [getattr(attention, name, None) for name in _HEAD_NORMS]
-        self._qkv: list[NestedLinear] = [getattr(attention, name) for name in _ATTENTION[:3]]
-        self._out: list[NestedLinear] = [attention.o_proj]
-        self._gate_up: list[NestedLinear] = [mlp.gate_proj, mlp.up_proj]
-        self._down: list[NestedLinear] = [mlp.down_proj]
+        owners = [(attention, name) for name in _ATTENTION] + [(mlp, name) for name in _MLP]
+        self._linears: list[NestedLinear] = [getattr(owner, name) for owner, name in owners]
+        self._prepared: _Prepared | None = None
         self._norms = [self._first_norm, self._second_norm, *filter(None, self._head_norms)]
         self._size: int = attention.head_dim
         self._dtype = self._first_norm.weight.dtype
@@ -147,51 +145,85 @@ class RowBlock:
 
     def run(self, hidden: Tensor, keywords: dict[str, Any]) -> Tensor | None:
         """The block's output ``[1, 1, hidden]``; None where the kernels cannot multiply a row at present."""
-        rows = [_shared(layers) for layers in (self._qkv, self._out, self._gate_up, self._down)]
-        if any(row is None for row in rows):
+        calls = self._prepare()
+        if calls is None:
             return None
-        qkv_row, out_row, gate_up_row, down_row = (row.row for row in rows if row is not None)
-        steps, norm = self._steps, self._first_norm
+        cosine, sine = keywords["position_embeddings"]
         residual = hidden.reshape(1, -1).clone()
-        qkv = qkv_row(steps.rms_norm(residual, norm.weight, norm.variance_epsilon))
-        if qkv is None:
-            return None
-        attended = self._attend(qkv, keywords)
-        norm = self._second_norm
-        update = _certain(out_row, attended)
-        gate_up = _certain(gate_up_row, steps.rms_norm(residual, norm.weight, norm.variance_epsilon, update))
-        steps.add(residual, _certain(down_row, steps.silu_product(gate_up)))
+        query, key, value = torch.split(calls.start(residual, cosine, sine), calls.sizes, 1)
+        attention, shape = self._attention, (1, -1, 1, self._size)
+        cache = keywords["past_key_values"]
+        keys, values = cache.update(key.view(shape), value.view(shape), attention.layer_idx)
+        if calls.attends(keys, values):
+            calls.finish(residual, query, keys, values)
+        else:
+            grouped = calls.sizes[0] != calls.sizes[1]
+            attended = nn.functional.scaled_dot_product_attention(
+                query.view(shape), keys, values, scale=attention.scaling, enable_gqa=grouped
+            )
+            calls.finish(residual, attended.reshape(1, -1))
         return residual.view(hidden.shape)
 
-    def _attend(self, qkv: Tensor, keywords: dict[str, Any]) -> Tensor:
-        """``[1, heads * size]``; the row's key and value join the cache."""
-        steps, size = self._steps, self._size
-        sizes = [layer.out_features for layer in self._qkv]
-        query, key, value = torch.split(qkv, sizes, 1)
-        for part, norm in zip((query, key), self._head_norms, strict=True):
-            if norm is not None:
-                part.copy_(steps.rms_norm(part, norm.weight, norm.variance_epsilon))
-        cosine, sine = keywords["position_embeddings"]
-        steps.rotate(query, cosine, sine)
-        steps.rotate(key, cosine, sine)
-        shape = (1, -1, 1, size)
-        keys, values = keywords["past_key_values"].update(key.view(shape), value.view(shape), self._attention.layer_idx)
-        attended = steps.attend(query, keys, values, self._attention.scaling)
-        if attended is not None:
-            return attended
-        output = nn.functional.scaled_dot_product_attention(
-            query.view(shape), keys, values, scale=self._attention.scaling, enable_gqa=len(set(sizes)) > 1
+    def _prepare(self) -> BlockCalls | None:
+        """The calls for the block as it is at present."""
+        activations = self._linears[0].activations
+        product = kernel_choice.Product("native", "cpu", self._dtype, 1, activations)
+        if not kernel_choice.fuses(product):
+            return None
+        operands = [linear.operand for linear in self._linears]  # read once: another thread may set another width
+        state: list[object] = [
+            state_of(operand, linear.activations) for operand, linear in zip(operands, self._linears, strict=True)
+        ]
+        state += [(norm.weight.data_ptr(), norm.variance_epsilon) for norm in self._norms]
+        state.append(self._attention.scaling)
+        prepared = self._prepared
+        if prepared is not None and prepared.is_of(state, operands):
+            return prepared.calls
+        calls = self._join(operands, activations)
+        if calls is not None:
+            self._prepared = _Prepared.of(state, calls, operands)
+        return calls
+
+    def _join(self, operands: list[kernels.Operand], activations: native.Activations) -> BlockCalls | None:
+        weights = [operand.weight for operand in operands if isinstance(operand.weight, native.Weight)]
+        if len(weights) < len(operands) or any(linear.activations != activations for linear in self._linears):
+            return None
+        attention = self._attention
+        norms = [
+            None if norm is None else Norm(norm.weight.detach(), norm.variance_epsilon)
+            for norm in (self._first_norm, self._second_norm, *self._head_norms)
+        ]
+        return BlockCalls(
+            self._dtype,
+            weights,
+            [operand.bits for operand in operands],
+            [operand.bias for operand in operands],
+            norms,
+            attention.head_dim,
+            attention.scaling,
+            activations=activations,
         )
-        return output.reshape(1, -1)
 
 
-def _shared(layers: list[NestedLinear]) -> SharedInput | None:
-    """The one call that multiplies by all of these layers in their order, if there is one."""
-    shared = layers[0].shared_input
-    return shared if shared is not None and shared.is_of(layers) else None
+@dataclass(frozen=True)
+class _Prepared:
+    """Calls that are made again for as long as the block's state is the same."""
 
+    state: list[object]
+    calls: BlockCalls
+    weights: list[weakref.ref[Any]]  # the layers': they let go of them to leave the CPU, say
+    biases: list[Tensor | None]  # memory, so that no other one can get the address of one of them
 
-def _certain(row: Callable[[Tensor], Tensor | None], inputs: Tensor) -> Tensor:
-    product = row(inputs)
-    assert product is not None  # the first product of the block was not refused, and these are alike
-    return product
+    @classmethod
+    def of(cls, state: list[object], calls: BlockCalls, operands: list[kernels.Operand]) -> _Prepared:
+        biases = [None if operand.bias is None else operand.bias.detach() for operand in operands]
+        return cls(state, calls, [weakref.ref(operand.weight) for operand in operands], biases)
+
+    def is_of(self, state: list[object], operands: list[kernels.Operand]) -> bool:
+        if state != self.state:
+            return False
+        # An id may have passed to another weight since.
+        return all(known() is operand.weight for known, operand in zip(self.weights, operands, strict=True))
+
+    def __deepcopy__(self, _: object) -> None:
+        """Nothing: a copied block has biases and norms of its own."""

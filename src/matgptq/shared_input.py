@@ -89,7 +89,7 @@ class SharedInput:
             return None
         ready = self._ready
         if ready is not None and ready.belongs_to(inputs):
-            result = ready.results.pop((id(member), *_state(operand, activations)), None)
+            result = ready.results.pop((id(member), *state_of(operand, activations)), None)
             if result is not None:
                 if not ready.results:
                     self._ready = None
@@ -103,7 +103,7 @@ class SharedInput:
         operands = [operand if each is member else each.operand for each in members]
         if torch.is_grad_enabled() and any(bias is not None and bias.requires_grad for _, _, bias in operands):
             return None
-        states = [_state(each, activations) for each in operands]  # as they are before anything is computed
+        states = [state_of(each, activations) for each in operands]  # as they are before anything is computed
         if rows == 1:
             products = self._multiply_row(inputs, operands, activations)
         else:
@@ -121,28 +121,6 @@ class SharedInput:
             self._ready = _Ready(inputs, version, twin, results, operands)
         return result
 
-    def is_of(self, members: Sequence[Member]) -> bool:
-        """Whether these are the members, in this order, with activations that one call can take."""
-        if len(members) != len(self._members):
-            return False
-        activations = members[0].activations
-        for each, reference in zip(members, self._members, strict=True):
-            if each is not reference() or each.activations != activations:
-                return False
-        return True
-
-    def row(self, inputs: Tensor) -> Tensor | None:
-        """``[1, in]`` times all members, their results side by side; None where no prepared call does that.
-
-        For members of which ``is_of`` is true.
-        """
-        members = self._present()
-        activations = members[0].activations
-        if not kernel_choice.fuses(kernel_choice.Product("native", inputs.device.type, inputs.dtype, 1, activations)):
-            return None
-        joined = self._join([each.operand for each in members], activations)
-        return None if joined is None else joined(inputs)
-
     def _multiply_row(
         self, inputs: Tensor, operands: Sequence[kernels.Operand], activations: native.Activations
     ) -> list[Tensor]:
@@ -154,7 +132,7 @@ class SharedInput:
 
     def _join(self, operands: Sequence[kernels.Operand], activations: native.Activations) -> native.Joined | None:
         # The prepared call keeps the weights alive, so that no other one can get the id of one of them.
-        state = [_state(operand, activations) for operand in operands]
+        state = [state_of(operand, activations) for operand in operands]
         prepared = self._prepared
         if prepared is not None and prepared.state == state:
             return prepared.joined
@@ -165,7 +143,7 @@ class SharedInput:
         return joined
 
 
-def _state(operand: kernels.Operand, activations: native.Activations) -> tuple[object, ...]:
+def state_of(operand: kernels.Operand, activations: native.Activations) -> tuple[object, ...]:
     """What a product depends on beside its input; equal only where nothing has changed."""
     weight, bits, bias = operand
     if bias is None:

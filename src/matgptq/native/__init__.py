@@ -7,6 +7,7 @@ Kernels know nothing of autograd. Tensors are read through ``data_ptr`` and copi
 Invalid arguments raise ``ConfigurationError`` before any work starts.
 """
 
+from matgptq.native.block_calls import BlockCalls, Norm
 from matgptq.native.dense import linear
 from matgptq.native.library import (
     DTYPES,
@@ -22,7 +23,6 @@ from matgptq.native.library import (
     shares_threads,
 )
 from matgptq.native.products import Joined, dequantize_rows, matmul, matmul_many, read, spread_threads
-from matgptq.native.row_steps import RowSteps
 from matgptq.native.solver_loops import RefitSums, quadratic_forms, refit_sums, search_scales, sweep
 from matgptq.native.weights import Arena, Weight, pack_parent, pack_slice
 
@@ -30,10 +30,11 @@ __all__ = [
     "DTYPES",
     "Activations",
     "Arena",
+    "BlockCalls",
     "Joined",
     "NativeUnavailableError",
+    "Norm",
     "RefitSums",
-    "RowSteps",
     "SweepMode",
     "Weight",
     "available",

@@ -20,7 +20,7 @@ from matgptq.errors import ConfigurationError, MatGPTQError
 Activations = Literal["exact", "int8"]
 SweepMode = Literal["residual", "change", "mean"]
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"exact": 0, "int8": 1}
 SWEEP_MODES = {"residual": 0, "change": 1, "mean": 2}
@@ -41,6 +41,25 @@ class Product(ctypes.Structure):
         ("bias", _pointer),
         ("y", _pointer),
         ("y_stride", _int64),
+    )
+
+
+class Block(ctypes.Structure):
+    _fields_ = (
+        ("dtype", _int),
+        ("activations", _int),
+        ("hidden", _int64),
+        ("size", _int64),
+        ("scale", ctypes.c_float),
+        ("first_eps", ctypes.c_float),
+        ("second_eps", ctypes.c_float),
+        ("query_eps", ctypes.c_float),
+        ("key_eps", ctypes.c_float),
+        ("first_norm", _pointer),
+        ("second_norm", _pointer),
+        ("query_norm", _pointer),
+        ("key_norm", _pointer),
+        ("products", Product * 7),
     )
 
 
@@ -127,11 +146,8 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "sweep": (_int, (_pointer,)),
     "search_scales": (_int, (_pointer,)),
     "refit": (_int, (_pointer,)),
-    "rms_norm": (_int, (_pointer, _pointer, _pointer, ctypes.c_float, _pointer, _int64, _int64, _int)),
-    "rotate": (_int, (_pointer, _pointer, _pointer, _int64, _int64, _int)),
-    "silu_product": (_int, (_pointer, _pointer, _pointer, _int64, _int)),
-    "add": (_int, (_pointer, _pointer, _int64, _int)),
-    "attend": (_int, (*[_pointer] * 4, *[_int64] * 8, ctypes.c_float, _int, _int)),
+    "block_start": (_int, (*[_pointer] * 5, _int)),
+    "block_finish": (_int, (*[_pointer] * 5, *[_int64] * 5, _int)),
 }
 
 

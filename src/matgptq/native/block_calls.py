@@ -1,0 +1,119 @@
+"""A token through a transformer block of the plain kind, as two native calls (``csrc/block.cpp``).
+
+Between the two the key and the value join a cache, which is PyTorch's business. They are made dozens of times for a
+token, and check their arguments no more than the library does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from matgptq.native.library import ACTIVATIONS, DTYPES, Activations, Block, check_status, expect_tensor, require_library
+from matgptq.native.weights import Weight
+
+ATTEND_UNIT = 32
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: its weight (contiguous, of the block's dtype, on the CPU) and what is added to the mean square."""
+
+    weight: Tensor
+    eps: float
+
+
+class BlockCalls:
+    """The two calls of one block, for weights, widths and norms that do not change: prepared once, called often.
+
+    Args:
+        dtype: ``torch.float32`` or ``torch.bfloat16``, of all vectors and norms.
+        weights: packed weights of query, key, value, output, gate, up and down. They must live when a call is made.
+        bits: one width per weight.
+        biases: ``[out]`` per weight, or None.
+        norms: before attention, before the MLP, of the heads of queries and of keys; the last two may be None.
+        size: of a head.
+        scale: of attention's scores.
+        activations: as for ``matmul``.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        weights: Sequence[Weight],
+        bits: Sequence[int],
+        biases: Sequence[Tensor | None],
+        norms: Sequence[Norm | None],
+        size: int,
+        scale: float,
+        *,
+        activations: Activations = "exact",
+    ) -> None:
+        library = require_library()
+        self._start, self._finish = library.matgptq_block_start, library.matgptq_block_finish
+        self._dtype = dtype
+        self._size = size
+        self.sizes = [weight.out_features for weight in weights[:3]]  # of query, key and value
+        self._total = sum(self.sizes)
+        self._alive: list[object] = [*norms]
+        block = Block(dtype=DTYPES[dtype], activations=ACTIVATIONS[activations], size=size, scale=scale)
+        block.hidden = weights[0].in_features
+        for name, norm in zip(("first", "second", "query", "key"), norms, strict=True):
+            if norm is not None:
+                setattr(block, f"{name}_norm", norm.weight.data_ptr())
+                setattr(block, f"{name}_eps", norm.eps)
+        for product, weight, width, bias in zip(block.products, weights, bits, biases, strict=True):
+            product.weight = weight._handle
+            product.bits = weight.served_bits(width)
+            if bias is not None:
+                wide = expect_tensor(bias.float(), "bias", torch.float32, (weight.out_features,))
+                self._alive.append(wide)
+                product.bias = wide.data_ptr()
+        self._block = block
+        self._address = ctypes.addressof(block)
+
+    def start(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Query, key and value of ``x``, side by side.
+
+        Args:
+            x: ``[1, hidden]``, contiguous.
+            cosine, sine: of the rotary embedding, as many elements as a head has, contiguous.
+
+        Returns:
+            ``[1, sum of sizes]``.
+        """
+        qkv = x.new_empty((1, self._total))
+        status = self._start(
+            self._address, x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), qkv.data_ptr(), torch.get_num_threads()
+        )
+        if status:
+            check_status(status)
+        return qkv
+
+    def attends(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether ``finish`` attends to these: heads of a multiple of ``ATTEND_UNIT``, adjacent elements."""
+        return not self._size % ATTEND_UNIT and all(
+            each.is_cpu and each.dtype is self._dtype and each.stride(3) == 1 for each in (keys, values)
+        )
+
+    def finish(self, x: Tensor, query: Tensor, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        """The rest of the block, ``x`` in place.
+
+        Args:
+            x: ``[1, hidden]``, contiguous.
+            query: ``[1, heads * size]``, contiguous; without keys and values it is what attention gave.
+            keys, values: ``[1, key heads, positions, size]``, such as ``attends`` is true of.
+        """
+        places: tuple[int | None, ...] = (None, None, 0, 0, 0, 0, 0)
+        if keys is not None and values is not None:
+            places = (
+                *(keys.data_ptr(), values.data_ptr(), keys.shape[2]),
+                *(keys.stride(1), keys.stride(2), values.stride(1), values.stride(2)),
+            )
+        status = self._finish(self._address, x.data_ptr(), query.data_ptr(), *places, torch.get_num_threads())
+        if status:
+            check_status(status)

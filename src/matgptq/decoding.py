@@ -4,7 +4,7 @@ Between the products of a block transformers runs some thirty small operations, 
 they compute: in a small model longer than the products. Here a block of the plain kind (Llama's and its likes) is two
 calls of the native library, between which key and value join the cache, with the same rounding as in transformers' own
 code; only attention's order of sums may differ. Whatever is not this case goes to the block's own code: more than a
-token, a mask, gradients, a graph that is being compiled, a hook, another module or another ``forward`` inside the block.
+token, a mask, gradients, a graph that is being compiled, a hook, another module or another ``forward`` in the block.
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ struct Avx2 {
         second = _mm256_xor_si256(high, swap);
         first = _mm256_xor_si256(low, _mm256_slli_epi16(swap, K));
     }
-    template <int Max>
-    static MATGPTQ_INLINE Bytes round_half(Bytes v) {
-        return _mm256_min_epu8(_mm256_avg_epu8(v, _mm256_setzero_si256()), splat<Max>());
+    static MATGPTQ_INLINE Bytes both(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+    static MATGPTQ_INLINE Bytes add_carry(Bytes v, Bytes carry, Bytes full) {
+        return _mm256_or_si256(_mm256_xor_si256(v, carry), full);
     }
     template <int Zero>
     static MATGPTQ_INLINE Bytes center(Bytes v) {
@@ -106,7 +106,7 @@ struct Avx2 {
     static MATGPTQ_INLINE float sum(Floats v) { return sum_by_halves(v); }
     static MATGPTQ_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 
-    template <int Bits, bool Rounding>
+    template <int Bits>
     static MATGPTQ_INLINE Levels make_levels() {
         return {_mm256_set1_ps(static_cast<float>(1 << (Bits - 1)))};
     }

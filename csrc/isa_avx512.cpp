@@ -53,9 +53,10 @@ struct Avx512 {
         first = _mm512_ternarylogic_epi64(splat<M>(), low, _mm512_slli_epi16(high, K), 0xCA);
         second = _mm512_ternarylogic_epi64(splat<M>(), _mm512_srli_epi16(low, K), high, 0xCA);
     }
-    template <int Max>
-    static MATGPTQ_INLINE Bytes round_half(Bytes v) {
-        return _mm512_min_epu8(_mm512_avg_epu8(v, _mm512_setzero_si512()), splat<Max>());
+    static MATGPTQ_INLINE Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
+    static MATGPTQ_INLINE Bytes neither(Bytes a, Bytes b) { return _mm512_ternarylogic_epi64(a, b, b, 0x03); }
+    static MATGPTQ_INLINE Bytes add_carry(Bytes v, Bytes carry, Bytes full) {
+        return _mm512_ternarylogic_epi64(v, carry, full, 0xBE);
     }
     template <int Zero>
     static MATGPTQ_INLINE Bytes center(Bytes v) {
@@ -108,15 +109,11 @@ struct Avx512 {
     }
     static MATGPTQ_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 
-    template <int Bits, bool Rounding>
+    template <int Bits>
     static MATGPTQ_INLINE Levels make_levels() {
         constexpr int zero = 1 << (Bits - 1);
-        constexpr int top = (1 << Bits) - 1;
         float table[16];
-        for (int i = 0; i < 16; ++i) {
-            const int u = Rounding ? (i + 1) >> 1 : i;
-            table[i] = static_cast<float>((u < top ? u : top) - zero);
-        }
+        for (int i = 0; i < 16; ++i) table[i] = static_cast<float>(i - zero);
         return {_mm512_loadu_ps(table), _mm512_set1_ps(32768.0f + zero)};
     }
     // permutexvar looks at the low four bits of each lane only, so shifting is all the extraction there is.
@@ -141,11 +138,6 @@ struct Avx512 {
     // By the low four bits of each lane.
     static MATGPTQ_INLINE Floats look_up(Bytes v, Floats table) { return _mm512_permutexvar_ps(v, table); }
     static MATGPTQ_INLINE Bytes next_nibble(Bytes v) { return _mm512_srli_epi32(v, 4); }
-    // Any function of three bits, given as its value for a = 0xF0, b = 0xCC, c = 0xAA.
-    template <int F>
-    static MATGPTQ_INLINE Bytes ternary(Bytes a, Bytes b, Bytes c) {
-        return _mm512_ternarylogic_epi64(a, b, c, F & 255);
-    }
     // A byte written into the second byte of the float 2^15 adds its value exactly; no integer conversion is needed.
     template <int Byte>
     static MATGPTQ_INLINE Floats level(Bytes v, const Levels& levels) {

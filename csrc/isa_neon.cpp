@@ -39,9 +39,9 @@ struct Neon {
         first = vbslq_u8(select, low, vshlq_n_u8(high, K));
         second = vbslq_u8(select, vshrq_n_u8(low, K), high);
     }
-    template <int Max>
-    static MATGPTQ_INLINE Bytes round_half(Bytes v) {
-        return vminq_u8(vrhaddq_u8(v, vdupq_n_u8(0)), vdupq_n_u8(Max));
+    static MATGPTQ_INLINE Bytes both(Bytes a, Bytes b) { return vandq_u8(a, b); }
+    static MATGPTQ_INLINE Bytes add_carry(Bytes v, Bytes carry, Bytes full) {
+        return vorrq_u8(veorq_u8(v, carry), full);
     }
     template <int Zero>
     static MATGPTQ_INLINE Bytes center(Bytes v) {
@@ -102,7 +102,7 @@ struct Neon {
     }
     static MATGPTQ_INLINE void store(float* p, Floats v) { vst1q_f32(p, v); }
 
-    template <int Bits, bool Rounding>
+    template <int Bits>
     static MATGPTQ_INLINE Levels make_levels() {
         return {vdupq_n_f32(static_cast<float>(1 << (Bits - 1)))};
     }

@@ -39,15 +39,8 @@ struct Scalar {
         first = (low & splat(M)) | ((high << K) & ~splat(M));
         second = ((low >> K) & splat(M)) | (high & ~splat(M));
     }
-    template <int Max>
-    static Bytes round_half(Bytes v) {
-        Bytes out = 0;
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t u = (((v >> (8 * i)) & 255) + 1) >> 1;
-            out |= (u < Max ? u : static_cast<uint32_t>(Max)) << (8 * i);
-        }
-        return out;
-    }
+    static Bytes both(Bytes a, Bytes b) { return a & b; }
+    static Bytes add_carry(Bytes v, Bytes carry, Bytes full) { return (v ^ carry) | full; }
     template <int Zero>
     static Bytes center(Bytes v) {
         Bytes out = 0;
@@ -95,7 +88,7 @@ struct Scalar {
     static float sum(Floats v) { return v; }
     static void store(float* p, Floats v) { *p = v; }
 
-    template <int Bits, bool Rounding>
+    template <int Bits>
     static Levels make_levels() {
         return {static_cast<float>(1 << (Bits - 1))};
     }

@@ -81,16 +81,31 @@ MATGPTQ_INLINE void prefetch_planes(const WeightView& weight, int64_t offset, in
         __builtin_prefetch(weight.planes + p * weight.plane_stride + offset + ahead, 0, 2);
 }
 
+// The planes of u_r, or with Signed of u_r - 2^(r-1) in two's complement, which has the first one inverted. Those of a
+// resident parent are rounded here: its plane r is added to the number above it, which stays as it is where it is all
+// ones. Two steps a plane, where bytes would take sixteen.
+template <class S, int Bits, bool Resident, bool Signed = false>
+MATGPTQ_INLINE void load_slice(const WeightView& weight, int64_t offset, typename S::Bytes* plane) {
+    load_planes<S, planes_read<Bits, Resident>()>(weight, offset, plane);
+    if constexpr (planes_read<Bits, Resident>() > Bits) {
+        typename S::Bytes carry[Bits];
+        carry[Bits - 1] = plane[Bits];
+        for (int p = Bits - 1; p > 0; --p) carry[p - 1] = S::both(plane[p], carry[p]);
+        const auto full = S::both(plane[0], carry[0]);
+        for (int p = 1; p < Bits; ++p) plane[p] = S::add_carry(plane[p], carry[p], full);
+        if constexpr (Signed) plane[0] = S::neither(plane[0], carry[0]);
+        else plane[0] = S::add_carry(plane[0], carry[0], full);
+    } else if constexpr (Signed) {
+        plane[0] = S::neither(plane[0], plane[0]);
+    }
+}
+
 // u_r of 32 columns: bytes[k] holds columns 4k..4k+3 of one row in each lane.
 template <class S, int Bits, bool Resident>
 MATGPTQ_INLINE void unpack(const WeightView& weight, int64_t offset, typename S::Bytes* bytes) {
-    constexpr int planes = planes_read<Bits, Resident>();
-    typename S::Bytes plane[planes];
-    load_planes<S, planes>(weight, offset, plane);
-    planes_to_bytes<S, planes>(plane, bytes);
-    if constexpr (planes > Bits) {
-        for (int k = 0; k < 8; ++k) bytes[k] = S::template round_half<(1 << Bits) - 1>(bytes[k]);
-    }
+    typename S::Bytes plane[kParentBits + 1];
+    load_slice<S, Bits, Resident>(weight, offset, plane);
+    planes_to_bytes<S, Bits>(plane, bytes);
 }
 
 template <class S>
@@ -165,12 +180,11 @@ void int8_product(const WeightView& weight, const Panel& panel, int64_t tile_beg
 template <class S, int Bits, bool Resident, int Rows, int Chains>
 MATGPTQ_INLINE void exact_chunk(const WeightView& weight, int64_t offset, const float* x, typename S::Floats* sum,
                                 const typename S::Levels& levels) {
-    constexpr int planes = planes_read<Bits, Resident>();
-    if constexpr (S::kNibbleTable && planes <= 4) {
-        // A table look-up by nibble gives the level at once: rounding and zero point are in the table.
-        typename S::Bytes plane[planes], nibbles[4];
-        load_planes<S, planes>(weight, offset, plane);
-        planes_to_nibbles<S, planes>(plane, nibbles);
+    if constexpr (S::kNibbleTable && Bits <= 4) {
+        // A table look-up by nibble gives the level at once: the zero point is in the table.
+        typename S::Bytes plane[kParentBits + 1], nibbles[4];
+        load_slice<S, Bits, Resident>(weight, offset, plane);
+        planes_to_nibbles<S, Bits>(plane, nibbles);
         for (int j = 0; j < 4; ++j)
             S::for_each_nibble(nibbles[j], levels, [&](int byte, int high, typename S::Floats level) {
                 const float* at = x + (4 * (j + 4 * high) + byte) * Rows;
@@ -200,7 +214,7 @@ void exact_product(const WeightView& weight, const Panel& panel, int64_t tile_be
     constexpr int planes = planes_read<Bits, Resident>();
     constexpr int chains = Rows <= 2 ? 4 : Rows == 4 ? 2 : 1;
     const Floats unit = S::broadcast(static_cast<float>(1 << (kParentBits - Bits)));
-    const typename S::Levels levels = S::template make_levels<Bits, (planes > Bits)>();
+    const typename S::Levels levels = S::template make_levels<Bits>();
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
         Floats total[parts][Rows];
         for (int part = 0; part < parts; ++part)
@@ -263,26 +277,6 @@ bool tabulate_panel(const float* x, int64_t columns, float* tables) {
     return true;
 }
 
-// The planes of the level u_r - 2^(r-1) in two's complement: those of u_r with the first one inverted.
-template <class S, int Bits, bool Resident>
-MATGPTQ_INLINE void load_signed_planes(const WeightView& weight, int64_t offset, typename S::Bytes* signed_plane) {
-    constexpr int A = 0xF0, B = 0xCC, C = 0xAA;
-    typename S::Bytes plane[Bits + 1];
-    load_planes<S, planes_read<Bits, Resident>()>(weight, offset, plane);
-    if constexpr (Resident) {
-        // The last plane is added to the number above it, which stays as it is where it is all ones.
-        typename S::Bytes carry[Bits];
-        carry[Bits - 1] = plane[Bits];
-        for (int p = Bits - 1; p > 1; --p) carry[p - 1] = S::template ternary<A & B>(plane[p], carry[p], carry[p]);
-        const auto full = S::template ternary<A & B & C>(plane[0], plane[1], carry[1]);
-        for (int p = 1; p < Bits; ++p) signed_plane[p] = S::template ternary<(A ^ B) | C>(plane[p], carry[p], full);
-        signed_plane[0] = S::template ternary<~(A | (B & C))>(plane[0], plane[1], carry[1]);
-    } else {
-        for (int p = 1; p < Bits; ++p) signed_plane[p] = plane[p];
-        signed_plane[0] = S::template ternary<~A>(plane[0], plane[0], plane[0]);
-    }
-}
-
 // Neighbouring tiles together: each table, which comes from the second-level cache, serves them all.
 template <class S, int Bits, bool Resident, int Tiles>
 MATGPTQ_INLINE void table_product(const WeightView& weight, const Panel& panel, int64_t tile, float* out) {
@@ -307,10 +301,10 @@ MATGPTQ_INLINE void table_product(const WeightView& weight, const Panel& panel, 
                 for (int p = 0; p < Bits; ++p) sum[t][p] = S::broadcast(0.0f);
             for (int64_t c = 0; c < chunks; ++c, offset += kChunkBytes) {
                 const int64_t ahead = offset < jump ? kAhead : kAhead + (Tiles - 1) * tile_bytes;
-                typename S::Bytes plane[Tiles][Bits];
+                typename S::Bytes plane[Tiles][kParentBits + 1];
                 for (int t = 0; t < Tiles; ++t) {
                     prefetch_planes<planes>(weight, offset + t * tile_bytes, ahead);
-                    load_signed_planes<S, Bits, Resident>(weight, offset + t * tile_bytes, plane[t]);
+                    load_slice<S, Bits, Resident, true>(weight, offset + t * tile_bytes, plane[t]);
                 }
                 for (int nibble = 0; nibble < 8; ++nibble, table += 16) {
                     const Floats sums = S::load_floats(table);

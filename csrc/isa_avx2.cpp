@@ -13,15 +13,11 @@ namespace {
 
 struct Avx2 {
     static constexpr int kLanes = 8;
-    static constexpr bool kNibbleTable = false;
     static constexpr int kSweepVectors = 2;
     using Bytes = __m256i;
     using Ints = __m256i;
     using Floats = __m256;
     using Mask = __m256;
-    struct Levels {
-        Floats zero;
-    };
 
     static MATGPTQ_INLINE Bytes load(const uint8_t* p) {
         return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
@@ -57,14 +53,17 @@ struct Avx2 {
         return _mm256_sub_epi8(v, splat<Zero>());
     }
     static MATGPTQ_INLINE Ints zero() { return _mm256_setzero_si256(); }
-    static MATGPTQ_INLINE Ints dot_start(int32_t correction) { return _mm256_set1_epi32(correction); }
+    template <int Bits>
+    static MATGPTQ_INLINE Ints dot_start(const int32_t* sum) {
+        return _mm256_slli_epi32(_mm256_set1_epi32(*sum), Bits - 1);
+    }
     template <int Bits>
     static MATGPTQ_INLINE Ints dot(Ints sum, Bytes u, const int8_t* x) {
         int32_t four;
         std::memcpy(&four, x, 4);
         const __m256i xs = _mm256_set1_epi32(four);
         if constexpr (Bits < 8) {
-            // Pairs reach 2 * 127 * 127 at most, which int16 holds.
+            // Pairs reach 2 * 127 * 128 at most, which int16 holds.
             return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, xs), _mm256_set1_epi16(1)));
         } else {
             const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
@@ -106,23 +105,6 @@ struct Avx2 {
     static MATGPTQ_INLINE float sum(Floats v) { return sum_by_halves(v); }
     static MATGPTQ_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 
-    template <int Bits>
-    static MATGPTQ_INLINE Levels make_levels() {
-        return {_mm256_set1_ps(static_cast<float>(1 << (Bits - 1)))};
-    }
-    template <int Byte>
-    static MATGPTQ_INLINE Floats level(Bytes v, const Levels& levels) {
-        __m256i word = _mm256_srli_epi32(v, 8 * Byte);
-        if constexpr (Byte < 3) word = _mm256_and_si256(word, _mm256_set1_epi32(255));
-        return _mm256_sub_ps(_mm256_cvtepi32_ps(word), levels.zero);
-    }
-    template <class F>
-    static MATGPTQ_INLINE void for_each_byte(Bytes v, const Levels& levels, F&& use) {
-        use(0, level<0>(v, levels));
-        use(1, level<1>(v, levels));
-        use(2, level<2>(v, levels));
-        use(3, level<3>(v, levels));
-    }
     static MATGPTQ_INLINE void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {
         scale_levels(levels, kChunkColumns, scale, out, bfloat16);
     }

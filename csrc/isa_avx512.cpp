@@ -22,16 +22,11 @@ constexpr long long shift_mask_matrix(int shift, int mask) {
 
 struct Avx512 {
     static constexpr int kLanes = 16;
-    static constexpr bool kNibbleTable = true;
     static constexpr int kSweepVectors = 4;
     using Bytes = __m512i;
     using Ints = __m512i;
     using Floats = __m512;
     using Mask = __mmask16;
-    struct Levels {
-        Floats table;  // by nibble
-        Floats bias;   // 2^15 + zero point
-    };
 
     static MATGPTQ_INLINE Bytes load(const uint8_t* p) { return _mm512_load_si512(p); }
     static MATGPTQ_INLINE void store_bytes(uint8_t* p, Bytes v) { _mm512_store_si512(p, v); }
@@ -54,7 +49,6 @@ struct Avx512 {
         second = _mm512_ternarylogic_epi64(splat<M>(), _mm512_srli_epi16(low, K), high, 0xCA);
     }
     static MATGPTQ_INLINE Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
-    static MATGPTQ_INLINE Bytes neither(Bytes a, Bytes b) { return _mm512_ternarylogic_epi64(a, b, b, 0x03); }
     static MATGPTQ_INLINE Bytes add_carry(Bytes v, Bytes carry, Bytes full) {
         return _mm512_ternarylogic_epi64(v, carry, full, 0xBE);
     }
@@ -63,7 +57,10 @@ struct Avx512 {
         return _mm512_sub_epi8(v, splat<Zero>());
     }
     static MATGPTQ_INLINE Ints zero() { return _mm512_setzero_si512(); }
-    static MATGPTQ_INLINE Ints dot_start(int32_t correction) { return _mm512_set1_epi32(correction); }
+    template <int Bits>
+    static MATGPTQ_INLINE Ints dot_start(const int32_t* sum) {
+        return _mm512_slli_epi32(_mm512_set1_epi32(*sum), Bits - 1);
+    }
     template <int Bits>
     static MATGPTQ_INLINE Ints dot(Ints sum, Bytes u, const int8_t* x) {
         int32_t four;
@@ -109,51 +106,6 @@ struct Avx512 {
     }
     static MATGPTQ_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 
-    template <int Bits>
-    static MATGPTQ_INLINE Levels make_levels() {
-        constexpr int zero = 1 << (Bits - 1);
-        float table[16];
-        for (int i = 0; i < 16; ++i) table[i] = static_cast<float>(i - zero);
-        return {_mm512_loadu_ps(table), _mm512_set1_ps(32768.0f + zero)};
-    }
-    // permutexvar looks at the low four bits of each lane only, so shifting is all the extraction there is.
-    template <class F>
-    static MATGPTQ_INLINE void for_each_nibble(Bytes v, const Levels& levels, F&& use) {
-        use(0, 0, _mm512_permutexvar_ps(v, levels.table));
-        use(0, 1, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), levels.table));
-        use(1, 0, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8), levels.table));
-        use(1, 1, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 12), levels.table));
-        use(2, 0, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 16), levels.table));
-        use(2, 1, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 20), levels.table));
-        use(3, 0, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 24), levels.table));
-        use(3, 1, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 28), levels.table));
-    }
-    // Lane n: the sum of x[4i] over the bits i that are set in n.
-    static MATGPTQ_INLINE Floats subset_sums(const float* x) {
-        Floats sum = _mm512_maskz_mov_ps(0xAAAA, broadcast(x[0]));
-        sum = _mm512_mask_add_ps(sum, 0xCCCC, sum, broadcast(x[4]));
-        sum = _mm512_mask_add_ps(sum, 0xF0F0, sum, broadcast(x[8]));
-        return _mm512_mask_add_ps(sum, 0xFF00, sum, broadcast(x[12]));
-    }
-    // By the low four bits of each lane.
-    static MATGPTQ_INLINE Floats look_up(Bytes v, Floats table) { return _mm512_permutexvar_ps(v, table); }
-    static MATGPTQ_INLINE Bytes next_nibble(Bytes v) { return _mm512_srli_epi32(v, 4); }
-    // A byte written into the second byte of the float 2^15 adds its value exactly; no integer conversion is needed.
-    template <int Byte>
-    static MATGPTQ_INLINE Floats level(Bytes v, const Levels& levels) {
-        const __m512i from = _mm512_broadcast_i32x4(
-            _mm_set_epi8(0, 0, 12 + Byte, 0, 0, 0, 8 + Byte, 0, 0, 0, 4 + Byte, 0, 0, 0, Byte, 0));
-        const __m512i base = _mm512_castps_si512(_mm512_set1_ps(32768.0f));
-        const __m512i word = _mm512_mask_shuffle_epi8(base, 0x2222222222222222ull, v, from);
-        return _mm512_sub_ps(_mm512_castsi512_ps(word), levels.bias);
-    }
-    template <class F>
-    static MATGPTQ_INLINE void for_each_byte(Bytes v, const Levels& levels, F&& use) {
-        use(0, level<0>(v, levels));
-        use(1, level<1>(v, levels));
-        use(2, level<2>(v, levels));
-        use(3, level<3>(v, levels));
-    }
     static MATGPTQ_INLINE void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {
         const __m512 factor = _mm512_set1_ps(scale);
         __m512 value[2];

@@ -13,15 +13,11 @@ namespace {
 
 struct Neon {
     static constexpr int kLanes = 4;
-    static constexpr bool kNibbleTable = false;
     static constexpr int kSweepVectors = 4;
     using Bytes = uint8x16_t;
     using Ints = int32x4_t;
     using Floats = float32x4_t;
     using Mask = uint32x4_t;
-    struct Levels {
-        Floats zero;
-    };
 
     static MATGPTQ_INLINE Bytes load(const uint8_t* p) { return vld1q_u8(p); }
     static MATGPTQ_INLINE void store_bytes(uint8_t* p, Bytes v) { vst1q_u8(p, v); }
@@ -49,7 +45,10 @@ struct Neon {
     }
     static MATGPTQ_INLINE Ints zero() { return vdupq_n_s32(0); }
     // Levels are centred in `dot`, so no correction is due.
-    static MATGPTQ_INLINE Ints dot_start(int32_t) { return vdupq_n_s32(0); }
+    template <int Bits>
+    static MATGPTQ_INLINE Ints dot_start(const int32_t*) {
+        return vdupq_n_s32(0);
+    }
     template <int Bits>
     static MATGPTQ_INLINE Ints dot(Ints sum, Bytes u, const int8_t* x) {
         const int8x16_t level = vreinterpretq_s8_u8(center<(1 << (Bits - 1))>(u));
@@ -59,7 +58,7 @@ struct Neon {
 #if defined(__ARM_FEATURE_DOTPROD)
         return vdotq_s32(sum, level, xs);
 #else
-        // Single products reach 128 * 127, which int16 holds; their pairs are summed in int32.
+        // Single products reach 128 * 128, which int16 holds; their pairs are summed in int32.
         const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(level), vget_low_s8(xs)));
         const int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8(level), vget_high_s8(xs)));
         return vaddq_s32(sum, vpaddq_s32(low, high));
@@ -102,24 +101,6 @@ struct Neon {
     }
     static MATGPTQ_INLINE void store(float* p, Floats v) { vst1q_f32(p, v); }
 
-    template <int Bits>
-    static MATGPTQ_INLINE Levels make_levels() {
-        return {vdupq_n_f32(static_cast<float>(1 << (Bits - 1)))};
-    }
-    template <int Byte>
-    static MATGPTQ_INLINE Floats level(Bytes v, const Levels& levels) {
-        uint32x4_t word = vreinterpretq_u32_u8(v);
-        if constexpr (Byte > 0) word = vshrq_n_u32(word, 8 * Byte);
-        if constexpr (Byte < 3) word = vandq_u32(word, vdupq_n_u32(255));
-        return vsubq_f32(vcvtq_f32_u32(word), levels.zero);
-    }
-    template <class F>
-    static MATGPTQ_INLINE void for_each_byte(Bytes v, const Levels& levels, F&& use) {
-        use(0, level<0>(v, levels));
-        use(1, level<1>(v, levels));
-        use(2, level<2>(v, levels));
-        use(3, level<3>(v, levels));
-    }
     static MATGPTQ_INLINE void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {
         scale_levels(levels, kChunkColumns, scale, out, bfloat16);
     }

@@ -9,15 +9,11 @@ namespace {
 
 struct Scalar {
     static constexpr int kLanes = 1;
-    static constexpr bool kNibbleTable = false;
     static constexpr int kSweepVectors = 1;
     using Bytes = uint32_t;
     using Ints = int32_t;
     using Floats = float;
     using Mask = bool;
-    struct Levels {
-        float zero;
-    };
 
     static Bytes load(const uint8_t* p) {
         Bytes v;
@@ -48,7 +44,10 @@ struct Scalar {
         return out;
     }
     static Ints zero() { return 0; }
-    static Ints dot_start(int32_t correction) { return correction; }
+    template <int Bits>
+    static Ints dot_start(const int32_t* sum) {
+        return *sum * (1 << (Bits - 1));
+    }
     template <int Bits>
     static Ints dot(Ints sum, Bytes u, const int8_t* x) {
         for (int i = 0; i < 4; ++i) sum += static_cast<int32_t>((u >> (8 * i)) & 255) * x[i];
@@ -88,14 +87,6 @@ struct Scalar {
     static float sum(Floats v) { return v; }
     static void store(float* p, Floats v) { *p = v; }
 
-    template <int Bits>
-    static Levels make_levels() {
-        return {static_cast<float>(1 << (Bits - 1))};
-    }
-    template <class F>
-    static void for_each_byte(Bytes u, const Levels& levels, F&& use) {
-        for (int i = 0; i < 4; ++i) use(i, static_cast<float>((u >> (8 * i)) & 255) - levels.zero);
-    }
     static void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {
         scale_levels(levels, kChunkColumns, scale, out, bfloat16);
     }

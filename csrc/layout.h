@@ -30,12 +30,13 @@ constexpr int kChunkBytes = kTileRows * kChunkColumns / 8;
 constexpr int kMinBits = 2;
 constexpr int kParentBits = 8;
 constexpr int kWidths = kParentBits - kMinBits + 1;
-// A batch is cut into panels of 1, 2, 4 or 8 rows; the last one is padded with zeros.
+// Int8 digits that stand for one exact activation; see quantize_panel.
+constexpr int kDigits = 3;
+// A batch is cut into panels of 1, 2, 4 or 8 rows (8 of int8 activations only); the last one is padded with zeros.
 constexpr int kPanelSizes = 4;
 constexpr int kMaxPanel = 8;
-// Exact products of one row use tables of sums up to this width, where look-ups are cheap; from 5 bits on multiplying
-// each level is faster.
-constexpr int kTableBits = 4;
+// What is asked for of a stream before it is needed.
+constexpr int64_t kChunksAhead = 64;
 
 // static: a copy compiled for one instruction set must not be linked into another.
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -73,8 +74,9 @@ struct ScaleSet {
 
 // What kernels need to know of one weight at one width.
 struct WeightView {
-    const uint8_t* planes;  // most significant first
-    int64_t plane_stride;   // bytes
+    const uint8_t* planes;  // or fields, see fields.h
+    int64_t plane_step;     // bytes from one to the next
+    int64_t chunk_step;     // bytes from one chunk to the next
     int64_t chunks;         // per tile
     int64_t groups;
     int64_t group_chunks;  // chunks per scale
@@ -82,17 +84,14 @@ struct WeightView {
     ScaleSet scales;
 };
 
-// One panel of prepared activations. `rows` in {1, 2, 4, 8}.
+// One panel of activations: x = scale * sum of digits[d] * 256^d.
 struct Panel {
-    int rows;
-    const float* values;        // [columns, rows], exact activations
-    const float* tables;        // [columns/32, 8, 16], sums of `values`, or null; one row only
-    const int8_t* codes;        // [columns/4, rows, 4], int8 activations
-    const float* block_scales;  // [blocks, rows]
-    const int32_t* block_sums;  // [blocks, rows], sums of the int8 codes
+    const int8_t* codes;  // [columns/4, rows, digits, 4]
+    const float* scales;  // [blocks, rows]
+    const int32_t* sums;  // [blocks, rows, digits], of the codes, negative
 };
 
-// Products of the tiles [tile_begin, tile_end) with a panel, into out [tiles, panel rows, 16].
+// Products of the tiles [tile_begin, tile_end) with a panel, into out [tiles, rows, 16].
 using ProductKernel = void (*)(const WeightView&, const Panel&, int64_t tile_begin, int64_t tile_end, float* out);
 // Where a tile's chunk of weights goes: rows row_begin..row_end-1 of it, `count` of its 32 columns.
 struct ChunkTarget {
@@ -105,11 +104,9 @@ struct ChunkTarget {
 // One tile's chunk times `scales` [16], in which the slice's own factor 2^(8-r) is included.
 using DequantizeKernel = void (*)(const WeightView&, int64_t tile, int64_t chunk, const float* scales,
                                   const ChunkTarget&);
-// x [rows, columns] (rows `stride` apart) to a panel's codes; columns is a multiple of 32, blocks of `block` columns.
-using QuantizeKernel = void (*)(const float* x, int rows, int64_t columns, int64_t block, int8_t* codes,
-                                float* block_scales, int32_t* block_sums);
-// x [columns] to Panel::tables; false if its magnitudes rule them out.
-using TabulateKernel = bool (*)(const float* x, int64_t columns, float* tables);
+// x [rows, columns] to a panel; columns is a multiple of 32, blocks of `block` columns.
+using QuantizeKernel = void (*)(const float* x, int rows, int64_t columns, int64_t block, int8_t* codes, float* scales,
+                                int32_t* sums);
 // Sum of the 64-bit words of a multiple of 256 bytes.
 using ReadKernel = uint64_t (*)(const uint8_t* memory, int64_t bytes);
 
@@ -149,12 +146,9 @@ using RefitKernel = void (*)(const RefitTile&);
 
 struct Kernels {
     const char* name;
-    // [bits - 2][resident ? 1 : 0][log2 of panel rows]
-    ProductKernel exact[kWidths][2][kPanelSizes];
-    ProductKernel int8[kWidths][2][kPanelSizes];
+    ProductKernel product[kWidths][2][2][kPanelSizes];  // [bits - 2][resident ? 1 : 0][exact ? 1 : 0][log2 of rows]
     DequantizeKernel dequantize[kWidths][2];
-    QuantizeKernel quantize;
-    TabulateKernel tabulate;  // null where products use no tables
+    QuantizeKernel quantize[2];  // [exact ? 1 : 0]
     ReadKernel read;
     DenseKernel dense[2][3];  // [bfloat16 ? 1 : 0][log2 of panel rows]
     SiluKernel silu;

@@ -42,13 +42,15 @@ enum matgptq_status {
 
 enum matgptq_dtype { MATGPTQ_FLOAT32 = 0, MATGPTQ_BFLOAT16 = 1 };
 
+/* Activations are multiplied in blocks of columns: the group if it has 32, 64 or 128 columns, else the largest of 128, 64,
+ * 32 that divides it (128 for one group per row; the last block may be shorter). Sums of a block are integers and thereby
+ * exact; blocks are summed in float32, in one order. So results are equal to the bit on every instruction set. A block
+ * whose largest magnitude is below 2^-96 reads as zero. NaN gives NaN, and infinity gives infinity or NaN. */
 enum matgptq_activations {
-    MATGPTQ_EXACT = 0, /* x enters the products unrounded; float32 accumulation */
-    MATGPTQ_INT8 = 1   /* x is rounded to int8 inside the call, symmetric, one float scale per row and block of columns:
-                          the block is the group if it has 32, 64 or 128 columns, else the largest of 128, 64, 32
-                          that divides it (128 for one group per row; the last block may be shorter). Results are
-                          equal to the bit on every instruction set. A block whose largest magnitude is below 2^-100
-                          reads as zero. NaN gives NaN, and infinity gives infinity or NaN. */
+    MATGPTQ_EXACT = 0, /* x enters as numbers of 23 bits and a sign, with one power of two per row and block: bfloat16 is
+                          not rounded unless it is 2^14 times smaller than the largest of its block, float32 by at most
+                          2^-22 of that largest one, which is what sums in float32 round by */
+    MATGPTQ_INT8 = 1   /* x is rounded to int8 inside the call, symmetric, one float scale per row and block */
 };
 
 MATGPTQ_API int matgptq_abi_version(void);
@@ -83,8 +85,9 @@ MATGPTQ_API int64_t matgptq_arena_bytes(const matgptq_arena *arena); /* bytes ha
  *
  * Layout, for readers of the kernels: rows in tiles of 16, columns in chunks of 32; both padded. Plane p (0 = most
  * significant) is one matrix-wide array; a tile's chunk is 64 bytes of it: 16 little-endian 32-bit words, one per
- * row, in which column 4k+b (k 0..7, b 0..3) is bit k of byte b. Scales are [tiles, groups, 16], float16 where every
- * scale of a width is a float16 exactly, else float32. */
+ * row, in which column 4k+b (k 0..7, b 0..3) is bit k of byte b. In a packed slice the planes of each chunk have exchanged
+ * bits, so that they are whole fields of 2, 4 or 8 bits as far as there are (csrc/fields.h). Scales are [tiles, groups, 16],
+ * float16 where every scale of a width is a float16 exactly, else float32. */
 typedef struct matgptq_weight matgptq_weight;
 
 /* codes:      uint8 [out_features, in_features], rows `codes_stride` bytes apart. Parent codes in both forms.

@@ -29,14 +29,14 @@ struct PanelRange {
     int kernel;
 };
 
-std::vector<PanelRange> cut_batch(int64_t batch) {
+std::vector<PanelRange> cut_batch(int64_t batch, bool exact) {
     std::vector<PanelRange> ranges;
-    for (int64_t begin = 0; begin < batch;) {
-        const int live = static_cast<int>(batch - begin < kMaxPanel ? batch - begin : kMaxPanel);
+    const int64_t most = exact ? kMaxPanel / 2 : kMaxPanel;
+    for (int64_t begin = 0; begin < batch; begin += most) {
+        const int live = static_cast<int>(batch - begin < most ? batch - begin : most);
         int kernel = 0;
         while ((1 << kernel) < live) ++kernel;
         ranges.push_back({begin, live, 1 << kernel, kernel});
-        begin += live;
     }
     return ranges;
 }
@@ -45,62 +45,38 @@ std::vector<PanelRange> cut_batch(int64_t batch) {
 class Activations {
   public:
     Activations(const void* x, int dtype, int64_t stride, int64_t in_features, int64_t columns,
-                const std::vector<PanelRange>& ranges, bool int8, bool tables, int64_t block, int num_threads)
+                const std::vector<PanelRange>& ranges, bool exact, int64_t block, int num_threads)
         : block_(block) {
-        const int64_t blocks = ceil_div(columns, block);
+        const int64_t blocks = ceil_div(columns, block), digits = exact ? kDigits : 1;
         int64_t rows = 0;
         for (const PanelRange& range : ranges) rows += range.rows;
-        if (int8) {
-            codes_ = allocate<int8_t>(rows * columns);
-            scales_ = allocate<float>(rows * blocks);
-            sums_ = allocate<int32_t>(rows * blocks);
-        } else {
-            values_ = allocate<float>(rows * columns);
-        }
-        // Only the last panel can have one row.
-        if (tables && ranges.back().rows == 1) tables_ = allocate<float>(columns / kChunkColumns * 8 * 16);
+        codes_ = allocate<int8_t>(rows * digits * columns);
+        scales_ = allocate<float>(rows * blocks);
+        sums_ = allocate<int32_t>(rows * digits * blocks);
         std::vector<int64_t> first_row;
+        int64_t first = 0;
         for (const PanelRange& range : ranges) {
-            const int64_t first = panels_.empty() ? 0 : first_row.back() + panels_.back().rows;
             first_row.push_back(first);
-            Panel panel{range.rows, nullptr, nullptr, nullptr, nullptr, nullptr};
-            if (int8) {
-                panel.codes = codes_.get() + first * columns;
-                panel.block_scales = scales_.get() + first * blocks;
-                panel.block_sums = sums_.get() + first * blocks;
-            } else {
-                panel.values = values_.get() + first * columns;
-            }
-            panels_.push_back(panel);
+            panels_.push_back({codes_.get() + first * digits * columns, scales_.get() + first * blocks,
+                               sums_.get() + first * digits * blocks});
+            first += range.rows;
         }
         parallel_for(static_cast<int64_t>(ranges.size()), 2, num_threads, [&](int64_t begin, int64_t end) {
-            Buffer<float> flat;
-            if (int8) flat = allocate<float>(kMaxPanel * columns);
+            const Buffer<float> panel = allocate<float>(kMaxPanel * columns);
             for (int64_t p = begin; p < end; ++p) {
                 const PanelRange& range = ranges[static_cast<size_t>(p)];
-                const int64_t first = first_row[static_cast<size_t>(p)];
-                // Kernels read exact activations as [columns, rows]; the quantizer reads rows.
-                float* to = int8 ? flat.get() : values_.get() + first * columns;
-                const int64_t row_step = int8 ? columns : 1, column_step = int8 ? 1 : range.rows;
                 for (int b = 0; b < range.rows; ++b) {
                     const int64_t live = b < range.live ? in_features : 0;
-                    const char* from = static_cast<const char*>(x) +
-                                       (range.begin + b) * stride * (dtype == MATGPTQ_FLOAT32 ? 4 : 2);
-                    float* row = to + b * row_step;
-                    if (dtype == MATGPTQ_FLOAT32 && column_step == 1) {
-                        std::memcpy(row, from, static_cast<size_t>(live) * 4);
-                    } else {
-                        for (int64_t c = 0; c < live; ++c) row[c * column_step] = read_float(from, dtype, c);
-                    }
-                    for (int64_t c = live; c < columns; ++c) row[c * column_step] = 0.0f;
+                    float* const row = panel.get() + b * columns;
+                    read_floats(static_cast<const char*>(x) + (range.begin + b) * stride * element_bytes(dtype), dtype,
+                                live, row);
+                    std::memset(row + live, 0, static_cast<size_t>(columns - live) * sizeof(float));
                 }
-                if (int8)
-                    kernels().quantize(flat.get(), range.rows, columns, block, codes_.get() + first * columns,
-                                       scales_.get() + first * blocks, sums_.get() + first * blocks);
+                const int64_t row = first_row[static_cast<size_t>(p)];
+                kernels().quantize[exact](panel.get(), range.rows, columns, block, codes_.get() + row * digits * columns,
+                                          scales_.get() + row * blocks, sums_.get() + row * digits * blocks);
             }
         });
-        if (tables_ && kernels().tabulate(panels_.back().values, columns, tables_.get()))
-            panels_.back().tables = tables_.get();
     }
 
     int64_t block() const { return block_; }
@@ -108,8 +84,8 @@ class Activations {
 
   private:
     int64_t block_;
-    Buffer<float> values_, tables_, scales_;
     Buffer<int8_t> codes_;
+    Buffer<float> scales_;
     Buffer<int32_t> sums_;
     std::vector<Panel> panels_;
 };
@@ -121,12 +97,11 @@ struct Step {
     int64_t first_tile;  // in the flat numbering over all products
 };
 
-void run_tiles(const Step& step, const std::vector<PanelRange>& ranges, size_t first_panel, size_t last_panel, bool int8,
-               int y_dtype, int64_t begin, int64_t end) {
+void run_tiles(const Step& step, const std::vector<PanelRange>& ranges, size_t first_panel, size_t last_panel,
+               bool exact, int y_dtype, int64_t begin, int64_t end) {
     const matgptq_product& product = *step.product;
     const int64_t out_features = product.weight->out_features;
-    const int form = product.weight->slice_bits ? 0 : 1;
-    const auto& table = int8 ? kernels().int8[product.bits - kMinBits][form] : kernels().exact[product.bits - kMinBits][form];
+    const auto& table = kernels().product[product.bits - kMinBits][product.weight->slice_bits ? 0 : 1][exact];
     alignas(64) float result[kTilesPerCall * kMaxPanel * kTileRows];
     for (int64_t tile = begin; tile < end; tile += kTilesPerCall) {
         const int64_t last = tile + kTilesPerCall < end ? tile + kTilesPerCall : end;
@@ -166,26 +141,22 @@ extern "C" int matgptq_matmul(const void* x, int x_dtype, int64_t x_stride, int6
     if (batch == 0 || num_products == 0) return MATGPTQ_OK;
     if (!x) return MATGPTQ_E_ARGUMENT;
     try {
-        const bool int8 = activations == MATGPTQ_INT8;
-        const std::vector<PanelRange> ranges = cut_batch(batch);
+        const bool exact = activations == MATGPTQ_EXACT;
+        const std::vector<PanelRange> ranges = cut_batch(batch, exact);
         const int64_t columns = products[0].weight->chunks * kChunkColumns;
         std::vector<std::unique_ptr<Activations>> prepared;
         std::vector<Step> steps;
         int64_t tiles = 0, bytes = 0;
-        bool tables = false;
-        for (int i = 0; i < num_products; ++i)
-            tables |= !int8 && kernels().tabulate && products[i].bits <= kTableBits;
         for (int i = 0; i < num_products; ++i) {
             const matgptq_weight& weight = *products[i].weight;
             const WeightView view = weight.view(products[i].bits);
-            // Exact activations have no blocks, so all products share one copy.
-            const int64_t block = int8 ? view.block_chunks * kChunkColumns : columns;
+            const int64_t block = view.block_chunks * kChunkColumns;
             const Activations* found = nullptr;
             for (const auto& candidate : prepared)
                 if (candidate->block() == block) found = candidate.get();
             if (!found) {
-                prepared.emplace_back(new Activations(x, x_dtype, x_stride, in_features, columns, ranges, int8, tables,
-                                                      block, num_threads));
+                prepared.emplace_back(
+                    new Activations(x, x_dtype, x_stride, in_features, columns, ranges, exact, block, num_threads));
                 found = prepared.back().get();
             }
             steps.push_back({&products[i], view, found, tiles});
@@ -201,7 +172,7 @@ extern "C" int matgptq_matmul(const void* x, int x_dtype, int64_t x_stride, int6
                     const int64_t from = begin > step.first_tile ? begin - step.first_tile : 0;
                     const int64_t limit = step.product->weight->tiles;
                     const int64_t to = end - step.first_tile < limit ? end - step.first_tile : limit;
-                    if (from < to) run_tiles(step, ranges, first, last, int8, y_dtype, from, to);
+                    if (from < to) run_tiles(step, ranges, first, last, exact, y_dtype, from, to);
                 }
             });
         }

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "fields.h"
 #include "threads.h"
 
 namespace matgptq {
@@ -76,30 +77,55 @@ uint64_t transpose_bits(uint64_t x) {
     return x ^ t ^ (t << 28);
 }
 
+// Eight rows' bytes in one word; see fields.h.
+struct Words {
+    using Bytes = uint64_t;
+    static constexpr uint64_t splat(int byte) { return 0x0101010101010101ull * static_cast<uint64_t>(byte); }
+    template <int K, int M>
+    static void interleave(Bytes high, Bytes low, Bytes& first, Bytes& second) {
+        first = (low & splat(M)) | ((high << K) & ~splat(M));
+        second = ((low >> K) & splat(M)) | (high & ~splat(M));
+    }
+};
+
+using Arrange = void (*)(uint64_t*);
+constexpr Arrange kArrange[kWidths] = {planes_to_fields<Words, 2>, planes_to_fields<Words, 3>, planes_to_fields<Words, 4>,
+                                       planes_to_fields<Words, 5>, planes_to_fields<Words, 6>, planes_to_fields<Words, 7>,
+                                       planes_to_fields<Words, 8>};
+
 void pack_tile(const uint8_t* codes, int64_t codes_stride, const matgptq_weight& weight, uint8_t* planes,
                int64_t tile) {
+    constexpr int words = kChunkBytes / 8;
     uint8_t table[256];
     for (int q = 0; q < 256; ++q)
         table[q] = weight.slice_bits ? slice_code(static_cast<uint8_t>(q), weight.slice_bits) : static_cast<uint8_t>(q);
-    for (int i = 0; i < kTileRows; ++i) {
-        const int64_t row = tile * kTileRows + i;
-        for (int64_t chunk = 0; chunk < weight.chunks; ++chunk) {
-            uint8_t cut[kChunkColumns] = {};
-            if (row < weight.out_features) {
-                const int64_t begin = chunk * kChunkColumns;
-                const int64_t left = weight.in_features - begin;
-                const uint8_t* from = codes + row * codes_stride + begin;
-                for (int c = 0; c < kChunkColumns && c < left; ++c) cut[c] = table[from[c]];
-            }
-            uint8_t* to = planes + (tile * weight.chunks + chunk) * kChunkBytes + i * 4;
+    for (int64_t chunk = 0; chunk < weight.chunks; ++chunk) {
+        uint8_t cut[kParentBits][kChunkBytes] = {};  // planes of the chunk
+        const int64_t begin = chunk * kChunkColumns;
+        for (int i = 0; i < kTileRows; ++i) {
+            const int64_t row = tile * kTileRows + i;
+            if (row >= weight.out_features) break;
+            const int64_t left = weight.in_features - begin;
+            const uint8_t* from = codes + row * codes_stride + begin;
+            uint8_t row_codes[kChunkColumns] = {};
+            for (int c = 0; c < kChunkColumns && c < left; ++c) row_codes[c] = table[from[c]];
             for (int b = 0; b < 4; ++b) {
                 uint64_t eight = 0;
-                for (int k = 0; k < 8; ++k) eight |= static_cast<uint64_t>(cut[4 * k + b]) << (8 * k);
+                for (int k = 0; k < 8; ++k) eight |= static_cast<uint64_t>(row_codes[4 * k + b]) << (8 * k);
                 eight = transpose_bits(eight);
                 for (int p = 0; p < weight.num_planes; ++p)
-                    to[p * weight.plane_stride + b] = static_cast<uint8_t>(eight >> (8 * (weight.num_planes - 1 - p)));
+                    cut[p][4 * i + b] = static_cast<uint8_t>(eight >> (8 * (weight.num_planes - 1 - p)));
             }
         }
+        if (weight.slice_bits)
+            for (int w = 0; w < words; ++w) {
+                uint64_t word[kParentBits];
+                for (int p = 0; p < weight.num_planes; ++p) std::memcpy(word + p, cut[p] + 8 * w, 8);
+                kArrange[weight.slice_bits - kMinBits](word);
+                for (int p = 0; p < weight.num_planes; ++p) std::memcpy(cut[p] + 8 * w, word + p, 8);
+            }
+        uint8_t* to = planes + (tile * weight.chunks + chunk) * weight.chunk_step;
+        for (int p = 0; p < weight.num_planes; ++p) std::memcpy(to + p * weight.plane_step, cut[p], kChunkBytes);
     }
 }
 
@@ -137,7 +163,8 @@ using namespace matgptq;
 WeightView matgptq_weight::view(int bits) const {
     WeightView view;
     view.planes = planes;
-    view.plane_stride = plane_stride;
+    view.plane_step = plane_step;
+    view.chunk_step = chunk_step;
     view.chunks = chunks;
     view.groups = groups;
     view.group_chunks = groups == 1 ? chunks : group_size / kChunkColumns;
@@ -187,12 +214,14 @@ extern "C" int matgptq_pack(const uint8_t* codes, int64_t codes_stride, int64_t 
         weight->num_planes = slice_bits ? slice_bits : kParentBits;
         weight->plane_bytes = weight->tiles * weight->chunks * kChunkBytes;
         // Planes a multiple of 4 KB apart would fall into the same cache sets.
-        weight->plane_stride = weight->plane_bytes + (weight->plane_bytes % 4096 ? 0 : 9 * 64);
+        weight->plane_step = weight->plane_bytes + (weight->plane_bytes % 4096 ? 0 : 9 * 64);
+        weight->chunk_step = kChunkBytes;
+        const int64_t codes_bytes = weight->num_planes * weight->plane_step;
 
         const int64_t scale_count = weight->tiles * weight->groups * kTileRows;
         bool half[kWidths];
         int source[kWidths];
-        int64_t total = weight->num_planes * weight->plane_stride;
+        int64_t total = codes_bytes;
         for (int i = 0; i < num_widths; ++i) {
             source[i] = i;
             for (int j = 0; j < i; ++j)
@@ -213,7 +242,7 @@ extern "C" int matgptq_pack(const uint8_t* codes, int64_t codes_stride, int64_t 
             for (int64_t tile = begin; tile < end; ++tile) pack_tile(codes, codes_stride, *weight, memory, tile);
         });
 
-        uint8_t* place = memory + weight->num_planes * weight->plane_stride;
+        uint8_t* place = memory + codes_bytes;
         for (int i = 0; i < num_widths; ++i) {
             ScaleSet& set = weight->scales[widths[i] - kMinBits];
             if (source[i] != i) {

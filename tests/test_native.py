@@ -181,14 +181,18 @@ def test_ragged_shapes(
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activations", ["exact", "int8"])
 @pytest.mark.parametrize("bits", slicing.WIDTHS)
-def test_int8_is_the_same_on_every_instruction_set(isa: str, bits: int) -> None:
+def test_results_are_the_same_on_every_instruction_set(
+    isa: str, bits: int, activations: native.Activations, dtype: torch.dtype
+) -> None:
     codes, scales = make_weight(48, 256, 4)
-    x = torch.randn(5, 256)
-    parent = native.matmul(x, native.pack_parent(codes, scales), bits, activations="int8")
-    packed = native.matmul(x, native.pack_slice(codes, scales, bits), activations="int8")
+    x = torch.randn(5, 256).to(dtype)
+    parent = native.matmul(x, native.pack_parent(codes, scales), bits, activations=activations)
+    packed = native.matmul(x, native.pack_slice(codes, scales, bits), activations=activations)
     native.set_isa("scalar")
-    reference = native.matmul(x, native.pack_parent(codes, scales), bits, activations="int8")
+    reference = native.matmul(x, native.pack_parent(codes, scales), bits, activations=activations)
     assert torch.equal(parent, packed)
     assert torch.equal(parent, reference)
 

@@ -116,7 +116,7 @@ void test_products(const std::vector<std::string>& sets) {
                     std::vector<float> x(static_cast<size_t>(batch * shape.in)), bias(static_cast<size_t>(shape.out));
                     for (auto& v : x) v = uniform(-2, 2);
                     for (auto& v : bias) v = uniform(-1, 1);
-                    std::vector<float> int8_first;
+                    std::vector<float> int8_first, exact_first;
                     for (const std::string& set : sets) {
                         matgptq_set_isa(set.c_str());
                         where = set + " out " + std::to_string(shape.out) + " in " + std::to_string(shape.in) +
@@ -148,8 +148,8 @@ void test_products(const std::vector<std::string>& sets) {
                         check(close, "exact product");
                         check(rounded, "int8 product within its rounding");
                         if (int8_first.empty()) int8_first = int8;
-                        check(int8.empty() || !std::memcmp(int8.data(), int8_first.data(), int8.size() * 4),
-                              "int8 product equal to the bit on every instruction set");
+                        if (exact_first.empty()) exact_first = exact;
+                        check(int8 == int8_first && exact == exact_first, "equal to the bit on every instruction set");
                     }
                 }
                 matgptq_weight_free(weight);
@@ -171,11 +171,7 @@ void test_same_bits_in_both_forms(const std::vector<std::string>& sets) {
                 for (int64_t batch : {1, 4}) {
                     const auto a = multiply(parent, bits, x, batch, 256, 48, nullptr, activations, 1);
                     const auto b = multiply(packed, bits, x, batch, 256, 48, nullptr, activations, 2);
-                    // Sums of exact activations may be taken in another order; int8 sums are integers.
-                    bool same = true;
-                    for (size_t i = 0; i < a.size(); ++i)
-                        same &= activations == MATGPTQ_INT8 ? a[i] == b[i] : std::abs(a[i] - b[i]) < 1e-4f;
-                    check(same, "resident parent and packed slice agree");
+                    check(a == b, "resident parent and packed slice agree");
                 }
         }
         check(matgptq_weight_bytes_read(packed, bits) < matgptq_weight_bytes_read(parent, bits) || bits == 8,
@@ -282,6 +278,23 @@ void test_activations(const std::vector<std::string>& sets) {
             }
             check(close, "large activations");
         }
+        // A bfloat16 is not rounded beside one that is 2^14 times as large, of either sign.
+        for (int bits = 2; bits <= 8; ++bits)
+            for (const float large : {32768.0f, 65024.0f, 65280.0f, -32768.0f, -65280.0f}) {
+                Case one(16, 64, 64, true);
+                std::fill(one.codes.begin(), one.codes.end(), static_cast<uint8_t>(128));  // of weights that are zero
+                for (int64_t o = 0; o < 16; ++o) one.codes[static_cast<size_t>(o * 64 + 41)] = static_cast<uint8_t>(16 * o);
+                for (auto& set : one.scales) std::fill(set.begin(), set.end(), 0.5f);
+                std::vector<float> far(64, 0.0f);
+                far[7] = large;
+                far[41] = std::fabs(large) == 65280.0f ? 3.984375f : 1.0078125f;
+                matgptq_weight* const sparse = one.pack(bits);
+                const auto y = multiply(sparse, bits, far, 1, 64, 16, nullptr, MATGPTQ_EXACT, 1);
+                bool same = true;
+                for (int64_t o = 0; o < 16; ++o) same &= y[static_cast<size_t>(o)] == far[41] * one.weight(bits, o, 41);
+                check(same, "a small bfloat16 beside a large one is exact");
+                matgptq_weight_free(sparse);
+            }
         // bfloat16 in and out, rows with gaps, and pointers of odd alignment.
         std::vector<unsigned char> x_bytes(5 * 131 * 2 + 1), y_bytes(5 * 37 * 2 + 1), wide(5 * 131 * 4 + 1),
             y_wide(5 * 37 * 4 + 1);

@@ -1,4 +1,5 @@
 // A token through a transformer block, as two calls: see matgptq.h.
+#include <cstring>
 #include <new>
 
 #include "buffer.h"
@@ -28,6 +29,14 @@ int multiply(const matgptq_block& block, int first, int last, const void* x, voi
     const int64_t in = block.products[first].weight->in_features;
     return matgptq_matmul(x, block.dtype, in, 1, in, products, last - first + 1, block.dtype, block.activations,
                           num_threads);
+}
+
+// A vector per head to the last of the positions; strides in elements.
+void append(const void* vectors, void* positions, int64_t length, int64_t size, int64_t heads, int64_t head_stride,
+            int64_t stride, int64_t bytes) {
+    for (int64_t head = 0; head < heads; ++head)
+        std::memcpy(static_cast<char*>(positions) + (head * head_stride + (length - 1) * stride) * bytes,
+                    static_cast<const char*>(vectors) + head * size * bytes, static_cast<size_t>(size * bytes));
 }
 
 int refusal(const matgptq_block* block) {
@@ -70,16 +79,21 @@ extern "C" int matgptq_block_start(const matgptq_block* block, const void* x, co
     }
 }
 
-extern "C" int matgptq_block_finish(const matgptq_block* block, void* x, const void* query, const void* keys,
-                                    const void* values, int64_t length, int64_t key_head_stride, int64_t key_stride,
-                                    int64_t value_head_stride, int64_t value_stride, int num_threads) {
+extern "C" int matgptq_block_finish(const matgptq_block* block, void* x, const void* query, const void* key,
+                                    const void* value, void* keys, void* values, int64_t length,
+                                    int64_t key_head_stride, int64_t key_stride, int64_t value_head_stride,
+                                    int64_t value_stride, int num_threads) {
     if (const int status = refusal(block)) return status;
-    if (!x || !query) return MATGPTQ_E_ARGUMENT;
+    if (!x || !query || (key && (!value || !keys || !values || length < 1))) return MATGPTQ_E_ARGUMENT;
     try {
         const int dtype = block->dtype;
         const int64_t bytes = element_bytes(dtype), hidden = block->hidden, size = block->size;
         const int64_t heads = out_of(*block, MATGPTQ_QUERY), mlp = out_of(*block, MATGPTQ_UP);
         Vector attended;
+        if (key) {
+            append(key, keys, length, size, out_of(*block, MATGPTQ_KEY) / size, key_head_stride, key_stride, bytes);
+            append(value, values, length, size, out_of(*block, MATGPTQ_KEY) / size, value_head_stride, value_stride, bytes);
+        }
         if (keys) {
             attended = allocate<uint8_t>(heads * bytes);
             if (const int status = matgptq_attend(query, keys, values, attended.get(), heads / size,

@@ -246,11 +246,13 @@ typedef struct {
  * and sine [size]. */
 MATGPTQ_API int matgptq_block_start(const matgptq_block *block, const void *x, const void *cosine, const void *sine,
                                     void *qkv, int num_threads);
-/* The rest of the block: x [hidden] in place. query, keys, values: as for matgptq_attend; where keys is NULL, `query` is
+/* The rest of the block: x [hidden] in place. query, keys, values: as for matgptq_attend. If `key` is not NULL, it and
+ * `value` [key heads, size], contiguous, are written to the last of the positions first. Where keys is NULL, `query` is
  * what attention gave. */
-MATGPTQ_API int matgptq_block_finish(const matgptq_block *block, void *x, const void *query, const void *keys,
-                                     const void *values, int64_t length, int64_t key_head_stride, int64_t key_stride,
-                                     int64_t value_head_stride, int64_t value_stride, int num_threads);
+MATGPTQ_API int matgptq_block_finish(const matgptq_block *block, void *x, const void *query, const void *key,
+                                     const void *value, void *keys, void *values, int64_t length,
+                                     int64_t key_head_stride, int64_t key_stride, int64_t value_head_stride,
+                                     int64_t value_stride, int num_threads);
 
 #ifdef __cplusplus
 }

@@ -16,7 +16,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import matgptq
 from matgptq import native
 from matgptq.decoding import DecodesRows, RowBlock
-from matgptq.native import BlockCalls
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
 
@@ -81,12 +80,16 @@ def the_long_way(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: o
 def test_a_token_computes_what_transformers_computes(name, head_dim, dtype, checkpoint, calls, monkeypatch):
     """Heads of 16 are PyTorch's to attend with, others the library's."""
     model = matgptq.load(checkpoint(name, head_dim), 4, device="cpu", dtype=dtype)
-    attended: list[bool] = []
-    attends = BlockCalls.attends
-    monkeypatch.setattr(BlockCalls, "attends", lambda *given: attended.append(attends(*given)) or attended[-1])
+    attended: list[int] = []  # tokens that PyTorch attended for at once
+    attend = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, *given, **options: attended.append(query.shape[2]) or attend(query, *given, **options),
+    )
     short = decode(model)
     assert len(calls) == 6 * model.config.num_hidden_layers
-    assert attended == [head_dim > 16] * len(calls)
+    assert attended.count(1) == (len(calls) if head_dim == 16 else 0)
     long = the_long_way(model, monkeypatch)
     # bfloat16 keeps 8 bits: where attention's sum goes the other way, so does all that follows.
     tolerance = 1e-5 if dtype == "float32" else 0.03

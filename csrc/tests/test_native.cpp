@@ -963,13 +963,36 @@ void test_block(const std::vector<std::string>& sets) {
                 matgptq::add(wanted.data(), update.data(), hidden, dtype);
                 wanted.read();
                 Vector again = x;
-                check(matgptq_block_finish(&block, x.data(), found.data(), keys.data(), values.data(), length, length * size,
-                                           size, length * size, size, 2) == MATGPTQ_OK, "finish runs");
-                check(matgptq_block_finish(&block, again.data(), attended.data(), nullptr, nullptr, 0, 0, 0, 0, 0, 1) ==
-                          MATGPTQ_OK, "finish after another attention runs");
+                check(matgptq_block_finish(&block, x.data(), found.data(), nullptr, nullptr, keys.data(), values.data(),
+                                           length, length * size, size, length * size, size, 2) == MATGPTQ_OK,
+                      "finish runs");
+                check(matgptq_block_finish(&block, again.data(), attended.data(), nullptr, nullptr, nullptr, nullptr, 0, 0, 0,
+                                           0, 0, 1) == MATGPTQ_OK, "finish after another attention runs");
                 x.read();
                 again.read();
                 check(x.values == wanted.values && again.values == wanted.values, "finish is its parts");
+                // The last position comes from elsewhere: positions before heads, and gaps between them.
+                const int64_t gap = size + 3, row = key_heads * gap;
+                Vector key(key_heads * size, half, -1, 1), value(key_heads * size, half, -1, 1);
+                Vector apart(length * row, half, -1, 1), values_apart(length * row, half, -1, 1);
+                Vector appended = again, before = again;
+                for (int64_t h = 0; h < key_heads; ++h) {
+                    std::memcpy(part(keys, (h * length + length - 1) * size), part(key, h * size), size * (half ? 2 : 4));
+                    std::memcpy(part(values, (h * length + length - 1) * size), part(value, h * size), size * (half ? 2 : 4));
+                    for (int64_t t = 0; t + 1 < length; ++t) {
+                        std::memcpy(part(apart, t * row + h * gap), part(keys, (h * length + t) * size), size * (half ? 2 : 4));
+                        std::memcpy(part(values_apart, t * row + h * gap), part(values, (h * length + t) * size),
+                                    size * (half ? 2 : 4));
+                    }
+                }
+                check(matgptq_block_finish(&block, before.data(), found.data(), nullptr, nullptr, keys.data(), values.data(),
+                                           length, length * size, size, length * size, size, 1) == MATGPTQ_OK &&
+                          matgptq_block_finish(&block, appended.data(), found.data(), key.data(), value.data(), apart.data(),
+                                               values_apart.data(), length, gap, row, gap, row, 1) == MATGPTQ_OK,
+                      "finish appends");
+                before.read();
+                appended.read();
+                check(before.values == appended.values, "key and value are appended");
                 if (half || activations) continue;
 
                 where = "block, refusals";
@@ -999,8 +1022,10 @@ void test_block(const std::vector<std::string>& sets) {
                           MATGPTQ_E_ARGUMENT, "no block");
                 check(matgptq_block_start(&block, x.data(), nullptr, sine.data(), found.data(), 1) == MATGPTQ_E_ARGUMENT,
                       "no cosine");
-                check(matgptq_block_finish(&block, x.data(), nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, 1) ==
+                check(matgptq_block_finish(&block, x.data(), nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, 1) ==
                           MATGPTQ_E_ARGUMENT, "no query");
+                check(matgptq_block_finish(&block, x.data(), found.data(), key.data(), value.data(), nullptr, nullptr, 1, 0, 0,
+                                           0, 0, 1) == MATGPTQ_E_ARGUMENT, "nowhere to append to");
             }
     for (matgptq_weight* weight : weights) matgptq_weight_free(weight);
     std::printf("block: two dtypes, two kinds of activations\n");

@@ -19,6 +19,7 @@ from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
 from matgptq import kernel_choice, kernels, native
+from matgptq.kv_cache import append_position
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import DTYPES, BlockCalls, Norm
 from matgptq.nested_linear import NestedLinear
@@ -150,16 +151,24 @@ class RowBlock:
             return None
         cosine, sine = keywords["position_embeddings"]
         residual = hidden.reshape(1, -1).clone()
-        query, key, value = torch.split(calls.start(residual, cosine, sine), calls.sizes, 1)
-        attention, shape = self._attention, (1, -1, 1, self._size)
-        cache = keywords["past_key_values"]
-        keys, values = cache.update(key.view(shape), value.view(shape), attention.layer_idx)
-        if calls.attends(keys, values):
-            calls.finish(residual, query, keys, values)
+        qkv = calls.start(residual, cosine, sine)
+        attention, cache = self._attention, keywords["past_key_values"]
+        key = qkv.narrow(1, calls.heads, calls.key_heads)
+        held = append_position(cache, attention.layer_idx, key) if calls.attends else None
+        if held is not None:
+            calls.finish(residual, qkv, *held, append=True)
+            return residual.view(hidden.shape)
+        value = qkv.narrow(1, calls.heads + calls.key_heads, calls.key_heads)
+        keys, values = cache.update(key, value, attention.layer_idx)
+        if calls.attends and calls.reads(keys) and calls.reads(values):
+            calls.finish(residual, qkv, keys, values)
         else:
-            grouped = calls.sizes[0] != calls.sizes[1]
             attended = nn.functional.scaled_dot_product_attention(
-                query.view(shape), keys, values, scale=attention.scaling, enable_gqa=grouped
+                qkv.narrow(1, 0, calls.heads),
+                keys,
+                values,
+                scale=attention.scaling,
+                enable_gqa=calls.heads != calls.key_heads,
             )
             calls.finish(residual, attended.reshape(1, -1))
         return residual.view(hidden.shape)

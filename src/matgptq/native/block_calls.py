@@ -57,8 +57,10 @@ class BlockCalls:
         self._start, self._finish = library.matgptq_block_start, library.matgptq_block_finish
         self._dtype = dtype
         self._size = size
-        self.sizes = [weight.out_features for weight in weights[:3]]  # of query, key and value
-        self._total = sum(self.sizes)
+        query, key, value = (weight.out_features for weight in weights[:3])
+        self.heads, self.key_heads = query // size, key // size
+        self._total = (query + key + value) // size
+        self._offsets = query, query + key  # of key and value, in elements
         self._alive: list[object] = [*norms]
         block = Block(dtype=DTYPES[dtype], activations=ACTIVATIONS[activations], size=size, scale=scale)
         block.hidden = weights[0].in_features
@@ -84,9 +86,9 @@ class BlockCalls:
             cosine, sine: of the rotary embedding, as many elements as a head has, contiguous.
 
         Returns:
-            ``[1, sum of sizes]``.
+            ``[1, heads, 1, size]``, the heads of the query, then those of key and value.
         """
-        qkv = x.new_empty((1, self._total))
+        qkv = x.new_empty((1, self._total, 1, self._size))
         status = self._start(
             self._address, x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), qkv.data_ptr(), torch.get_num_threads()
         )
@@ -94,26 +96,36 @@ class BlockCalls:
             check_status(status)
         return qkv
 
-    def attends(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether ``finish`` attends to these: heads of a multiple of ``ATTEND_UNIT``, adjacent elements."""
-        return not self._size % ATTEND_UNIT and all(
-            each.is_cpu and each.dtype is self._dtype and each.stride(3) == 1 for each in (keys, values)
-        )
+    @property
+    def attends(self) -> bool:
+        """Whether ``finish`` computes attention: for heads of a multiple of ``ATTEND_UNIT``."""
+        return not self._size % ATTEND_UNIT
 
-    def finish(self, x: Tensor, query: Tensor, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+    def reads(self, held: Tensor) -> bool:
+        """Whether ``finish`` can read such keys or values: of the block's dtype, with adjacent elements."""
+        return held.is_cpu and held.dtype is self._dtype and held.stride(3) == 1
+
+    def finish(
+        self, x: Tensor, qkv: Tensor, keys: Tensor | None = None, values: Tensor | None = None, *, append: bool = False
+    ) -> None:
         """The rest of the block, ``x`` in place.
 
         Args:
             x: ``[1, hidden]``, contiguous.
-            query: ``[1, heads * size]``, contiguous; without keys and values it is what attention gave.
-            keys, values: ``[1, key heads, positions, size]``, such as ``attends`` is true of.
+            qkv: of ``start``; without keys and values it is what attention gave, contiguous.
+            keys, values: ``[1, key heads, positions, size]``, such as ``reads`` is true of, if the block ``attends``.
+            append: first write key and value of ``qkv`` to their last position.
         """
-        places: tuple[int | None, ...] = (None, None, 0, 0, 0, 0, 0)
+        query = qkv.data_ptr()
+        places: tuple[int | None, ...] = (None, None, None, None, 0, 0, 0, 0, 0)
         if keys is not None and values is not None:
+            key_at, value_at = self._offsets
+            size = qkv.element_size()
             places = (
+                *((query + key_at * size, query + value_at * size) if append else (None, None)),
                 *(keys.data_ptr(), values.data_ptr(), keys.shape[2]),
                 *(keys.stride(1), keys.stride(2), values.stride(1), values.stride(2)),
             )
-        status = self._finish(self._address, x.data_ptr(), query.data_ptr(), *places, torch.get_num_threads())
+        status = self._finish(self._address, x.data_ptr(), query, *places, torch.get_num_threads())
         if status:
             check_status(status)

@@ -147,7 +147,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "search_scales": (_int, (_pointer,)),
     "refit": (_int, (_pointer,)),
     "block_start": (_int, (*[_pointer] * 5, _int)),
-    "block_finish": (_int, (*[_pointer] * 5, *[_int64] * 5, _int)),
+    "block_finish": (_int, (*[_pointer] * 7, *[_int64] * 5, _int)),
 }
 
 

@@ -1,0 +1,124 @@
+"""A cache whose layers hold the beginnings of longer tensors is a cache like any other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from matgptq.kv_cache import append_position
+
+HEADS, SIZE = 2, 4
+CONFIG = LlamaConfig(
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=HEADS, hidden_size=16, intermediate_size=8
+)
+
+
+def vectors(length: int, seed: int) -> Tensor:
+    return torch.randn(1, HEADS, length, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(length: int = 5) -> DynamicCache:
+    cache = DynamicCache(config=CONFIG)
+    for layer in range(2):
+        cache.update(vectors(length, layer), -vectors(length, layer), layer)
+    return cache
+
+
+def append(cache: DynamicCache, seed: int, layer: int = 1) -> tuple[Tensor, Tensor]:
+    key = vectors(1, 100 + seed)
+    held = append_position(cache, layer, key)
+    assert held is not None
+    keys, values = held
+    keys[:, :, -1:], values[:, :, -1:] = key, -key
+    return keys, values
+
+
+def expected(seeds: list[int], length: int = 5) -> Tensor:
+    return torch.cat([vectors(length, 1), *(vectors(1, 100 + seed) for seed in seeds)], 2)
+
+
+def check(cache: DynamicCache, seeds: list[int]) -> None:
+    layer = cache.layers[1]
+    assert torch.equal(layer.keys, expected(seeds))
+    assert torch.equal(layer.values, -expected(seeds))
+    assert cache.get_seq_length(1) == 5 + len(seeds)
+
+
+def test_positions_are_appended_without_a_copy_until_the_room_is_full():
+    cache, addresses = filled(), []
+    for seed in range(600):
+        keys, _ = append(cache, seed)
+        addresses.append(keys.data_ptr())
+    check(cache, list(range(600)))
+    assert 2 <= len(set(addresses)) <= 3
+    assert torch.equal(cache.layers[0].keys, vectors(5, 0))
+
+
+def test_what_transformers_appends_itself_comes_behind():
+    cache = filled()
+    append(cache, 0)
+    cache.update(vectors(1, 101), -vectors(1, 101), 1)
+    append(cache, 2)
+    check(cache, [0, 1, 2])
+
+
+def test_after_a_crop_nothing_is_overwritten():
+    cache = filled()
+    append(cache, 0)
+    append(cache, 1)
+    longer = cache.layers[1].keys
+    cache.crop(-1)
+    append(cache, 2)
+    check(cache, [0, 2])
+    assert torch.equal(longer, expected([0, 1]))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy], ids=["deep", "shallow"])
+def test_two_caches_that_began_as_one(copied: Callable[[DynamicCache], DynamicCache]):
+    first = filled()
+    append(first, 0)
+    second = copied(first)
+    if copied is copy.copy:  # as it is when one cache is made from the tensors of another
+        second.layers = [copy.copy(layer) for layer in first.layers]
+    append(first, 1)
+    append(second, 2)
+    append(first, 3)
+    append(second, 4)
+    check(first, [0, 1, 3])
+    check(second, [0, 2, 4])
+
+
+def test_other_operations_of_a_cache():
+    cache = filled()
+    append(cache, 0)
+    cache.batch_repeat_interleave(2)
+    assert cache.layers[1].keys.shape[0] == 2
+    assert append_position(cache, 1, vectors(1, 0)) is None
+    cache.batch_select_indices(torch.tensor([1]))
+    append(cache, 1)
+    check(cache, [0, 1])
+    cache.reset()
+    assert append_position(cache, 1, vectors(1, 0)) is None
+
+
+def test_other_caches_are_left_alone():
+    assert append_position(StaticCache(config=CONFIG, max_cache_len=8), 0, vectors(1, 0)) is None
+    assert append_position(DynamicCache(), 0, vectors(1, 0)) is None
+    assert append_position(None, 0, vectors(1, 0)) is None
+    cache = filled()
+    assert append_position(cache, 1, vectors(1, 0).bfloat16()) is None
+    assert append_position(cache, 1, vectors(1, 0)[:, :1]) is None
+    assert append_position(cache, 1, vectors(1, 0)[..., :2]) is None
+
+    class Other(DynamicLayer):
+        pass
+
+    cache.layers[1].__class__ = Other
+    assert append_position(cache, 1, vectors(1, 0)) is None
+    assert torch.equal(cache.layers[1].keys, vectors(5, 1))

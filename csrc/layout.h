@@ -74,9 +74,8 @@ struct ScaleSet {
 
 // What kernels need to know of one weight at one width.
 struct WeightView {
-    const uint8_t* planes;  // or fields, see fields.h
-    int64_t plane_step;     // bytes from one to the next
-    int64_t chunk_step;     // bytes from one chunk to the next
+    const uint8_t* planes;  // most significant first; or fields, see fields.h
+    int64_t plane_stride;   // bytes
     int64_t chunks;         // per tile
     int64_t groups;
     int64_t group_chunks;  // chunks per scale

@@ -1,6 +1,6 @@
 // Kernels for products and dequantization, written once over a small set of vector operations (`S`) and compiled once
 // per instruction set. S provides: kLanes (int32 lanes, one matrix row each), Bytes / Ints / Floats, and the
-// operations used below. kParts vectors cover the 16 rows of a tile.
+// operations used below; 16 / kLanes vectors cover the rows of a tile.
 #pragma once
 
 #include <cmath>
@@ -19,16 +19,11 @@ constexpr int vectors_read() {
     return Resident && Bits < kParentBits ? Bits + 1 : Bits;
 }
 
-// Where a chunk of a tile begins.
-MATGPTQ_INLINE int64_t chunk_offset(const WeightView& weight, int64_t tile, int64_t chunk) {
-    return (tile * weight.chunks + chunk) * weight.chunk_step;
-}
-
-// Each plane of a parent is a stream of its own and hardware prefetchers stop at 4 KB, also inside a huge page.
+// Each plane is a stream of its own and hardware prefetchers stop at 4 KB, also inside a huge page.
 template <int Vectors>
 MATGPTQ_INLINE void prefetch(const WeightView& weight, int64_t offset) {
     for (int p = 0; p < Vectors; ++p)
-        __builtin_prefetch(weight.planes + p * weight.plane_step + offset + kChunksAhead * weight.chunk_step, 0, 2);
+        __builtin_prefetch(weight.planes + p * weight.plane_stride + offset + kChunksAhead * kChunkBytes, 0, 2);
 }
 
 // u_r of 32 columns: bytes[k] holds columns 4k..4k+3 of one row in each lane.
@@ -36,7 +31,7 @@ template <class S, int Bits, bool Resident>
 MATGPTQ_INLINE void unpack(const WeightView& weight, int64_t offset, typename S::Bytes* bytes) {
     constexpr int vectors = vectors_read<Bits, Resident>();
     typename S::Bytes v[kParentBits + 1];
-    for (int p = 0; p < vectors; ++p) v[p] = S::load(weight.planes + p * weight.plane_step + offset);
+    for (int p = 0; p < vectors; ++p) v[p] = S::load(weight.planes + p * weight.plane_stride + offset);
     if constexpr (vectors > Bits) {
         // A parent is rounded here: its plane r is added to the number above it, which stays as it is where it is all
         // ones. Two steps a plane, where bytes would take sixteen.
@@ -72,7 +67,7 @@ void product(const WeightView& weight, const Panel& panel, int64_t tile_begin, i
         Floats total[parts][Rows];
         for (int part = 0; part < parts; ++part)
             for (int b = 0; b < Rows; ++b) total[part][b] = S::broadcast(0.0f);
-        int64_t offset = chunk_offset(weight, tile, 0);
+        int64_t offset = tile * weight.chunks * kChunkBytes;
         const int8_t* codes = panel.codes;
         const float* scales = panel.scales;
         const int32_t* sums = panel.sums;
@@ -90,7 +85,7 @@ void product(const WeightView& weight, const Panel& panel, int64_t tile_begin, i
                         each<chains - 1>([&](auto i) MATGPTQ_LAMBDA_INLINE { sum[l][i + 1] = S::zero(); });
                     });
                     for (int64_t c = 0; c < chunks; ++c) {
-                        const int64_t at = offset + c * weight.chunk_step;
+                        const int64_t at = offset + c * kChunkBytes;
                         if (part == 0) prefetch<vectors_read<Bits, Resident>()>(weight, at);
                         typename S::Bytes bytes[8];
                         unpack<S, Bits, Resident>(weight, at + part * 4 * S::kLanes, bytes);
@@ -116,7 +111,7 @@ void product(const WeightView& weight, const Panel& panel, int64_t tile_begin, i
                         total[part][b] = S::add(total[part][b], S::multiply(value, step));
                     });
                 }
-                offset += chunks * weight.chunk_step;
+                offset += chunks * kChunkBytes;
                 codes += chunks * kChunkColumns * lines;
                 scales += Rows;
                 sums += lines;
@@ -154,7 +149,7 @@ void dequantize_chunk(const WeightView& weight, int64_t tile, int64_t chunk, con
     alignas(64) int8_t levels[kTileRows * kChunkColumns];
     for (int part = 0; part < parts; ++part) {
         typename S::Bytes bytes[8];
-        unpack<S, Bits, Resident>(weight, chunk_offset(weight, tile, chunk) + part * 4 * S::kLanes, bytes);
+        unpack<S, Bits, Resident>(weight, (tile * weight.chunks + chunk) * kChunkBytes + part * 4 * S::kLanes, bytes);
         for (int k = 0; k < 8; ++k)
             S::store_bytes(words[k] + part * 4 * S::kLanes, S::template center<(1 << (Bits - 1))>(bytes[k]));
     }

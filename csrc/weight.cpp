@@ -77,7 +77,7 @@ uint64_t transpose_bits(uint64_t x) {
     return x ^ t ^ (t << 28);
 }
 
-// Eight rows' bytes in one word; see fields.h.
+// Eight bytes of a plane at a time; see fields.h.
 struct Words {
     using Bytes = uint64_t;
     static constexpr uint64_t splat(int byte) { return 0x0101010101010101ull * static_cast<uint64_t>(byte); }
@@ -124,8 +124,8 @@ void pack_tile(const uint8_t* codes, int64_t codes_stride, const matgptq_weight&
                 kArrange[weight.slice_bits - kMinBits](word);
                 for (int p = 0; p < weight.num_planes; ++p) std::memcpy(cut[p] + 8 * w, word + p, 8);
             }
-        uint8_t* to = planes + (tile * weight.chunks + chunk) * weight.chunk_step;
-        for (int p = 0; p < weight.num_planes; ++p) std::memcpy(to + p * weight.plane_step, cut[p], kChunkBytes);
+        uint8_t* to = planes + (tile * weight.chunks + chunk) * kChunkBytes;
+        for (int p = 0; p < weight.num_planes; ++p) std::memcpy(to + p * weight.plane_stride, cut[p], kChunkBytes);
     }
 }
 
@@ -163,8 +163,7 @@ using namespace matgptq;
 WeightView matgptq_weight::view(int bits) const {
     WeightView view;
     view.planes = planes;
-    view.plane_step = plane_step;
-    view.chunk_step = chunk_step;
+    view.plane_stride = plane_stride;
     view.chunks = chunks;
     view.groups = groups;
     view.group_chunks = groups == 1 ? chunks : group_size / kChunkColumns;
@@ -214,14 +213,12 @@ extern "C" int matgptq_pack(const uint8_t* codes, int64_t codes_stride, int64_t 
         weight->num_planes = slice_bits ? slice_bits : kParentBits;
         weight->plane_bytes = weight->tiles * weight->chunks * kChunkBytes;
         // Planes a multiple of 4 KB apart would fall into the same cache sets.
-        weight->plane_step = weight->plane_bytes + (weight->plane_bytes % 4096 ? 0 : 9 * 64);
-        weight->chunk_step = kChunkBytes;
-        const int64_t codes_bytes = weight->num_planes * weight->plane_step;
+        weight->plane_stride = weight->plane_bytes + (weight->plane_bytes % 4096 ? 0 : 9 * 64);
 
         const int64_t scale_count = weight->tiles * weight->groups * kTileRows;
         bool half[kWidths];
         int source[kWidths];
-        int64_t total = codes_bytes;
+        int64_t total = weight->num_planes * weight->plane_stride;
         for (int i = 0; i < num_widths; ++i) {
             source[i] = i;
             for (int j = 0; j < i; ++j)
@@ -242,7 +239,7 @@ extern "C" int matgptq_pack(const uint8_t* codes, int64_t codes_stride, int64_t 
             for (int64_t tile = begin; tile < end; ++tile) pack_tile(codes, codes_stride, *weight, memory, tile);
         });
 
-        uint8_t* place = memory + codes_bytes;
+        uint8_t* place = memory + weight->num_planes * weight->plane_stride;
         for (int i = 0; i < num_widths; ++i) {
             ScaleSet& set = weight->scales[widths[i] - kMinBits];
             if (source[i] != i) {

@@ -40,7 +40,7 @@ struct matgptq_arena {
 struct matgptq_weight {
     std::shared_ptr<matgptq::Blocks> memory;
     int64_t out_features, in_features, group_size;
-    int64_t tiles, chunks, groups, plane_step, chunk_step, plane_bytes;
+    int64_t tiles, chunks, groups, plane_stride, plane_bytes;
     int slice_bits;  // 0: resident parent
     int num_planes;
     const uint8_t* planes;

@@ -67,8 +67,9 @@ def matmul(
         weight: a packed weight.
         bits: width; may be left out for a weight that serves only one.
         bias: ``torch.float32`` ``[out]``.
-        activations: ``"exact"`` takes x as it is and sums in float32. ``"int8"`` first rounds x to int8, symmetric,
-            per row and block of a group (at most 128) columns; results are the same on every CPU.
+        activations: ``"exact"`` keeps 23 bits of x per row and block of a group (at most 128) columns, no less than
+            sums in float32 keep. ``"int8"`` rounds x to int8, symmetric, per row and block. Results of either are the
+            same to the bit on every CPU.
         num_threads: default ``torch.get_num_threads()``.
 
     Returns:

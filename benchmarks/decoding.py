@@ -1,8 +1,12 @@
-"""Decoding behind a context of some length, with PyTorch's attention and with the library's.
+"""Decoding behind a context of some length: blocks in transformers' code, in two native calls, and in between.
 
-    python benchmarks/attention.py OUT --bits 4 -o benchmarks/results/attention.json
+    python benchmarks/decoding.py OUT --bits 4 -o benchmarks/results/decoding.json
 
-A step is greedy decoding of one token behind a prompt of the given length. Both ways take turns in one run; medians of
+    transformers   the block's own code, its products ours
+    attention      two calls for a block, but PyTorch's attention and transformers' cache
+    library        two calls for a block
+
+A step is greedy decoding of one token behind a prompt of the given length. All ways take turns in one run; medians of
 the rounds, and the median of the rounds' own ratios.
 """
 
@@ -11,41 +15,37 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from machine import describe_machine
 
 import matgptq
 from matgptq import native
+from matgptq.decoding import RowBlock
 from matgptq.native import BlockCalls
 from matgptq.speed import _step_seconds
 
-
-@contextmanager
-def attention(ours: bool) -> Iterator[None]:
-    kept = BlockCalls.attends
-    if not ours:
-        BlockCalls.attends = False  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        BlockCalls.attends = kept  # type: ignore[method-assign]
+WAYS = ("transformers", "attention", "library")
 
 
 def measure(model: Any, length: int, steps: int, rounds: int) -> dict[str, Any]:
     prompt = torch.randint(100, 10_000, (1, length), generator=torch.Generator().manual_seed(0))
-    seconds: dict[str, list[float]] = {"pytorch": [], "library": []}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds):
-        for name, taken in seconds.items():
-            with attention(name == "library"):
+        for way, taken in seconds.items():
+            with ExitStack() as changes:
+                if way == "transformers":
+                    changes.enter_context(patch.object(RowBlock, "takes", lambda *_: False))
+                elif way == "attention":
+                    changes.enter_context(patch.object(BlockCalls, "attends", False))
                 taken.append(_step_seconds(model, prompt, steps))
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    ratios = [a / b for a, b in zip(seconds["transformers"], seconds["library"], strict=True)]
     return {
-        **{f"{name}_ms": round(statistics.median(taken) * 1e3, 2) for name, taken in seconds.items()},
+        **{f"{way}_ms": round(statistics.median(taken) * 1e3, 2) for way, taken in seconds.items()},
         "times_as_fast": round(statistics.median(ratios), 2),
     }
 

@@ -23,7 +23,6 @@ from matgptq.kv_cache import append_position
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import DTYPES, BlockCalls, Norm
 from matgptq.nested_linear import NestedLinear
-from matgptq.shared_input import state_of
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -94,14 +93,14 @@ class RowBlock:
     def __init__(self, block: Any) -> None:
         attention, mlp = block.self_attn, block.mlp
         self._attention = attention
-        self._first_norm, self._second_norm = (getattr(block, name) for name in _NORMS)
-        self._head_norms = [getattr(attention, name, None) for name in _HEAD_NORMS]
+        self._norms = [getattr(block, name) for name in _NORMS] + [
+            getattr(attention, name, None) for name in _HEAD_NORMS
+        ]
         owners = [(attention, name) for name in _ATTENTION] + [(mlp, name) for name in _MLP]
         self._linears: list[NestedLinear] = [getattr(owner, name) for owner, name in owners]
         self._prepared: _Prepared | None = None
-        self._norms = [self._first_norm, self._second_norm, *filter(None, self._head_norms)]
         self._size: int = attention.head_dim
-        self._dtype = self._first_norm.weight.dtype
+        self._dtype = block.input_layernorm.weight.dtype
         # What the short way passes over: if one of them is replaced or watched, it is not taken.
         passed = [(block, name) for name in ("self_attn", "mlp", *_NORMS)]
         passed += [(attention, name) for name in (*_ATTENTION, *_HEAD_NORMS) if hasattr(attention, name)]
@@ -127,10 +126,6 @@ class RowBlock:
             or self._attention.config._attn_implementation != "sdpa"
         ):
             return False
-        for norm in self._norms:  # which may have been cast since; the library takes an address
-            weight = norm._parameters.get("weight")
-            if weight is None or weight.dtype is not self._dtype or not weight.is_cpu or not weight.is_contiguous():
-                return False
         if _global_hooks or _global_pre_hooks or any(self._hooks):
             return False
         for kind, forward in self._forwards:
@@ -146,9 +141,14 @@ class RowBlock:
 
     def run(self, hidden: Tensor, keywords: dict[str, Any]) -> Tensor | None:
         """The block's output ``[1, 1, hidden]``; None where the kernels cannot multiply a row at present."""
-        calls = self._prepare()
-        if calls is None:
-            return None
+        prepared = self._prepared
+        weights = None if prepared is None else prepared.weights()  # alive until the calls are made
+        if prepared is None or weights is None:
+            prepared = self._prepared = self._prepare()
+            if prepared is None:
+                return None
+            weights = prepared.weights()
+        calls = prepared.calls
         cosine, sine = keywords["position_embeddings"]
         residual = hidden.reshape(1, -1).clone()
         qkv = calls.start(residual, cosine, sine)
@@ -173,44 +173,45 @@ class RowBlock:
             calls.finish(residual, attended.reshape(1, -1))
         return residual.view(hidden.shape)
 
-    def _prepare(self) -> BlockCalls | None:
+    def _prepare(self) -> _Prepared | None:
         """The calls for the block as it is at present."""
-        activations = self._linears[0].activations
+        forced = kernel_choice.forced_kernel()
+        linears, attention = self._linears, self._attention
+        activations = linears[0].activations
         product = kernel_choice.Product("native", "cpu", self._dtype, 1, activations)
-        if not kernel_choice.fuses(product):
+        if not kernel_choice.fuses(product) or any(linear.activations != activations for linear in linears):
             return None
-        operands = [linear.operand for linear in self._linears]  # read once: another thread may set another width
-        state: list[object] = [
-            state_of(operand, linear.activations) for operand, linear in zip(operands, self._linears, strict=True)
-        ]
-        state += [(norm.weight.data_ptr(), norm.variance_epsilon) for norm in self._norms]
-        state.append(self._attention.scaling)
-        prepared = self._prepared
-        if prepared is not None and prepared.is_of(state, operands):
-            return prepared.calls
-        calls = self._join(operands, activations)
-        if calls is not None:
-            self._prepared = _Prepared.of(state, calls, operands)
-        return calls
-
-    def _join(self, operands: list[kernels.Operand], activations: native.Activations) -> BlockCalls | None:
-        weights = [operand.weight for operand in operands if isinstance(operand.weight, native.Weight)]
-        if len(weights) < len(operands) or any(linear.activations != activations for linear in self._linears):
-            return None
-        attention = self._attention
-        norms = [
-            None if norm is None else Norm(norm.weight.detach(), norm.variance_epsilon)
-            for norm in (self._first_norm, self._second_norm, *self._head_norms)
-        ]
-        return BlockCalls(
+        known_linears, known_norms = [], []
+        for linear in linears:
+            weight, bits, bias = linear.operand  # read once: another thread may set another width
+            if not isinstance(weight, native.Weight):
+                return None
+            known_linears.append((linear, weight, bits, bias))
+        for norm in self._norms:
+            if norm is None:
+                continue
+            weight = norm._parameters.get("weight")  # it may have been cast since; the library takes an address
+            if weight is None or weight.dtype is not self._dtype or not weight.is_cpu or not weight.is_contiguous():
+                return None
+            known_norms.append((norm, weight, weight.data_ptr(), norm.variance_epsilon))
+        calls = BlockCalls(
             self._dtype,
-            weights,
-            [operand.bits for operand in operands],
-            [operand.bias for operand in operands],
-            norms,
+            [weight for _, weight, _, _ in known_linears],
+            [bits for _, _, bits, _ in known_linears],
+            [bias for _, _, _, bias in known_linears],
+            [None if norm is None else Norm(norm.weight.detach(), norm.variance_epsilon) for norm in self._norms],
             attention.head_dim,
             attention.scaling,
             activations=activations,
+        )
+        return _Prepared(
+            calls,
+            forced,
+            activations,
+            (attention, attention.scaling),
+            [(linear, weakref.ref(weight), bits, bias) for linear, weight, bits, bias in known_linears],
+            [(bias, *_memory_state(bias), bias.detach()) for _, _, _, bias in known_linears if bias is not None],
+            known_norms,
         )
 
 
@@ -218,21 +219,48 @@ class RowBlock:
 class _Prepared:
     """Calls that are made again for as long as the block's state is the same."""
 
-    state: list[object]
-    calls: BlockCalls
-    weights: list[weakref.ref[Any]]  # the layers': they let go of them to leave the CPU, say
-    biases: list[Tensor | None]  # memory, so that no other one can get the address of one of them
+    calls: BlockCalls  # keeps the memory of the norms, so that nothing else can get its address
+    forced: str
+    activations: native.Activations
+    scaling: tuple[Any, float]  # the attention and its scale
+    # What is multiplied by. The layers own their weights: they let go of them to leave the CPU, say.
+    linears: list[tuple[NestedLinear, weakref.ref[native.Weight], int, Tensor | None]]
+    biases: list[tuple[Tensor, int, int, Tensor]]  # their state, and their memory, to keep it
+    norms: list[tuple[Any, Tensor, int, float]]
 
-    @classmethod
-    def of(cls, state: list[object], calls: BlockCalls, operands: list[kernels.Operand]) -> _Prepared:
-        biases = [None if operand.bias is None else operand.bias.detach() for operand in operands]
-        return cls(state, calls, [weakref.ref(operand.weight) for operand in operands], biases)
-
-    def is_of(self, state: list[object], operands: list[kernels.Operand]) -> bool:
-        if state != self.state:
-            return False
-        # An id may have passed to another weight since.
-        return all(known() is operand.weight for known, operand in zip(self.weights, operands, strict=True))
+    def weights(self) -> list[native.Weight] | None:
+        """The weights of the block, or None if it is not any more as it was."""
+        if self.forced != kernel_choice.forced_kernel() or self.scaling[0].scaling != self.scaling[1]:
+            return None
+        weights: list[native.Weight] = []
+        for linear, known, bits, bias in self.linears:
+            weight = linear.packed
+            if (
+                not isinstance(weight, native.Weight)
+                or weight is not known()
+                or linear.bits != bits
+                or linear.activations != self.activations
+                or linear.bias is not bias
+            ):
+                return None
+            weights.append(weight)
+        for bias, address, version, _ in self.biases:
+            if (address, version) != _memory_state(bias):
+                return None
+        for norm, scale, address, eps in self.norms:
+            if (
+                norm._parameters.get("weight") is not scale
+                or scale.data_ptr() != address
+                or norm.variance_epsilon != eps
+            ):
+                return None
+        return weights
 
     def __deepcopy__(self, _: object) -> None:
         """Nothing: a copied block has biases and norms of its own."""
+
+
+def _memory_state(bias: Tensor) -> tuple[int, int]:
+    """Equal only where nothing has changed, as long as the memory is kept."""
+    # Inference tensors do not count their changes, and cannot be changed outside.
+    return bias.data_ptr(), -1 if bias.is_inference() else bias._version

@@ -79,14 +79,19 @@ def _candidates(forced: str) -> list[Kernel]:
     return candidates
 
 
+def forced_kernel() -> str:
+    """The kernel that ``MATGPTQ_KERNEL`` names, empty if it names none."""
+    return os.environ.get("MATGPTQ_KERNEL", "")
+
+
 def check_forced() -> None:
     """Refuse a ``MATGPTQ_KERNEL`` that there is not, before anything is loaded; raises ``ConfigurationError``."""
-    _candidates(os.environ.get("MATGPTQ_KERNEL", ""))
+    _candidates(forced_kernel())
 
 
 def asks_for_reference() -> bool:
     """Whether ``MATGPTQ_KERNEL`` wants PyTorch's own products."""
-    return os.environ.get("MATGPTQ_KERNEL") == "reference"
+    return forced_kernel() == "reference"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -102,7 +107,7 @@ def _choose(product: Product, forced: str) -> Kernel:
 
 def choose(product: Product) -> Kernel:
     """The kernel that will compute a product."""
-    return _choose(product, os.environ.get("MATGPTQ_KERNEL", ""))
+    return _choose(product, forced_kernel())
 
 
 def fuses(product: Product) -> bool:

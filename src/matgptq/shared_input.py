@@ -89,7 +89,7 @@ class SharedInput:
             return None
         ready = self._ready
         if ready is not None and ready.belongs_to(inputs):
-            result = ready.results.pop((id(member), *state_of(operand, activations)), None)
+            result = ready.results.pop((id(member), *_state(operand, activations)), None)
             if result is not None:
                 if not ready.results:
                     self._ready = None
@@ -103,7 +103,7 @@ class SharedInput:
         operands = [operand if each is member else each.operand for each in members]
         if torch.is_grad_enabled() and any(bias is not None and bias.requires_grad for _, _, bias in operands):
             return None
-        states = [state_of(each, activations) for each in operands]  # as they are before anything is computed
+        states = [_state(each, activations) for each in operands]  # as they are before anything is computed
         if rows == 1:
             products = self._multiply_row(inputs, operands, activations)
         else:
@@ -132,7 +132,7 @@ class SharedInput:
 
     def _join(self, operands: Sequence[kernels.Operand], activations: native.Activations) -> native.Joined | None:
         # The prepared call keeps the weights alive, so that no other one can get the id of one of them.
-        state = [state_of(operand, activations) for operand in operands]
+        state = [_state(operand, activations) for operand in operands]
         prepared = self._prepared
         if prepared is not None and prepared.state == state:
             return prepared.joined
@@ -143,7 +143,7 @@ class SharedInput:
         return joined
 
 
-def state_of(operand: kernels.Operand, activations: native.Activations) -> tuple[object, ...]:
+def _state(operand: kernels.Operand, activations: native.Activations) -> tuple[object, ...]:
     """What a product depends on beside its input; equal only where nothing has changed."""
     weight, bits, bias = operand
     if bias is None:

@@ -33,7 +33,7 @@ from matgptq.packed_weight import AnyWeight, Form, dequantize
 # Intel's processors have matrix units. For float32 the library that PyTorch calls has AVX-512 code, but for Intel's
 # only: on others it never wins against ours.
 _FUSED_ROWS = {torch.float32: 32, torch.bfloat16: 16}
-_FUSED_ROWS_ELSEWHERE = {torch.float32: sys.maxsize, torch.bfloat16: 24}
+_FUSED_ROWS_ELSEWHERE = {torch.float32: sys.maxsize, torch.bfloat16: 40}
 # A dequantized tile should stay in a cache until it has been multiplied, and x is read again for each of them.
 _TILE_BYTES = 4 << 20
 # The same on a GPU. By reasoning, not yet by measurement: unpacking once for every 32 rows against writing and reading

@@ -144,10 +144,11 @@ class RowBlock:
         prepared = self._prepared
         weights = None if prepared is None else prepared.weights()  # alive until the calls are made
         if prepared is None or weights is None:
-            prepared = self._prepared = self._prepare()
-            if prepared is None:
+            made = self._prepare()
+            if made is None:
                 return None
-            weights = prepared.weights()
+            prepared, weights = made
+            self._prepared = prepared
         calls = prepared.calls
         cosine, sine = keywords["position_embeddings"]
         residual = hidden.reshape(1, -1).clone()
@@ -173,30 +174,32 @@ class RowBlock:
             calls.finish(residual, attended.reshape(1, -1))
         return residual.view(hidden.shape)
 
-    def _prepare(self) -> _Prepared | None:
-        """The calls for the block as it is at present."""
+    def _prepare(self) -> tuple[_Prepared, list[native.Weight]] | None:
+        """The calls for the block as it is at present, and the weights that they need."""
         forced = kernel_choice.forced_kernel()
         linears, attention = self._linears, self._attention
         activations = linears[0].activations
         product = kernel_choice.Product("native", "cpu", self._dtype, 1, activations)
         if not kernel_choice.fuses(product) or any(linear.activations != activations for linear in linears):
             return None
+        weights: list[native.Weight] = []
         known_linears, known_norms = [], []
         for linear in linears:
             weight, bits, bias = linear.operand  # read once: another thread may set another width
             if not isinstance(weight, native.Weight):
                 return None
-            known_linears.append((linear, weight, bits, bias))
+            weights.append(weight)
+            known_linears.append((linear, weakref.ref(weight), bits, bias))
         for norm in self._norms:
             if norm is None:
                 continue
-            weight = norm._parameters.get("weight")  # it may have been cast since; the library takes an address
-            if weight is None or weight.dtype is not self._dtype or not weight.is_cpu or not weight.is_contiguous():
+            scale = norm._parameters.get("weight")  # it may have been cast since; the library takes an address
+            if scale is None or scale.dtype is not self._dtype or not scale.is_cpu or not scale.is_contiguous():
                 return None
-            known_norms.append((norm, weight, weight.data_ptr(), norm.variance_epsilon))
+            known_norms.append((norm, scale, scale.data_ptr(), norm.variance_epsilon))
         calls = BlockCalls(
             self._dtype,
-            [weight for _, weight, _, _ in known_linears],
+            weights,
             [bits for _, _, bits, _ in known_linears],
             [bias for _, _, _, bias in known_linears],
             [None if norm is None else Norm(norm.weight.detach(), norm.variance_epsilon) for norm in self._norms],
@@ -204,15 +207,16 @@ class RowBlock:
             attention.scaling,
             activations=activations,
         )
-        return _Prepared(
-            calls,
-            forced,
-            activations,
-            (attention, attention.scaling),
-            [(linear, weakref.ref(weight), bits, bias) for linear, weight, bits, bias in known_linears],
-            [(bias, *_memory_state(bias), bias.detach()) for _, _, _, bias in known_linears if bias is not None],
-            known_norms,
+        prepared = _Prepared(
+            calls=calls,
+            forced=forced,
+            activations=activations,
+            scaling=(attention, attention.scaling),
+            linears=known_linears,
+            biases=[(bias, *_memory_state(bias), bias.detach()) for _, _, _, bias in known_linears if bias is not None],
+            norms=known_norms,
         )
+        return prepared, weights
 
 
 @dataclass(frozen=True)

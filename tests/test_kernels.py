@@ -111,7 +111,7 @@ def test_the_choice_of_a_kernel(monkeypatch):
     ("vendor", "isa", "rows"),
     [
         ("intel", "avx512", (32, 16)),
-        ("amd", "avx512", (None, 24)),
+        ("amd", "avx512", (None, 40)),
         ("amd", "avx2", (32, 16)),
         ("other", "neon", (32, 16)),
     ],

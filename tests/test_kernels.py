@@ -112,7 +112,7 @@ def test_the_choice_of_a_kernel(monkeypatch):
     [
         ("intel", "avx512", (32, 16)),
         ("amd", "avx512", (None, 40)),
-        ("amd", "avx2", (32, 16)),
+        ("amd", "avx2", (12, 16)),
         ("other", "neon", (32, 16)),
     ],
 )

@@ -31,9 +31,10 @@ from matgptq.packed_weight import AnyWeight, Form, dequantize
 
 # Above so many rows PyTorch's matrix product on dequantized tiles wins (benchmarks/cpu_crossover.py). For bfloat16
 # Intel's processors have matrix units. For float32 the library that PyTorch calls has AVX-512 code, but for Intel's
-# only: on others it never wins against ours.
+# only: on others it never wins against ours. AVX2 has neither dot products nor registers for many sums.
 _FUSED_ROWS = {torch.float32: 32, torch.bfloat16: 16}
 _FUSED_ROWS_ELSEWHERE = {torch.float32: sys.maxsize, torch.bfloat16: 40}
+_FUSED_ROWS_AVX2 = {torch.float32: 12, torch.bfloat16: 16}
 # A dequantized tile should stay in a cache until it has been multiplied, and x is read again for each of them.
 _TILE_BYTES = 4 << 20
 # The same on a GPU. By reasoning, not yet by measurement: unpacking once for every 32 rows against writing and reading
@@ -121,7 +122,10 @@ def _run_reference(x: Tensor, weight: AnyWeight, bits: int, bias: Tensor | None,
 
 def fused_rows(dtype: torch.dtype) -> int:
     """How many rows of exact activations the fused native kernel is the fastest for, on this machine."""
-    elsewhere = native.isa() == "avx512" and native.cpu_vendor() != "intel"
+    isa = native.isa()
+    if isa == "avx2":
+        return _FUSED_ROWS_AVX2[dtype]
+    elsewhere = isa == "avx512" and native.cpu_vendor() != "intel"
     return (_FUSED_ROWS_ELSEWHERE if elsewhere else _FUSED_ROWS)[dtype]
 
 

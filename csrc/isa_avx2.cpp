@@ -53,37 +53,24 @@ struct Avx2 {
         return _mm256_sub_epi8(v, splat<Zero>());
     }
     static MATGPTQ_INLINE Ints zero() { return _mm256_setzero_si256(); }
-    // Pairs of products meet in 16 bits, as many of them as fit: a pair is at most 256 (2^Bits - 1).
-    struct Sum {
-        Ints total;
-        Ints pairs[2];
-    };
-    static constexpr int kChains = 1;
     template <int Bits>
-    static MATGPTQ_INLINE Sum dot_start(const int32_t* sum) {
-        return {_mm256_slli_epi32(_mm256_set1_epi32(*sum), Bits - 1), {}};
+    static MATGPTQ_INLINE Ints dot_start(const int32_t* sum) {
+        return _mm256_slli_epi32(_mm256_set1_epi32(*sum), Bits - 1);
     }
-    static MATGPTQ_INLINE Ints total(const Sum& sum) { return sum.total; }
-    template <int Bits, int K>
-    static MATGPTQ_INLINE void dot(Sum& sum, Bytes u, const int8_t* x) {
+    template <int Bits>
+    static MATGPTQ_INLINE Ints dot(Ints sum, Bytes u, const int8_t* x) {
         int32_t four;
         std::memcpy(&four, x, 4);
         const __m256i xs = _mm256_set1_epi32(four);
         if constexpr (Bits < 8) {
-            constexpr int period = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
-            const Ints pairs = _mm256_maddubs_epi16(u, xs);
-            sum.pairs[0] = K % period ? _mm256_add_epi16(sum.pairs[0], pairs) : pairs;
-            if constexpr (K % period == period - 1) sum.total = add(sum.total, sum_pairs(sum.pairs[0], 1));
+            // Pairs reach 2 * 127 * 128 at most, which int16 holds.
+            return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, xs), _mm256_set1_epi16(1)));
         } else {
-            const Ints low = _mm256_maddubs_epi16(mask<0x0F>(u), xs), high = _mm256_maddubs_epi16(shift_mask<4, 0x0F>(u), xs);
-            sum.pairs[0] = K ? _mm256_add_epi16(sum.pairs[0], low) : low;
-            sum.pairs[1] = K ? _mm256_add_epi16(sum.pairs[1], high) : high;
-            if constexpr (K == 7)
-                sum.total = add(sum.total, add(sum_pairs(sum.pairs[0], 1), sum_pairs(sum.pairs[1], 16)));
+            const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
+                                                   _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8));
+            const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(xs, 8));
+            return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
         }
-    }
-    static MATGPTQ_INLINE Ints sum_pairs(Ints pairs, int16_t factor) {
-        return _mm256_madd_epi16(pairs, _mm256_set1_epi16(factor));
     }
     static MATGPTQ_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
     static MATGPTQ_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }

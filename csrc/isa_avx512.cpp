@@ -57,19 +57,16 @@ struct Avx512 {
         return _mm512_sub_epi8(v, splat<Zero>());
     }
     static MATGPTQ_INLINE Ints zero() { return _mm512_setzero_si512(); }
-    using Sum = Ints;
-    static constexpr int kChains = 4;  // sums side by side, at most
     template <int Bits>
-    static MATGPTQ_INLINE Sum dot_start(const int32_t* sum) {
+    static MATGPTQ_INLINE Ints dot_start(const int32_t* sum) {
         return _mm512_slli_epi32(_mm512_set1_epi32(*sum), Bits - 1);
     }
-    template <int Bits, int>
-    static MATGPTQ_INLINE void dot(Sum& sum, Bytes u, const int8_t* x) {
+    template <int Bits>
+    static MATGPTQ_INLINE Ints dot(Ints sum, Bytes u, const int8_t* x) {
         int32_t four;
         std::memcpy(&four, x, 4);
-        sum = _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(four));
+        return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(four));
     }
-    static MATGPTQ_INLINE Ints total(Sum sum) { return sum; }
     static MATGPTQ_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
     static MATGPTQ_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static MATGPTQ_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }

@@ -45,28 +45,25 @@ struct Neon {
     }
     static MATGPTQ_INLINE Ints zero() { return vdupq_n_s32(0); }
     // Levels are centred in `dot`, so no correction is due.
-    using Sum = Ints;
-    static constexpr int kChains = 4;  // sums side by side, at most
     template <int Bits>
-    static MATGPTQ_INLINE Sum dot_start(const int32_t*) {
+    static MATGPTQ_INLINE Ints dot_start(const int32_t*) {
         return vdupq_n_s32(0);
     }
-    template <int Bits, int>
-    static MATGPTQ_INLINE void dot(Sum& sum, Bytes u, const int8_t* x) {
+    template <int Bits>
+    static MATGPTQ_INLINE Ints dot(Ints sum, Bytes u, const int8_t* x) {
         const int8x16_t level = vreinterpretq_s8_u8(center<(1 << (Bits - 1))>(u));
         int32_t four;
         std::memcpy(&four, x, 4);
         const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(four));
 #if defined(__ARM_FEATURE_DOTPROD)
-        sum = vdotq_s32(sum, level, xs);
+        return vdotq_s32(sum, level, xs);
 #else
         // Single products reach 128 * 128, which int16 holds; their pairs are summed in int32.
         const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(level), vget_low_s8(xs)));
         const int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8(level), vget_high_s8(xs)));
-        sum = vaddq_s32(sum, vpaddq_s32(low, high));
+        return vaddq_s32(sum, vpaddq_s32(low, high));
 #endif
     }
-    static MATGPTQ_INLINE Ints total(Sum sum) { return sum; }
     static MATGPTQ_INLINE Ints add(Ints a, Ints b) { return vaddq_s32(a, b); }
     static MATGPTQ_INLINE Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
     static MATGPTQ_INLINE Floats subtract(Floats a, Floats b) { return vsubq_f32(a, b); }

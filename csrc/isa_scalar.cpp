@@ -44,17 +44,15 @@ struct Scalar {
         return out;
     }
     static Ints zero() { return 0; }
-    using Sum = Ints;
-    static constexpr int kChains = 4;  // sums side by side, at most
     template <int Bits>
-    static Sum dot_start(const int32_t* sum) {
+    static Ints dot_start(const int32_t* sum) {
         return *sum * (1 << (Bits - 1));
     }
-    template <int Bits, int>
-    static void dot(Sum& sum, Bytes u, const int8_t* x) {
+    template <int Bits>
+    static Ints dot(Ints sum, Bytes u, const int8_t* x) {
         for (int i = 0; i < 4; ++i) sum += static_cast<int32_t>((u >> (8 * i)) & 255) * x[i];
+        return sum;
     }
-    static Ints total(Sum sum) { return sum; }
     static Ints add(Ints a, Ints b) { return a + b; }
     static Floats add(Floats a, Floats b) { return a + b; }
     static Floats subtract(Floats a, Floats b) { return a - b; }

@@ -61,8 +61,7 @@ void product(const WeightView& weight, const Panel& panel, int64_t tile_begin, i
     constexpr int parts = kTileRows / S::kLanes;
     constexpr int lines = Rows * Digits;
     // Enough independent sums to cover the latency of the dot product.
-    constexpr int wanted = lines == 1 ? 4 : lines <= 4 ? 2 : 1;
-    constexpr int chains = wanted < S::kChains ? wanted : S::kChains;
+    constexpr int chains = lines == 1 ? 4 : lines <= 4 ? 2 : 1;
     const Floats unit = S::broadcast(static_cast<float>(1 << (kParentBits - Bits)));
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
         Floats total[parts][Rows];
@@ -80,7 +79,7 @@ void product(const WeightView& weight, const Panel& panel, int64_t tile_begin, i
             for (int64_t left = weight.group_chunks; left > 0; left -= weight.block_chunks) {
                 const int64_t chunks = left < weight.block_chunks ? left : weight.block_chunks;
                 for (int part = 0; part < parts; ++part) {
-                    typename S::Sum sum[lines][chains];
+                    Ints sum[lines][chains];
                     each<lines>([&](auto l) MATGPTQ_LAMBDA_INLINE {
                         sum[l][0] = S::template dot_start<Bits>(sums + l);
                         each<chains - 1>([&](auto i) MATGPTQ_LAMBDA_INLINE { sum[l][i + 1] = S::zero(); });
@@ -93,21 +92,19 @@ void product(const WeightView& weight, const Panel& panel, int64_t tile_begin, i
                         const int8_t* x = codes + c * kChunkColumns * lines;
                         each<8>([&](auto k) MATGPTQ_LAMBDA_INLINE {
                             each<lines>([&](auto l) MATGPTQ_LAMBDA_INLINE {
-                                S::template dot<Bits, k>(sum[l][k % chains], bytes[k], x + (k * lines + l) * 4);
+                                auto& chain = sum[l][k % chains];
+                                chain = S::template dot<Bits>(chain, bytes[k], x + (k * lines + l) * 4);
                             });
                         });
                     }
-                    Ints total_of[lines];
                     each<lines>([&](auto l) MATGPTQ_LAMBDA_INLINE {
-                        total_of[l] = S::total(sum[l][0]);
-                        each<chains - 1>([&](auto i) MATGPTQ_LAMBDA_INLINE {
-                            total_of[l] = S::add(total_of[l], S::total(sum[l][i + 1]));
-                        });
+                        each<chains - 1>(
+                            [&](auto i) MATGPTQ_LAMBDA_INLINE { sum[l][0] = S::add(sum[l][0], sum[l][i + 1]); });
                     });
                     each<Rows>([&](auto b) MATGPTQ_LAMBDA_INLINE {
-                        Floats value = S::to_floats(total_of[(b + 1) * Digits - 1]);
+                        Floats value = S::to_floats(sum[(b + 1) * Digits - 1][0]);
                         each<Digits - 1>([&](auto d) MATGPTQ_LAMBDA_INLINE {
-                            value = S::fma(value, S::broadcast(256.0f), S::to_floats(total_of[(b + 1) * Digits - 2 - d]));
+                            value = S::fma(value, S::broadcast(256.0f), S::to_floats(sum[(b + 1) * Digits - 2 - d][0]));
                         });
                         const Floats step = S::multiply(scale[part], S::broadcast(scales[b]));
                         // Not a fused multiply-add: the scalar kernel must give the same bits.

@@ -88,18 +88,18 @@ extern "C" int matgptq_block_finish(const matgptq_block* block, void* x, const v
     try {
         const int dtype = block->dtype;
         const int64_t bytes = element_bytes(dtype), hidden = block->hidden, size = block->size;
-        const int64_t heads = out_of(*block, MATGPTQ_QUERY), mlp = out_of(*block, MATGPTQ_UP);
+        const int64_t heads = out_of(*block, MATGPTQ_QUERY) / size, key_heads = out_of(*block, MATGPTQ_KEY) / size;
+        const int64_t mlp = out_of(*block, MATGPTQ_UP);
         Vector attended;
         if (key) {
-            append(key, keys, length, size, out_of(*block, MATGPTQ_KEY) / size, key_head_stride, key_stride, bytes);
-            append(value, values, length, size, out_of(*block, MATGPTQ_KEY) / size, value_head_stride, value_stride, bytes);
+            append(key, keys, length, size, key_heads, key_head_stride, key_stride, bytes);
+            append(value, values, length, size, key_heads, value_head_stride, value_stride, bytes);
         }
         if (keys) {
-            attended = allocate<uint8_t>(heads * bytes);
-            if (const int status = matgptq_attend(query, keys, values, attended.get(), heads / size,
-                                                  out_of(*block, MATGPTQ_KEY) / size, size, length, key_head_stride,
-                                                  key_stride, value_head_stride, value_stride, block->scale, dtype,
-                                                  num_threads))
+            attended = allocate<uint8_t>(heads * size * bytes);
+            if (const int status = matgptq_attend(query, keys, values, attended.get(), heads, key_heads, size, length,
+                                                  key_head_stride, key_stride, value_head_stride, value_stride,
+                                                  block->scale, dtype, num_threads))
                 return status;
             query = attended.get();
         }

@@ -38,16 +38,10 @@ static inline float read_float(const void* x, int dtype, int64_t index) {
 }
 
 static inline void read_floats(const void* x, int dtype, int64_t count, float* to) {
-    const char* const from = static_cast<const char*>(x);
-    if (dtype == MATGPTQ_FLOAT32) {
-        std::memcpy(to, from, static_cast<size_t>(count) * 4);
-        return;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-        uint16_t half;
-        std::memcpy(&half, from + 2 * i, 2);
-        to[i] = from_bfloat16(half);
-    }
+    if (dtype == MATGPTQ_FLOAT32)
+        std::memcpy(to, x, static_cast<size_t>(count) * 4);
+    else
+        for (int64_t i = 0; i < count; ++i) to[i] = read_float(x, MATGPTQ_BFLOAT16, i);
 }
 
 static inline void write_float(void* y, int dtype, int64_t index, float value) {

@@ -50,7 +50,7 @@ struct Avx512 {
     }
     static MATGPTQ_INLINE Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
     static MATGPTQ_INLINE Bytes add_carry(Bytes v, Bytes carry, Bytes full) {
-        return _mm512_ternarylogic_epi64(v, carry, full, 0xBE);
+        return _mm512_ternarylogic_epi64(v, carry, full, 0xBE);  // (v ^ carry) | full
     }
     template <int Zero>
     static MATGPTQ_INLINE Bytes center(Bytes v) {

@@ -32,9 +32,11 @@ constexpr int kParentBits = 8;
 constexpr int kWidths = kParentBits - kMinBits + 1;
 // Int8 digits that stand for one exact activation; see quantize_panel.
 constexpr int kDigits = 3;
-// A batch is cut into panels of 1, 2, 4 or 8 rows (8 of int8 activations only); the last one is padded with zeros.
+// A batch is cut into panels of 1, 2, 4 or 8 rows; the last one is padded with zeros. Exact rows have several sums each,
+// which leaves registers for fewer of them.
 constexpr int kPanelSizes = 4;
 constexpr int kMaxPanel = 8;
+constexpr int kMaxExactPanel = 4;
 // What is asked for of a stream before it is needed.
 constexpr int64_t kChunksAhead = 64;
 

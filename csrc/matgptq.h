@@ -226,6 +226,7 @@ MATGPTQ_API int matgptq_attend(const void *query, const void *keys, const void *
                                int64_t key_heads, int64_t size, int64_t length, int64_t key_head_stride,
                                int64_t key_stride, int64_t value_head_stride, int64_t value_stride, float scale,
                                int dtype, int num_threads);
+
 /* A block of the plain kind:  x += output(attention(rotary(query, key), value));  x += down(silu(gate) * up),  both from
  * an RMS norm of x. Vectors are of `dtype` and rounded to it where transformers rounds them; products sum in float32.
  * The struct and what it points to must stay as they are during a call, and may serve several at once. */

@@ -31,7 +31,7 @@ struct PanelRange {
 
 std::vector<PanelRange> cut_batch(int64_t batch, bool exact) {
     std::vector<PanelRange> ranges;
-    const int64_t most = exact ? kMaxPanel / 2 : kMaxPanel;
+    const int64_t most = exact ? kMaxExactPanel : kMaxPanel;
     for (int64_t begin = 0; begin < batch; begin += most) {
         const int live = static_cast<int>(batch - begin < most ? batch - begin : most);
         int kernel = 0;

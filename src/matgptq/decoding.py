@@ -21,8 +21,9 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hoo
 from matgptq import kernel_choice, kernels, native
 from matgptq.kv_cache import append_position
 from matgptq.mixed_classes import Mixin, mix_in
-from matgptq.native import DTYPES, BlockCalls, Norm
+from matgptq.native import DTYPES, BlockCalls, RMSNorm
 from matgptq.nested_linear import NestedLinear
+from matgptq.shared_input import memory_state
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -202,7 +203,7 @@ class RowBlock:
             weights,
             [bits for _, _, bits, _ in known_linears],
             [bias for _, _, _, bias in known_linears],
-            [None if norm is None else Norm(norm.weight.detach(), norm.variance_epsilon) for norm in self._norms],
+            [None if norm is None else RMSNorm(norm.weight.detach(), norm.variance_epsilon) for norm in self._norms],
             attention.head_dim,
             attention.scaling,
             activations=activations,
@@ -213,7 +214,7 @@ class RowBlock:
             activations=activations,
             scaling=(attention, attention.scaling),
             linears=known_linears,
-            biases=[(bias, *_memory_state(bias), bias.detach()) for _, _, _, bias in known_linears if bias is not None],
+            biases=[(bias, *memory_state(bias), bias.detach()) for _, _, _, bias in known_linears if bias is not None],
             norms=known_norms,
         )
         return prepared, weights
@@ -249,7 +250,7 @@ class _Prepared:
                 return None
             weights.append(weight)
         for bias, address, version, _ in self.biases:
-            if (address, version) != _memory_state(bias):
+            if (address, version) != memory_state(bias):
                 return None
         for norm, scale, address, eps in self.norms:
             if (
@@ -262,9 +263,3 @@ class _Prepared:
 
     def __deepcopy__(self, _: object) -> None:
         """Nothing: a copied block has biases and norms of its own."""
-
-
-def _memory_state(bias: Tensor) -> tuple[int, int]:
-    """Equal only where nothing has changed, as long as the memory is kept."""
-    # Inference tensors do not count their changes, and cannot be changed outside.
-    return bias.data_ptr(), -1 if bias.is_inference() else bias._version

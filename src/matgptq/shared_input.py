@@ -148,5 +148,10 @@ def _state(operand: kernels.Operand, activations: native.Activations) -> tuple[o
     weight, bits, bias = operand
     if bias is None:
         return id(weight), bits, activations
+    return id(weight), bits, activations, memory_state(bias)
+
+
+def memory_state(tensor: Tensor) -> tuple[int, int]:
+    """What a tensor's values depend on; equal only where nothing has changed, as long as its memory is kept."""
     # Inference tensors do not count their changes, and cannot be changed outside.
-    return id(weight), bits, activations, bias.data_ptr(), -1 if bias.is_inference() else bias._version
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -7,7 +7,7 @@ Kernels know nothing of autograd. Tensors are read through ``data_ptr`` and copi
 Invalid arguments raise ``ConfigurationError`` before any work starts.
 """
 
-from matgptq.native.block_calls import BlockCalls, Norm
+from matgptq.native.block_calls import BlockCalls, RMSNorm
 from matgptq.native.dense import linear
 from matgptq.native.library import (
     DTYPES,
@@ -33,7 +33,7 @@ __all__ = [
     "BlockCalls",
     "Joined",
     "NativeUnavailableError",
-    "Norm",
+    "RMSNorm",
     "RefitSums",
     "SweepMode",
     "Weight",

@@ -20,8 +20,8 @@ ATTEND_UNIT = 32
 
 
 @dataclass(frozen=True)
-class Norm:
-    """An RMS norm: its weight (contiguous, of the block's dtype, on the CPU) and what is added to the mean square."""
+class RMSNorm:
+    """Its weight (contiguous, of the block's dtype, on the CPU) and what is added to the mean square."""
 
     weight: Tensor
     eps: float
@@ -47,7 +47,7 @@ class BlockCalls:
         weights: Sequence[Weight],
         bits: Sequence[int],
         biases: Sequence[Tensor | None],
-        norms: Sequence[Norm | None],
+        norms: Sequence[RMSNorm | None],
         size: int,
         scale: float,
         *,

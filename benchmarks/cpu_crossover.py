@@ -41,10 +41,13 @@ def rates(ways: dict[str, Callable[[], object]], operations: float, repetitions:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--isa", help="another instruction set than the best one of this machine")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     if not native.available():
         raise SystemExit(f"no native kernels: {native.reason()}")
+    if arguments.isa:
+        native.set_isa(arguments.isa)
     records = []
     for threads in map(int, arguments.threads.split(",")):
         torch.set_num_threads(threads)

@@ -1,10 +1,11 @@
 // Which kernels this CPU gets.
 #include <atomic>
 #include <cstring>
-#include <initializer_list>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
+#elif defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include "layout.h"
@@ -13,31 +14,72 @@
 namespace matgptq {
 namespace {
 
-bool cpu_has_avx2() {
 #if defined(__x86_64__) || defined(__i386__)
-    unsigned a, b, c, d;  // older compilers do not know f16c by name
-    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+
+// Bit of a register (0 = eax) that cpuid gives for a leaf: older compilers do not know some features by name. Those named
+// so need registers that the system saves for AVX2, which is asked for with them.
+bool cpuid_bit(unsigned leaf, unsigned subleaf, int which, int bit) {
+    unsigned word[4];
+    return __get_cpuid_count(leaf, subleaf, word, word + 1, word + 2, word + 3) && (word[which] >> bit & 1);
+}
+
+bool cpu_has_avx2() {
+    const bool f16c = cpuid_bit(1, 0, 2, 29);
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
-#else
-    return false;
-#endif
 }
 
 bool cpu_has_avx512() {
-#if defined(__x86_64__) || defined(__i386__)
     return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
+}
+
+bool cpu_has_avx_vnni() {
+#if defined(MATGPTQ_EVEX)
+    return cpu_has_avx512();
+#else
+    return cpu_has_avx2() && __builtin_cpu_supports("gfni") && cpuid_bit(7, 1, 0, 4);
+#endif
+}
+
+#elif defined(__aarch64__)
+
+bool cpu_has_dot_products() {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return true;
+#elif defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
 #else
     return false;
 #endif
 }
 
+#endif
+
+struct InstructionSet {
+    const char* name;
+    const Kernels* (*compiled)();
+    bool (*on_this_cpu)();
+};
+
+// The best ones first.
+const InstructionSet kInstructionSets[] = {
+#if defined(__x86_64__) || defined(__i386__)
+    {"avx512", avx512_kernels, cpu_has_avx512},
+    {"avx_vnni", avx_vnni_kernels, cpu_has_avx_vnni},
+    {"avx2", avx2_kernels, cpu_has_avx2},
+#elif defined(__aarch64__)
+    {"neon_dot", neon_dot_kernels, cpu_has_dot_products},
+    {"neon", neon_kernels, [] { return true; }},
+#endif
+    {"scalar", scalar_kernels, [] { return true; }},
+};
+
+// The one of that name; of a null name the best.
 const Kernels* find(const char* name) {
-    if (!std::strcmp(name, "avx512")) return cpu_has_avx512() ? avx512_kernels() : nullptr;
-    if (!std::strcmp(name, "avx2")) return cpu_has_avx2() ? avx2_kernels() : nullptr;
-    if (!std::strcmp(name, "neon")) return neon_kernels();
-    if (!std::strcmp(name, "scalar")) return scalar_kernels();
+    for (const InstructionSet& set : kInstructionSets)
+        if ((!name || !std::strcmp(name, set.name)) && set.on_this_cpu())
+            if (const Kernels* table = set.compiled()) return table;
     return nullptr;
 }
 
@@ -48,8 +90,7 @@ std::atomic<const Kernels*> current{nullptr};
 const Kernels& kernels() {
     const Kernels* table = current.load(std::memory_order_acquire);
     if (!table) {
-        for (const char* name : {"avx512", "avx2", "neon", "scalar"})
-            if ((table = find(name))) break;
+        table = find(nullptr);
         current.store(table, std::memory_order_release);
     }
     return *table;

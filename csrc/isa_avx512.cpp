@@ -1,4 +1,4 @@
-// AVX-512 with BW, VL, VBMI, VNNI and GFNI (Ice Lake, Zen 4 and later): a tile's 16 rows in one register.
+// AVX-512 with BW, VL, VNNI and GFNI (Ice Lake, Zen 4 and later): a tile's 16 rows in one register.
 #include "layout.h"
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__GFNI__)
@@ -6,19 +6,10 @@
 #include <immintrin.h>
 
 #include "kernel_table.h"
-#include "x86_sums.h"
+#include "x86_vectors.h"
 
 namespace matgptq {
 namespace {
-
-// The 8x8 bit matrix that makes gf2p8affine shift each byte right by `shift` and mask it: one step instead of two.
-constexpr long long shift_mask_matrix(int shift, int mask) {
-    unsigned long long matrix = 0;
-    for (int bit = 0; bit < 8; ++bit)
-        if ((mask >> bit & 1) && bit + shift < 8)
-            matrix |= static_cast<unsigned long long>(1u << (bit + shift)) << (8 * (7 - bit));
-    return static_cast<long long>(matrix);
-}
 
 struct Avx512 {
     static constexpr int kLanes = 16;

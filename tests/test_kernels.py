@@ -108,18 +108,22 @@ def test_the_choice_of_a_kernel(monkeypatch):
 
 @needs_native
 @pytest.mark.parametrize(
-    ("vendor", "isa", "rows"),
+    ("vendor", "isa", "multiplies_bfloat16", "rows"),
     [
-        ("intel", "avx512", (32, 16)),
-        ("amd", "avx512", (None, 40)),
-        ("amd", "avx2", (12, 16)),
-        ("other", "neon", (32, 16)),
+        ("intel", "avx512", True, (32, 16)),
+        ("intel", "avx512", False, (32, 32)),
+        ("amd", "avx512", True, (None, 40)),
+        ("amd", "avx512", False, (None, None)),
+        ("intel", "avx_vnni", False, (48, 48)),
+        ("amd", "avx2", False, (12, 12)),
+        ("other", "neon", False, (32, 32)),
     ],
 )
-def test_how_many_rows_are_fused(monkeypatch, vendor, isa, rows):
+def test_how_many_rows_are_fused(monkeypatch, vendor, isa, multiplies_bfloat16, rows):
     """As benchmarks/cpu_crossover.py found them, by whose processor it is."""
     monkeypatch.setattr(native, "cpu_vendor", lambda: vendor)
     monkeypatch.setattr(native, "isa", lambda: isa)
+    monkeypatch.setattr(kernel_choice, "multiplies_bfloat16", lambda device: multiplies_bfloat16)
     kernel_choice._choose.cache_clear()
     for dtype, limit in zip((torch.float32, torch.bfloat16), rows, strict=True):
 
@@ -130,6 +134,32 @@ def test_how_many_rows_are_fused(monkeypatch, vendor, isa, rows):
         assert limit is None or chosen(limit + 1) == "native-tiled"
         assert chosen(100_000, "int8") == "native-fused"
     kernel_choice._choose.cache_clear()
+
+
+@needs_native
+@pytest.mark.parametrize("bias", [True, False])
+def test_tiles_are_multiplied_in_float32_by_a_processor_without_products_of_bfloat16(monkeypatch, bias):
+    weight = make_weight(40, 64, 2)
+    packed = native.pack_slice(weight.codes, weight.scales[4], 4)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(70, 64, generator=generator).bfloat16()
+    added = torch.randn(40, generator=generator) if bias else None
+    dtypes = []
+    multiply = torch.mm
+
+    def recording(a, b, *, out):
+        dtypes.append(a.dtype)
+        return multiply(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", recording)
+    for multiplies in (True, False):
+        monkeypatch.setattr(kernel_choice, "multiplies_bfloat16", lambda device, it=multiplies: it)
+        y = kernel_choice._run_tiled(x, packed, 4, added, "exact")
+        assert y.dtype == torch.bfloat16
+        exact = x.double() @ native.dequantize_rows(packed, 4).double().T + (0 if added is None else added.double())
+        # Rounded once, or as often as PyTorch rounds in bfloat16.
+        assert (y.double() - exact).abs().max() <= (2**-6 if multiplies else 2**-8) * exact.abs().max()
+    assert dtypes == [torch.bfloat16, torch.float32]
 
 
 @needs_native

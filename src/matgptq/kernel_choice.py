@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from matgptq import native
+from matgptq.devices import multiplies_bfloat16
 from matgptq.errors import ConfigurationError
 from matgptq.gpu import layout as gpu_layout
 from matgptq.gpu import support as gpu_support
@@ -29,12 +30,14 @@ from matgptq.gpu.layout import PlaneWeight
 from matgptq.native import Activations
 from matgptq.packed_weight import AnyWeight, Form, dequantize
 
-# Above so many rows PyTorch's matrix product on dequantized tiles wins (benchmarks/cpu_crossover.py). For bfloat16
-# Intel's processors have matrix units. For float32 the library that PyTorch calls has AVX-512 code, but for Intel's
-# only: on others it never wins against ours. AVX2 has neither dot products nor registers for many sums.
+# Above so many rows PyTorch's matrix product on dequantized tiles wins (benchmarks/cpu_crossover.py), by the dtype in
+# which tiles are multiplied. For bfloat16 Intel's processors have matrix units. For float32 the library that PyTorch
+# calls has AVX-512 code, but for Intel's only: on others it never wins against ours.
 _FUSED_ROWS = {torch.float32: 32, torch.bfloat16: 16}
 _FUSED_ROWS_ELSEWHERE = {torch.float32: sys.maxsize, torch.bfloat16: 40}
-_FUSED_ROWS_AVX2 = {torch.float32: 12, torch.bfloat16: 16}
+# AVX2 has neither dot products nor registers for many sums.
+_FUSED_ROWS_AVX2 = {torch.float32: 12}
+_FUSED_ROWS_AVX_VNNI = {torch.float32: 48}
 # A dequantized tile should stay in a cache until it has been multiplied, and x is read again for each of them.
 _TILE_BYTES = 4 << 20
 # The same on a GPU. By reasoning, not yet by measurement: unpacking once for every 32 rows against writing and reading
@@ -120,13 +123,22 @@ def _run_reference(x: Tensor, weight: AnyWeight, bits: int, bias: Tensor | None,
     return torch.nn.functional.linear(x, dequantize(weight, bits, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def _tile_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which tiles are multiplied: a processor without products of bfloat16 takes four times as long for them."""
+    return dtype if multiplies_bfloat16(torch.device("cpu")) else torch.float32
+
+
 def fused_rows(dtype: torch.dtype) -> int:
     """How many rows of exact activations the fused native kernel is the fastest for, on this machine."""
     isa = native.isa()
+    by_dtype = _FUSED_ROWS
     if isa == "avx2":
-        return _FUSED_ROWS_AVX2[dtype]
-    elsewhere = isa == "avx512" and native.cpu_vendor() != "intel"
-    return (_FUSED_ROWS_ELSEWHERE if elsewhere else _FUSED_ROWS)[dtype]
+        by_dtype = _FUSED_ROWS_AVX2
+    elif isa == "avx_vnni":
+        by_dtype = _FUSED_ROWS_AVX_VNNI
+    elif isa == "avx512" and native.cpu_vendor() != "intel":
+        by_dtype = _FUSED_ROWS_ELSEWHERE
+    return by_dtype.get(_tile_dtype(dtype), by_dtype[torch.float32])
 
 
 def _refuses_natively(product: Product) -> str | None:
@@ -151,14 +163,15 @@ def _refuses_tiled(product: Product) -> str | None:
 
 def _run_tiled(x: Tensor, weight: native.Weight, bits: int, bias: Tensor | None, activations: Activations) -> Tensor:
     out_features = weight.out_features
-    result = x.new_empty(len(x), out_features)
-    step = max(16, _TILE_BYTES // (weight.in_features * x.element_size()) // 16 * 16)
-    tile = x.new_empty(min(step, out_features), weight.in_features)
+    values = x.to(_tile_dtype(x.dtype))
+    result = values.new_empty(len(x), out_features)
+    step = max(16, _TILE_BYTES // (weight.in_features * values.element_size()) // 16 * 16)
+    tile = values.new_empty(min(step, out_features), weight.in_features)
     for start in range(0, out_features, step):
         stop = min(start + step, out_features)
-        rows = native.dequantize_rows(weight, bits, start, stop, dtype=x.dtype, out=tile[: stop - start])
-        torch.mm(x, rows.T, out=result[:, start:stop])
-    return result if bias is None else result.add_(bias.to(x.dtype))
+        rows = native.dequantize_rows(weight, bits, start, stop, dtype=values.dtype, out=tile[: stop - start])
+        torch.mm(values, rows.T, out=result[:, start:stop])
+    return (result if bias is None else result.add_(bias.to(values.dtype))).to(x.dtype)
 
 
 def _refuses_on_gpu(product: Product) -> str | None:

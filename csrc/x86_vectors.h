@@ -1,0 +1,28 @@
+// What the instruction sets of x86 share.
+#pragma once
+
+#include <immintrin.h>
+
+#include "layout.h"
+
+namespace matgptq {
+namespace {
+
+// The end of a sum over lanes, the same for both lengths of vectors: lanes i and i + 4, then i and i + 2, then the two.
+MATGPTQ_INLINE float sum_by_halves(__m256 v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// The 8x8 bit matrix that makes gf2p8affine shift each byte right by `shift` and mask it: one step instead of two.
+constexpr long long shift_mask_matrix(int shift, int mask) {
+    unsigned long long matrix = 0;
+    for (int bit = 0; bit < 8; ++bit)
+        if ((mask >> bit & 1) && bit + shift < 8)
+            matrix |= static_cast<unsigned long long>(1u << (bit + shift)) << (8 * (7 - bit));
+    return static_cast<long long>(matrix);
+}
+
+}  // namespace
+}  // namespace matgptq

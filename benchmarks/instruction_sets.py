@@ -3,8 +3,8 @@
     python benchmarks/instruction_sets.py [-o benchmarks/results/instruction_sets.json]
 
 Weights that fit a cache, one thread, medians of interleaved repetitions. A processor with AVX-512 but without AVX-VNNI
-runs the kernels for the latter from a library built with `cmake -DMATGPTQ_EVEX=ON`, with the 16 registers of AVX-VNNI if
--ffixed-xmm16 to -ffixed-xmm31 are among CMAKE_CXX_FLAGS; MATGPTQ_NATIVE_LIBRARY names that library.
+runs the kernels for the latter from a library built with `cmake -DMATGPTQ_EVEX=ON`, with the 16 registers of AVX-VNNI
+if -ffixed-xmm16 to -ffixed-xmm31 are among CMAKE_CXX_FLAGS; MATGPTQ_NATIVE_LIBRARY names that library.
 """
 
 from __future__ import annotations

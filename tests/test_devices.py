@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from matgptq.devices import fast_products
+from matgptq.devices import fast_products, multiplies_bfloat16
 
 CPU = torch.device("cpu")
 
@@ -36,3 +36,11 @@ def test_fast_products_end_with_an_error(monkeypatch):
         fail()
     assert torch.get_float32_matmul_precision() == before
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_on_arm_onednn_says_whether_bfloat16_is_fast(monkeypatch, supported):
+    monkeypatch.setattr("matgptq.devices.platform.machine", lambda: "aarch64")
+    monkeypatch.setattr("matgptq.devices._supports", lambda name: not supported)  # what x86 would go by
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False)
+    assert multiplies_bfloat16(CPU) is supported

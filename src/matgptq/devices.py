@@ -52,8 +52,9 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, stored: str | 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are faster than float32 ones there."""
     if device.type == "cpu":
-        if platform.machine().lower() in ("aarch64", "arm64"):  # where torch.cpu knows nothing of them, but oneDNN does
-            return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        if platform.machine().lower() in ("aarch64", "arm64"):  # of which torch.cpu says nothing, but oneDNN does
+            supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+            return supported is not None and bool(supported())
         # Without these instructions bfloat16 is slower than float32.
         return _supports("_is_amx_tile_supported") or _supports("_is_avx512_bf16_supported")
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -153,8 +153,9 @@ void parallel_for(int64_t count, int64_t grain, int num_threads, const std::func
     Task task;
     task.work = &work;
     task.count = count;
-    task.piece = (count + threads * 4 - 1) / (threads * 4);
-    if (task.piece < grain) task.piece = grain;
+    // As many for each thread, four at most: with a piece more for one of them the others would wait for it.
+    const int64_t each = pieces / threads < 4 ? pieces / threads : 4;
+    task.piece = (count + threads * each - 1) / (threads * each);
     Pool& shared = pool();
     std::unique_lock<std::mutex> lock(shared.busy, std::try_to_lock);
     if (!lock.owns_lock()) {

@@ -1,4 +1,4 @@
-// A token through a transformer block, as two calls: see matgptq.h.
+// A token through a transformer block, as two calls, and through all of them, as one: see matgptq.h.
 #include <cstring>
 #include <new>
 
@@ -80,11 +80,10 @@ extern "C" int matgptq_block_start(const matgptq_block* block, const void* x, co
 }
 
 extern "C" int matgptq_block_finish(const matgptq_block* block, void* x, const void* query, const void* key,
-                                    const void* value, void* keys, void* values, int64_t length,
-                                    int64_t key_head_stride, int64_t key_stride, int64_t value_head_stride,
-                                    int64_t value_stride, int num_threads) {
+                                    const void* value, const matgptq_held* held, int64_t length, int num_threads) {
     if (const int status = refusal(block)) return status;
-    if (!x || !query || (key && (!value || !keys || !values || length < 1))) return MATGPTQ_E_ARGUMENT;
+    if (!x || !query || (key && (!value || !held))) return MATGPTQ_E_ARGUMENT;
+    if (held && (!held->keys || !held->values || length < 1)) return MATGPTQ_E_ARGUMENT;
     try {
         const int dtype = block->dtype;
         const int64_t bytes = element_bytes(dtype), hidden = block->hidden, size = block->size;
@@ -92,14 +91,14 @@ extern "C" int matgptq_block_finish(const matgptq_block* block, void* x, const v
         const int64_t mlp = out_of(*block, MATGPTQ_UP);
         Vector attended;
         if (key) {
-            append(key, keys, length, size, key_heads, key_head_stride, key_stride, bytes);
-            append(value, values, length, size, key_heads, value_head_stride, value_stride, bytes);
+            append(key, held->keys, length, size, key_heads, held->key_head_stride, held->key_stride, bytes);
+            append(value, held->values, length, size, key_heads, held->value_head_stride, held->value_stride, bytes);
         }
-        if (keys) {
+        if (held) {
             attended = allocate<uint8_t>(heads * size * bytes);
-            if (const int status = matgptq_attend(query, keys, values, attended.get(), heads, key_heads, size, length,
-                                                  key_head_stride, key_stride, value_head_stride, value_stride,
-                                                  block->scale, dtype, num_threads))
+            if (const int status = matgptq_attend(query, held->keys, held->values, attended.get(), heads, key_heads, size,
+                                                  length, held->key_head_stride, held->key_stride, held->value_head_stride,
+                                                  held->value_stride, block->scale, dtype, num_threads))
                 return status;
             query = attended.get();
         }
@@ -114,6 +113,32 @@ extern "C" int matgptq_block_finish(const matgptq_block* block, void* x, const v
         if (const int status = multiply(*block, MATGPTQ_DOWN, MATGPTQ_DOWN, product.get(), update.get(), num_threads))
             return status;
         add(x, update.get(), hidden, dtype);
+        return MATGPTQ_OK;
+    } catch (const std::bad_alloc&) {
+        return MATGPTQ_E_MEMORY;
+    }
+}
+
+extern "C" int matgptq_blocks(const matgptq_block* const* blocks, int count, void* x, const void* cosine,
+                              const void* sine, const matgptq_held* held, int64_t length, int num_threads) {
+    if (count < 0 || (count && (!blocks || !held))) return MATGPTQ_E_ARGUMENT;
+    for (int i = 0; i < count; ++i) {
+        if (const int status = refusal(blocks[i])) return status;
+        if (blocks[i]->dtype != blocks[0]->dtype) return MATGPTQ_E_ARGUMENT;
+        if (blocks[i]->hidden != blocks[0]->hidden) return MATGPTQ_E_SHAPE;
+    }
+    try {
+        for (int i = 0; i < count; ++i) {
+            const matgptq_block& block = *blocks[i];
+            const int64_t query = out_of(block, MATGPTQ_QUERY), keys = out_of(block, MATGPTQ_KEY);
+            const int64_t bytes = element_bytes(block.dtype);
+            const Vector qkv = allocate<uint8_t>((query + 2 * keys) * bytes);
+            const void* const key = qkv.get() + query * bytes;
+            const void* const value = qkv.get() + (query + keys) * bytes;
+            int status = matgptq_block_start(&block, x, cosine, sine, qkv.get(), num_threads);
+            if (!status) status = matgptq_block_finish(&block, x, qkv.get(), key, value, held + i, length, num_threads);
+            if (status) return status;
+        }
         return MATGPTQ_OK;
     } catch (const std::bad_alloc&) {
         return MATGPTQ_E_MEMORY;

@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a signature or struct below changes. */
-#define MATGPTQ_ABI_VERSION 7
+#define MATGPTQ_ABI_VERSION 8
 
 enum matgptq_status {
     MATGPTQ_OK = 0,
@@ -215,7 +215,8 @@ MATGPTQ_API int matgptq_refit(const matgptq_refit_job *job);
 
 /* ---- a token through a transformer block ---------------------------------------------------------------------------
  * Between the products of a block there are some thirty small operations, which for one token take an interpreter longer
- * than the products of a small model. Here a block is two calls; between them the key and the value join a cache. */
+ * than the products of a small model. Here a block is two calls, between which the key and the value join a cache; or all
+ * blocks are one call, which writes them into it. */
 
 /* out = softmax(scale * query * keys^T) * values for one token. query, out: [heads, size], contiguous. keys, values: of
  * key_heads heads and `length` positions, distances in elements, rows of `size` adjacent ones. heads is a multiple of
@@ -247,13 +248,21 @@ typedef struct {
  * and sine [size]. */
 MATGPTQ_API int matgptq_block_start(const matgptq_block *block, const void *x, const void *cosine, const void *sine,
                                     void *qkv, int num_threads);
-/* The rest of the block: x [hidden] in place. query, keys, values: as for matgptq_attend. If `key` is not NULL, it and
- * `value` [key heads, size], contiguous, are written to the last of the positions first. Where keys is NULL, `query` is
+/* Keys and values of a layer, as for matgptq_attend. */
+typedef struct {
+    void *keys, *values;
+    int64_t key_head_stride, key_stride, value_head_stride, value_stride;
+} matgptq_held;
+
+/* The rest of the block: x [hidden] in place. query: as for matgptq_attend, of `length` positions. If `key` is not NULL, it
+ * and `value` [key heads, size], contiguous, are written to the last of the positions first. Where held is NULL, `query` is
  * what attention gave. */
 MATGPTQ_API int matgptq_block_finish(const matgptq_block *block, void *x, const void *query, const void *key,
-                                     const void *value, void *keys, void *values, int64_t length,
-                                     int64_t key_head_stride, int64_t key_stride, int64_t value_head_stride,
-                                     int64_t value_stride, int num_threads);
+                                     const void *value, const matgptq_held *held, int64_t length, int num_threads);
+/* x [hidden] through blocks of one dtype and hidden size, one after the other, in place. held: for each of them, `length`
+ * positions of which the last is written. After an error x and these positions are undefined. */
+MATGPTQ_API int matgptq_blocks(const matgptq_block *const *blocks, int count, void *x, const void *cosine,
+                               const void *sine, const matgptq_held *held, int64_t length, int num_threads);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,4 @@
-"""The short way of a single token through a block, against transformers' own code."""
+"""The short ways of a single token, through a block and through all of them, against transformers' own code."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_models import GROUP_SIZE, make_tokenizer, save_model, token_ids
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 import matgptq
 from matgptq import native
+from matgptq.block_stack import BlockStack, DecodesTokens
 from matgptq.decoding import DecodesRows, RowBlock
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
@@ -28,7 +30,7 @@ CONTEXT = token_ids(1, 12)
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     made: dict[tuple[str, int], str] = {}
 
-    def make(name: str, head_dim: int = 16) -> str:
+    def make(name: str, head_dim: int = 32) -> str:
         if (name, head_dim) not in made:
             directory = tmp_path_factory.mktemp(name)
             sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": head_dim}
@@ -42,17 +44,31 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
     return make
 
 
+@pytest.fixture(params=["stack", "blocks"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All blocks in one call, or each by itself."""
+    if request.param == "blocks":
+        monkeypatch.setattr(BlockStack, "run", lambda *_: None)
+    return request.param
+
+
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each block that a token has gone through the short way."""
-    seen: list[int] = []
-    run = RowBlock.run
+def calls(way: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry for each block that a token has gone through the short way: which of the two."""
+    seen: list[str] = []
+    run, run_all = RowBlock.run, BlockStack.run
 
     def counted(self: RowBlock, *given: object) -> Tensor | None:
-        seen.append(1)
+        seen.append("blocks")
         return run(self, *given)
 
+    def counted_all(self: BlockStack, *given: object) -> Tensor | None:
+        hidden = run_all(self, *given)
+        seen.extend([] if hidden is None else ["stack"] * len(self._blocks))
+        return hidden
+
     monkeypatch.setattr(RowBlock, "run", counted)
+    monkeypatch.setattr(BlockStack, "run", counted_all)
     return seen
 
 
@@ -70,15 +86,20 @@ def decode(model: nn.Module, steps: int = 6, cache: object = None, **options: ob
 
 def the_long_way(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: object) -> Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr(RowBlock, "takes", lambda *_: False)
+        close_short_ways(patch)
         return decode(model, **options)
+
+
+def close_short_ways(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RowBlock, "takes", lambda *_: False)
+    patch.setattr(BlockStack, "run", lambda *_: None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head_dim", [16, 32, 96])
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_token_computes_what_transformers_computes(name, head_dim, dtype, checkpoint, calls, monkeypatch):
-    """Heads of 16 are PyTorch's to attend with, others the library's."""
+def test_a_token_computes_what_transformers_computes(name, head_dim, dtype, checkpoint, way, calls, monkeypatch):
+    """Heads of 16 are PyTorch's to attend with, so there is no call of all blocks; others are the library's."""
     model = matgptq.load(checkpoint(name, head_dim), 4, device="cpu", dtype=dtype)
     attended: list[int] = []  # tokens that PyTorch attended for at once
     attend = nn.functional.scaled_dot_product_attention
@@ -88,7 +109,7 @@ def test_a_token_computes_what_transformers_computes(name, head_dim, dtype, chec
         lambda query, *given, **options: attended.append(query.shape[2]) or attend(query, *given, **options),
     )
     short = decode(model)
-    assert len(calls) == 6 * model.config.num_hidden_layers
+    assert calls == ["blocks" if head_dim == 16 else way] * 6 * model.config.num_hidden_layers
     assert attended.count(1) == (len(calls) if head_dim == 16 else 0)
     long = the_long_way(model, monkeypatch)
     # bfloat16 keeps 8 bits: where attention's sum goes the other way, so does all that follows.
@@ -99,7 +120,7 @@ def test_a_token_computes_what_transformers_computes(name, head_dim, dtype, chec
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_blocks_are_left_alone(name, checkpoint):
     model = matgptq.load(checkpoint(name), 4, device="cpu")
-    assert not any(isinstance(module, DecodesRows) for module in model.modules())
+    assert not any(isinstance(module, DecodesRows | DecodesTokens) for module in model.modules())
 
 
 def test_widths_and_activations_follow(checkpoint, calls, monkeypatch):
@@ -119,7 +140,7 @@ def test_generate_gives_the_same_text(checkpoint, calls, monkeypatch):
     short = model.generate(CONTEXT, **options)
     assert calls
     with monkeypatch.context() as patch:
-        patch.setattr(RowBlock, "takes", lambda *_: False)
+        close_short_ways(patch)
         assert torch.equal(short, model.generate(CONTEXT, **options))
 
 
@@ -294,3 +315,140 @@ def test_saved_and_loaded_again(checkpoint, tmp_path):
     model.save_pretrained(tmp_path / "again")
     make_tokenizer().save_pretrained(tmp_path / "again")
     assert torch.equal(decode(matgptq.load(tmp_path / "again", 8, device="cpu")), decode(model))
+
+
+@pytest.fixture
+def llama(checkpoint: Callable[[str], str]) -> nn.Module:
+    return matgptq.load(checkpoint("llama"), 8, device="cpu")
+
+
+def _block_hooked(model: nn.Module) -> None:
+    model.model.layers[1].register_forward_hook(lambda _, __, output: 2 * output)
+
+
+def _block_replaced(model: nn.Module) -> None:
+    model.model.layers[1] = copy.deepcopy(model.model.layers[0])
+    model.model.layers[1].self_attn.layer_idx = 1
+
+
+def _list_replaced(model: nn.Module) -> None:
+    model.model.layers = nn.ModuleList(reversed(list(model.model.layers)))
+
+
+def _fewer(model: nn.Module) -> None:
+    model.config.num_hidden_layers = 1
+
+
+def _wrapped(model: nn.Module) -> None:
+    model.model.layers[0].forward = _doubled(model.model.layers[0].forward)
+
+
+def _widths(model: nn.Module) -> None:
+    model.model.layers[1].mlp.down_proj.set_bits(2)
+
+
+def _rounded(model: nn.Module) -> None:
+    model.model.layers[0].self_attn.k_proj.activations = "int8"
+
+
+def _norm_edited(model: nn.Module) -> None:
+    model.model.layers[1].input_layernorm.weight.mul_(2)
+
+
+def _norm_replaced(model: nn.Module) -> None:
+    model.model.layers[1].input_layernorm.weight = nn.Parameter(torch.full((64,), 2.0))
+
+
+def _last_norm_hooked(model: nn.Module) -> None:
+    model.model.norm.register_forward_hook(lambda _, __, output: 2 * output)
+
+
+CHANGES = [
+    _block_hooked,
+    _block_replaced,
+    _list_replaced,
+    _fewer,
+    _wrapped,
+    _widths,
+    _rounded,
+    _norm_edited,
+    _norm_replaced,
+    _last_norm_hooked,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__[1:])
+def test_a_change_between_two_tokens_counts(change, llama, monkeypatch):
+    unchanged = decode(llama)
+    with torch.no_grad():
+        change(llama)
+    found, expected = decode(llama), the_long_way(llama, monkeypatch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, unchanged)
+
+
+def test_a_model_whose_forward_is_replaced(llama, monkeypatch):
+    forward, seen = LlamaModel.forward, []
+    monkeypatch.setattr(LlamaModel, "forward", lambda *given, **options: seen.append(1) or forward(*given, **options))
+    decode(llama, 3)
+    assert len(seen) == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("options", "short"),
+    [
+        ({"attention_mask": torch.ones(1, 13, dtype=torch.int64)}, True),
+        ({"attention_mask": torch.ones(1, 13, dtype=torch.bool)}, True),
+        ({"attention_mask": torch.arange(13)[None] > 2}, False),
+        ({"attention_mask": torch.zeros(1, 1, 1, 13)}, False),
+        ({"position_ids": torch.tensor([[12]])}, True),
+        ({"position_ids": torch.tensor([[40]])}, True),
+        ({"output_hidden_states": True}, False),
+        ({"output_attentions": True}, False),
+        ({"use_cache": False}, True),
+    ],
+)
+def test_what_a_caller_asks_for(options, short, llama, way, calls, monkeypatch):
+    def one_token() -> tuple[Tensor, int]:
+        cache = DynamicCache(config=llama.config)
+        with torch.inference_mode():
+            llama(CONTEXT, past_key_values=cache)
+            logits = llama(CONTEXT[:, :1], past_key_values=cache, **options).logits
+        return logits, cache.get_seq_length()
+
+    found, length = one_token()
+    assert calls.count("stack") == (llama.config.num_hidden_layers if short and way == "stack" else 0)
+    with monkeypatch.context() as patch:
+        close_short_ways(patch)
+        expected, expected_length = one_token()
+    assert length == expected_length
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_short_and_long_steps_share_a_cache(llama, monkeypatch):
+    cache, logits = DynamicCache(config=llama.config), []
+    with torch.inference_mode():
+        llama(CONTEXT, past_key_values=cache)
+        for step, token in enumerate(token_ids(1, 6)[0]):
+            with monkeypatch.context() as patch:
+                if step % 2:
+                    close_short_ways(patch)
+                logits.append(llama(token.view(1, 1), past_key_values=cache).logits[0, -1])
+    torch.testing.assert_close(torch.stack(logits), the_long_way(llama, monkeypatch), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_without_its_head(checkpoint, calls, way):
+    model = transformers.AutoModel.from_pretrained(checkpoint("llama"))
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(CONTEXT, past_key_values=cache)
+        output = model(input_ids=CONTEXT[:, :1], past_key_values=cache)
+    assert output.last_hidden_state.shape == (1, 1, 64)
+    assert calls == [way] * model.config.num_hidden_layers
+
+
+def test_windows_that_slide_are_left_to_the_blocks(tmp_path):
+    source = save_model("mistral", tmp_path / "source", torch.float32, shape={"head_dim": 32, "sliding_window": 8})
+    matgptq.quantize(source, tmp_path / "out", method="rtn", group_size=GROUP_SIZE)
+    model = matgptq.load(tmp_path / "out", 8, device="cpu")
+    assert not any(isinstance(module, DecodesTokens) for module in model.modules())

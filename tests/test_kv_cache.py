@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from matgptq.kv_cache import append_position
+from matgptq.kv_cache import append_positions
 
 HEADS, SIZE = 2, 4
 CONFIG = LlamaConfig(
@@ -30,11 +30,17 @@ def filled(length: int = 5) -> DynamicCache:
     return cache
 
 
+def room(
+    cache: object, *layers: int, heads: int = HEADS, size: int = SIZE, dtype: torch.dtype = torch.float32
+) -> list[tuple[Tensor, Tensor]] | None:
+    return append_positions(cache, layers, heads, size, dtype)
+
+
 def append(cache: DynamicCache, seed: int, layer: int = 1) -> tuple[Tensor, Tensor]:
     key = vectors(1, 100 + seed)
-    held = append_position(cache, layer, key)
+    held = room(cache, layer)
     assert held is not None
-    keys, values = held
+    keys, values = held[0]
     keys[:, :, -1:], values[:, :, -1:] = key, -key
     return keys, values
 
@@ -99,26 +105,37 @@ def test_other_operations_of_a_cache():
     append(cache, 0)
     cache.batch_repeat_interleave(2)
     assert cache.layers[1].keys.shape[0] == 2
-    assert append_position(cache, 1, vectors(1, 0)) is None
+    assert room(cache, 1) is None
     cache.batch_select_indices(torch.tensor([1]))
     append(cache, 1)
     check(cache, [0, 1])
     cache.reset()
-    assert append_position(cache, 1, vectors(1, 0)) is None
+    assert room(cache, 1) is None
 
 
 def test_other_caches_are_left_alone():
-    assert append_position(StaticCache(config=CONFIG, max_cache_len=8), 0, vectors(1, 0)) is None
-    assert append_position(DynamicCache(), 0, vectors(1, 0)) is None
-    assert append_position(None, 0, vectors(1, 0)) is None
+    assert room(StaticCache(config=CONFIG, max_cache_len=8), 0) is None
+    assert room(DynamicCache(), 0) is None
+    assert room(None, 0) is None
     cache = filled()
-    assert append_position(cache, 1, vectors(1, 0).bfloat16()) is None
-    assert append_position(cache, 1, vectors(1, 0)[:, :1]) is None
-    assert append_position(cache, 1, vectors(1, 0)[..., :2]) is None
+    assert room(cache, 1, dtype=torch.bfloat16) is None
+    assert room(cache, 1, heads=1) is None
+    assert room(cache, 1, size=2) is None
 
     class Other(DynamicLayer):
         pass
 
     cache.layers[1].__class__ = Other
-    assert append_position(cache, 1, vectors(1, 0)) is None
+    assert room(cache, 1) is None
     assert torch.equal(cache.layers[1].keys, vectors(5, 1))
+
+
+def test_all_layers_or_none():
+    cache = filled()
+    held = room(cache, 0, 1)
+    assert held is not None
+    assert [keys.shape[2] for keys, _ in held] == [6, 6]
+    cache.layers[1].values = cache.layers[1].values.bfloat16()
+    assert room(cache, 0, 1) is None
+    assert cache.layers[0].keys.shape[2] == 6
+    assert room(cache, 0, 2) is None

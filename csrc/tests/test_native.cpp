@@ -963,11 +963,12 @@ void test_block(const std::vector<std::string>& sets) {
                 matgptq::add(wanted.data(), update.data(), hidden, dtype);
                 wanted.read();
                 Vector again = x;
-                check(matgptq_block_finish(&block, x.data(), found.data(), nullptr, nullptr, keys.data(), values.data(),
-                                           length, length * size, size, length * size, size, 2) == MATGPTQ_OK,
+                const Vector given = x;
+                const matgptq_held held{keys.data(), values.data(), length * size, size, length * size, size};
+                check(matgptq_block_finish(&block, x.data(), found.data(), nullptr, nullptr, &held, length, 2) == MATGPTQ_OK,
                       "finish runs");
-                check(matgptq_block_finish(&block, again.data(), attended.data(), nullptr, nullptr, nullptr, nullptr, 0, 0, 0,
-                                           0, 0, 1) == MATGPTQ_OK, "finish after another attention runs");
+                check(matgptq_block_finish(&block, again.data(), attended.data(), nullptr, nullptr, nullptr, 0, 1) ==
+                          MATGPTQ_OK, "finish after another attention runs");
                 x.read();
                 again.read();
                 check(x.values == wanted.values && again.values == wanted.values, "finish is its parts");
@@ -985,14 +986,37 @@ void test_block(const std::vector<std::string>& sets) {
                                     size * (half ? 2 : 4));
                     }
                 }
-                check(matgptq_block_finish(&block, before.data(), found.data(), nullptr, nullptr, keys.data(), values.data(),
-                                           length, length * size, size, length * size, size, 1) == MATGPTQ_OK &&
-                          matgptq_block_finish(&block, appended.data(), found.data(), key.data(), value.data(), apart.data(),
-                                               values_apart.data(), length, gap, row, gap, row, 1) == MATGPTQ_OK,
+                const matgptq_held held_apart{apart.data(), values_apart.data(), gap, row, gap, row};
+                check(matgptq_block_finish(&block, before.data(), found.data(), nullptr, nullptr, &held, length, 1) ==
+                              MATGPTQ_OK &&
+                          matgptq_block_finish(&block, appended.data(), found.data(), key.data(), value.data(), &held_apart,
+                                               length, 1) == MATGPTQ_OK,
                       "finish appends");
                 before.read();
                 appended.read();
                 check(before.values == appended.values, "key and value are appended");
+
+                // Two blocks one after the other, as two calls each and as one for all.
+                matgptq_block other = block;
+                other.query_norm = other.key_norm = nullptr;
+                const matgptq_block* const both[2] = {&block, &other};
+                const matgptq_held caches[2] = {held, held_apart};
+                Vector stepped = given, together = given;
+                for (int i = 0; i < 2; ++i) {
+                    check(matgptq_block_start(both[i], stepped.data(), cosine.data(), sine.data(), found.data(), 1) ==
+                                  MATGPTQ_OK &&
+                              matgptq_block_finish(both[i], stepped.data(), found.data(), part(found, key_at),
+                                                   part(found, key_at + key_heads * size), caches + i, length, 1) == MATGPTQ_OK,
+                          "a block runs");
+                }
+                keys.read();
+                apart.read();
+                const Vector keys_before = keys, apart_before = apart;
+                check(matgptq_blocks(both, 2, together.data(), cosine.data(), sine.data(), caches, length, 2) == MATGPTQ_OK,
+                      "blocks run");
+                for (Vector* v : {&stepped, &together, &keys, &apart}) v->read();
+                check(stepped.values == together.values, "blocks are one after the other");
+                check(keys.values == keys_before.values && apart.values == apart_before.values, "blocks append");
                 if (half || activations) continue;
 
                 where = "block, refusals";
@@ -1022,10 +1046,34 @@ void test_block(const std::vector<std::string>& sets) {
                           MATGPTQ_E_ARGUMENT, "no block");
                 check(matgptq_block_start(&block, x.data(), nullptr, sine.data(), found.data(), 1) == MATGPTQ_E_ARGUMENT,
                       "no cosine");
-                check(matgptq_block_finish(&block, x.data(), nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, 1) ==
-                          MATGPTQ_E_ARGUMENT, "no query");
-                check(matgptq_block_finish(&block, x.data(), found.data(), key.data(), value.data(), nullptr, nullptr, 1, 0, 0,
-                                           0, 0, 1) == MATGPTQ_E_ARGUMENT, "nowhere to append to");
+                const auto finish = [&](const void* query, const matgptq_held* with, int64_t positions) {
+                    return matgptq_block_finish(&block, x.data(), query, key.data(), value.data(), with, positions, 1);
+                };
+                check(finish(nullptr, &held, length) == MATGPTQ_E_ARGUMENT, "no query");
+                check(finish(found.data(), nullptr, 1) == MATGPTQ_E_ARGUMENT, "nowhere to append to");
+                check(finish(found.data(), &held, 0) == MATGPTQ_E_ARGUMENT, "no position");
+                matgptq_held missing = held;
+                missing.values = nullptr;
+                check(finish(found.data(), &missing, length) == MATGPTQ_E_ARGUMENT, "no values");
+                const auto run = [&](const matgptq_block& second, int count) {
+                    const matgptq_block* const two[2] = {&block, &second};
+                    return matgptq_blocks(two, count, x.data(), cosine.data(), sine.data(), caches, length, 1);
+                };
+                x.read();
+                const Vector untouched = x;
+                bad = block;
+                bad.dtype = MATGPTQ_BFLOAT16;
+                check(run(bad, 2) == MATGPTQ_E_ARGUMENT, "blocks of two dtypes");
+                bad = block;
+                bad.hidden = 2 * hidden;
+                check(run(bad, 2) == MATGPTQ_E_SHAPE, "blocks of two sizes");
+                check(run(block, -1) == MATGPTQ_E_ARGUMENT && run(block, 0) == MATGPTQ_OK, "how many blocks");
+                check(matgptq_blocks(nullptr, 1, x.data(), cosine.data(), sine.data(), caches, length, 1) ==
+                          MATGPTQ_E_ARGUMENT, "no blocks");
+                check(matgptq_blocks(both, 2, x.data(), cosine.data(), sine.data(), nullptr, length, 1) ==
+                          MATGPTQ_E_ARGUMENT, "no caches");
+                x.read();
+                check(x.values == untouched.values, "refused calls write nothing");
             }
     for (matgptq_weight* weight : weights) matgptq_weight_free(weight);
     std::printf("block: two dtypes, two kinds of activations\n");

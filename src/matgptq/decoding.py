@@ -10,6 +10,7 @@ token, a mask, gradients, a graph that is being compiled, a hook, another module
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
 from matgptq import kernel_choice, kernels, native
-from matgptq.kv_cache import append_position
+from matgptq.kv_cache import append_positions
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import DTYPES, BlockCalls, RMSNorm
 from matgptq.nested_linear import NestedLinear
@@ -102,64 +103,51 @@ class RowBlock:
         self._prepared: _Prepared | None = None
         self._size: int = attention.head_dim
         self._dtype = block.input_layernorm.weight.dtype
-        # What the short way passes over: if one of them is replaced or watched, it is not taken.
-        passed = [(block, name) for name in ("self_attn", "mlp", *_NORMS)]
-        passed += [(attention, name) for name in (*_ATTENTION, *_HEAD_NORMS) if hasattr(attention, name)]
-        passed += [(mlp, name) for name in (*_MLP, "act_fn")]
-        self._passed = [(owner._modules, name, owner._modules[name]) for owner, name in passed]
-        known = [module for _, _, module in self._passed]
-        self._hooks = [hooks for module in known for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._forwards = [(kind, kind.forward) for kind in {type(module) for module in (*known, block)}]
+        places = [(block, name) for name in ("self_attn", "mlp", *_NORMS)]
+        places += [(attention, name) for name in (*_ATTENTION, *_HEAD_NORMS) if hasattr(attention, name)]
+        places += [(mlp, name) for name in (*_MLP, "act_fn")]
+        self.watch = Watch(places, block)
 
     def takes(self, hidden: Tensor, keywords: dict[str, Any]) -> bool:
         """Whether a call is the one that ``run`` is for."""
-        if hidden.shape[:-1] != (1, 1) or hidden.dtype != self._dtype or torch.is_grad_enabled():
-            return False
-        if not kernels.is_plain(hidden):
-            return False
-        if (
-            not hidden.is_cpu
-            or keywords.get("attention_mask") is not None
-            or keywords.get("past_key_values") is None
-            or (position := keywords.get("position_embeddings")) is None
-            or position[0].shape != (1, 1, self._size)
-            or position[0].dtype != self._dtype
-            or self._attention.config._attn_implementation != "sdpa"
-        ):
-            return False
-        if _global_hooks or _global_pre_hooks or any(self._hooks):
-            return False
-        for kind, forward in self._forwards:
-            if kind.forward is not forward:
-                return False
-        try:
-            for modules, name, known in self._passed:
-                if modules[name] is not known or "forward" in known.__dict__:  # wrapped in a hook of accelerate's, say
-                    return False
-        except KeyError:  # it is there no more
-            return False
-        return True
+        return (
+            keywords.get("attention_mask") is None
+            and keywords.get("past_key_values") is not None
+            and (position := keywords.get("position_embeddings")) is not None
+            and self.fits(hidden, position)
+            and self.watch.untouched()
+        )
+
+    def fits(self, hidden: Tensor, position: tuple[Tensor, Tensor]) -> bool:
+        """Whether such inputs are what the block can take in rows, in the attention that it has."""
+        return (
+            hidden.shape[:-1] == (1, 1)
+            and hidden.dtype == self._dtype
+            and not torch.is_grad_enabled()
+            and kernels.is_plain(hidden)
+            and hidden.is_cpu
+            and position[0].shape == (1, 1, self._size)
+            and position[0].dtype == self._dtype
+            and self._attention.config._attn_implementation == "sdpa"
+        )
 
     def run(self, hidden: Tensor, keywords: dict[str, Any]) -> Tensor | None:
         """The block's output ``[1, 1, hidden]``; None where the kernels cannot multiply a row at present."""
-        prepared = self._prepared
-        weights = None if prepared is None else prepared.weights()  # alive until the calls are made
-        if prepared is None or weights is None:
-            made = self._prepare()
-            if made is None:
-                return None
-            prepared, weights = made
-            self._prepared = prepared
-        calls = prepared.calls
+        ready = self.ready(kernel_choice.forced_kernel())
+        if ready is None:
+            return None
+        calls, _weights = ready  # which stay alive until the calls are made
         cosine, sine = keywords["position_embeddings"]
         residual = hidden.reshape(1, -1).clone()
         qkv = calls.start(residual, cosine, sine)
         attention, cache = self._attention, keywords["past_key_values"]
-        key = qkv.narrow(1, calls.heads, calls.key_heads)
-        held = append_position(cache, attention.layer_idx, key) if calls.attends else None
+        held = None
+        if calls.attends:
+            held = append_positions(cache, [attention.layer_idx], calls.key_heads, self._size, self._dtype)
         if held is not None:
-            calls.finish(residual, qkv, *held, append=True)
+            calls.finish(residual, qkv, *held[0], append=True)
             return residual.view(hidden.shape)
+        key = qkv.narrow(1, calls.heads, calls.key_heads)
         value = qkv.narrow(1, calls.heads + calls.key_heads, calls.key_heads)
         keys, values = cache.update(key, value, attention.layer_idx)
         if calls.attends and calls.reads(keys) and calls.reads(values):
@@ -175,9 +163,31 @@ class RowBlock:
             calls.finish(residual, attended.reshape(1, -1))
         return residual.view(hidden.shape)
 
-    def _prepare(self) -> tuple[_Prepared, list[native.Weight]] | None:
+    @property
+    def layer_index(self) -> int:
+        """Of the cache."""
+        index: int = self._attention.layer_idx
+        return index
+
+    def ready(self, forced: str, *, same_layers: bool = False) -> tuple[BlockCalls, list[native.Weight]] | None:
+        """The calls for the block as it is, and the weights that must live while they are made; None if there are none.
+
+        Args:
+            forced: the kernel that ``MATGPTQ_KERNEL`` names.
+            same_layers: nothing was assigned to a nested layer since the last time, so only the rest is looked at.
+        """
+        prepared = self._prepared
+        weights = None if prepared is None else prepared.weights(forced, same_layers=same_layers)
+        if prepared is None or weights is None:
+            made = self._prepare(forced)
+            if made is None:
+                return None
+            prepared, weights = made
+            self._prepared = prepared
+        return prepared.calls, weights
+
+    def _prepare(self, forced: str) -> tuple[_Prepared, list[native.Weight]] | None:
         """The calls for the block as it is at present, and the weights that they need."""
-        forced = kernel_choice.forced_kernel()
         linears, attention = self._linears, self._attention
         activations = linears[0].activations
         product = kernel_choice.Product("native", "cpu", self._dtype, 1, activations)
@@ -214,10 +224,54 @@ class RowBlock:
             activations=activations,
             scaling=(attention, attention.scaling),
             linears=known_linears,
-            biases=[(bias, *memory_state(bias), bias.detach()) for _, _, _, bias in known_linears if bias is not None],
+            biases=[
+                (linear._parameters, bias, memory_state(bias), bias.detach())
+                for linear, _, _, bias in known_linears
+                if bias is not None
+            ],
             norms=known_norms,
         )
         return prepared, weights
+
+
+class Watch:
+    """What a short way passes over: if a module is replaced, hooked or gets another ``forward``, it is not to be taken.
+
+    Args:
+        places: modules and the names of modules in them.
+        owner: the module whose own ``forward`` the short way stands for.
+    """
+
+    def __init__(self, places: Sequence[tuple[Any, str]], owner: Any) -> None:
+        known = [module._modules[name] for module, name in places]
+        # Attributes are looked up in a module's own dictionary: for hundreds of modules and a cold cache it counts.
+        self._places = [
+            (module._modules, name, it, it.__dict__) for (module, name), it in zip(places, known, strict=True)
+        ]
+        self._hooks = [hooks for module in known for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._forwards = {kind: kind.forward for kind in {type(module) for module in (*known, owner)}}
+
+    def include(self, others: Iterable[Watch]) -> None:
+        """Watch what they watch, too."""
+        for other in others:
+            self._places += other._places
+            self._hooks += other._hooks
+            self._forwards |= other._forwards
+
+    def untouched(self) -> bool:
+        """Whether all is as it was."""
+        if _global_hooks or _global_pre_hooks or any(self._hooks):
+            return False
+        for kind, forward in self._forwards.items():
+            if kind.forward is not forward:
+                return False
+        try:
+            for modules, name, known, attributes in self._places:
+                if modules[name] is not known or "forward" in attributes:  # wrapped in a hook of accelerate's, say
+                    return False
+        except KeyError:  # it is there no more
+            return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -230,27 +284,22 @@ class _Prepared:
     scaling: tuple[Any, float]  # the attention and its scale
     # What is multiplied by. The layers own their weights: they let go of them to leave the CPU, say.
     linears: list[tuple[NestedLinear, weakref.ref[native.Weight], int, Tensor | None]]
-    biases: list[tuple[Tensor, int, int, Tensor]]  # their state, and their memory, to keep it
+    # Of which layer, their state, and their memory, to keep it.
+    biases: list[tuple[dict[str, Any], Tensor, tuple[int, int], Tensor]]
     norms: list[tuple[Any, Tensor, int, float]]
 
-    def weights(self) -> list[native.Weight] | None:
-        """The weights of the block, or None if it is not any more as it was."""
-        if self.forced != kernel_choice.forced_kernel() or self.scaling[0].scaling != self.scaling[1]:
+    def weights(self, forced: str, *, same_layers: bool) -> list[native.Weight] | None:
+        """The weights of the block, or None if it is not any more as it was; arguments as of ``RowBlock.ready``."""
+        if self.forced != forced or self.scaling[0].scaling != self.scaling[1]:
             return None
         weights: list[native.Weight] = []
         for linear, known, bits, bias in self.linears:
-            weight = linear.packed
-            if (
-                not isinstance(weight, native.Weight)
-                or weight is not known()
-                or linear.bits != bits
-                or linear.activations != self.activations
-                or linear.bias is not bias
-            ):
+            weight = known()
+            if weight is None or not (same_layers or linear.multiplies_by(weight, bits, bias, self.activations)):
                 return None
             weights.append(weight)
-        for bias, address, version, _ in self.biases:
-            if (address, version) != memory_state(bias):
+        for parameters, own, state, _ in self.biases:
+            if parameters.get("bias") is not own or memory_state(own) != state:
                 return None
         for norm, scale, address, eps in self.norms:
             if (

@@ -6,9 +6,11 @@ token is written behind the others and only a context that has outgrown its tens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -23,33 +25,35 @@ class _Room:
     filled: int  # positions; what is behind them belongs to whoever holds so many
 
 
-def append_position(cache: Any, index: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Let a layer of a cache hold one position more, which is still to be written.
+def append_positions(
+    cache: Any, layers: Sequence[int], heads: int, size: int, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Let layers of a cache hold one position more, which is still to be written.
 
     Args:
         cache: transformers' cache of one sequence.
-        index: of the layer.
-        like: ``[1, heads, 1, size]``, the key to come.
+        layers: their indices.
+        heads, size, dtype: of the keys and values to come, ``[1, heads, 1, size]``.
 
     Returns:
-        Keys and values ``[1, heads, positions, size]`` with adjacent elements, which the cache holds from now on; None
-        for another kind of cache, to which nothing has happened.
+        Keys and values ``[1, heads, positions, size]`` of each layer with adjacent elements, which the cache holds from
+        now on; None for another kind of cache, to which nothing has happened.
     """
-    if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
+    if type(cache) is not DynamicCache or cache.offloading or max(layers) >= len(cache.layers):
         return None
-    layer = cache.layers[index]
-    if type(layer) is not DynamicLayer or not layer.is_initialized:
-        return None
-    keys, values = layer.keys, layer.values
-    _, heads, _, size = like.shape
-    for held in (keys, values):
-        if held.ndim != 4 or held.dtype is not like.dtype or not held.is_cpu:
+    chosen = [cache.layers[index] for index in layers]
+    for layer in chosen:
+        if type(layer) is not DynamicLayer or not layer.is_initialized:
             return None
-        shape = held.shape
-        if shape[0] != 1 or shape[1] != heads or shape[3] != size or shape[2] != keys.shape[2]:
+        keys, values = layer.keys, layer.values
+        shape = (1, heads, keys.shape[2], size)
+        if keys.shape != shape or values.shape != shape:
             return None
-    layer.keys, layer.values = _longer(keys), _longer(values)
-    return layer.keys, layer.values
+        if keys.dtype is not dtype or values.dtype is not dtype or not keys.is_cpu or not values.is_cpu:
+            return None
+    for layer in chosen:
+        layer.keys, layer.values = _longer(layer.keys), _longer(layer.values)
+    return [(layer.keys, layer.values) for layer in chosen]
 
 
 def _longer(held: Tensor) -> Tensor:

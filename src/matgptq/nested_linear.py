@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class NestedLinear(nn.Module):
 
     codes: Tensor
     weight: Tensor
+    # Another object after anything was assigned to any layer: who looks after many layers looks here first.
+    latest_change: ClassVar[object] = object()
 
     def __init__(
         self,
@@ -89,6 +91,16 @@ class NestedLinear(nn.Module):
     def leaves(self, fn: Callable[[Tensor], Tensor]) -> bool:
         """Whether what ``model.to(...)`` applies takes a packed layer away from where its kernels compute."""
         return self._packed is not None and fn(self.weight).device != self._packed.device
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        NestedLinear.latest_change = object()  # afterwards, so that who sees it sees the change
+
+    def multiplies_by(
+        self, weight: packed_weight.PackedWeight, bits: int, bias: Tensor | None, activations: native.Activations
+    ) -> bool:
+        """Whether these very objects are what inputs are multiplied by at present."""
+        return self._packed is weight and self._bits == bits and self.bias is bias and self.activations == activations
 
     @property
     def bits(self) -> int:

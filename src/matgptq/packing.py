@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from matgptq import packed_weight
+from matgptq.block_stack import decode_in_one_call
 from matgptq.decoding import decode_in_rows
 from matgptq.errors import ConfigurationError
 from matgptq.families import Family, known_family
@@ -51,7 +52,9 @@ def pack_model(
     family = known_family(model.config.model_type)
     pack_layers(model, resident=resident, activations=activations, shared=_shared_inputs(model, family))
     if native and family is not None and family.plain_blocks:
-        decode_in_rows(model, family.blocks.removeprefix(_left_out(model)))
+        blocks = family.blocks.removeprefix(_left_out(model))
+        decode_in_rows(model, blocks)
+        decode_in_one_call(model, blocks)
     if head_bits is not None:
         pack_head(model, head_bits, activations)
     elif native:

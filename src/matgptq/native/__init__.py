@@ -7,7 +7,7 @@ Kernels know nothing of autograd. Tensors are read through ``data_ptr`` and copi
 Invalid arguments raise ``ConfigurationError`` before any work starts.
 """
 
-from matgptq.native.block_calls import BlockCalls, RMSNorm
+from matgptq.native.block_calls import BlockCalls, RMSNorm, StackCall
 from matgptq.native.dense import linear
 from matgptq.native.library import (
     DTYPES,
@@ -35,6 +35,7 @@ __all__ = [
     "NativeUnavailableError",
     "RMSNorm",
     "RefitSums",
+    "StackCall",
     "SweepMode",
     "Weight",
     "available",

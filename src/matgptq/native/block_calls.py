@@ -1,19 +1,30 @@
-"""A token through a transformer block of the plain kind, as two native calls (``csrc/block.cpp``).
+"""A token through a transformer block of the plain kind, as two native calls, and through all of them, as one.
 
-Between the two the key and the value join a cache, which is PyTorch's business. They are made dozens of times for a
-token, and check their arguments no more than the library does.
+``csrc/block.cpp``. Between the two calls of a block the key and the value join a cache, which is PyTorch's business;
+the one call writes them itself. Calls are made dozens of times for a token, and check their arguments no more than the
+library does.
 """
 
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from matgptq.native.library import ACTIVATIONS, DTYPES, Activations, Block, check_status, expect_tensor, require_library
+from matgptq.native.library import (
+    ACTIVATIONS,
+    DTYPES,
+    Activations,
+    Block,
+    Held,
+    check_status,
+    expect_tensor,
+    require_library,
+)
 from matgptq.native.weights import Weight
 
 ATTEND_UNIT = 32
@@ -55,8 +66,8 @@ class BlockCalls:
     ) -> None:
         library = require_library()
         self._start, self._finish = library.matgptq_block_start, library.matgptq_block_finish
-        self._dtype = dtype
-        self._size = size
+        self.dtype = dtype
+        self.size = size
         query, key, value = (weight.out_features for weight in weights[:3])
         self.heads, self.key_heads = query // size, key // size
         self._total = (query + key + value) // size
@@ -88,7 +99,7 @@ class BlockCalls:
         Returns:
             ``[1, heads, 1, size]``, the heads of the query, then those of key and value.
         """
-        qkv = x.new_empty((1, self._total, 1, self._size))
+        qkv = x.new_empty((1, self._total, 1, self.size))
         status = self._start(
             self._address, x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), qkv.data_ptr(), torch.get_num_threads()
         )
@@ -99,11 +110,11 @@ class BlockCalls:
     @property
     def attends(self) -> bool:
         """Whether ``finish`` computes attention: for heads of a multiple of ``ATTEND_UNIT``."""
-        return not self._size % ATTEND_UNIT
+        return not self.size % ATTEND_UNIT
 
     def reads(self, held: Tensor) -> bool:
         """Whether ``finish`` can read such keys or values: of the block's dtype, with adjacent elements."""
-        return held.is_cpu and held.dtype is self._dtype and held.stride(3) == 1
+        return held.is_cpu and held.dtype is self.dtype and held.stride(3) == 1
 
     def finish(
         self, x: Tensor, qkv: Tensor, keys: Tensor | None = None, values: Tensor | None = None, *, append: bool = False
@@ -117,15 +128,67 @@ class BlockCalls:
             append: first write key and value of ``qkv`` to their last position.
         """
         query = qkv.data_ptr()
-        places: tuple[int | None, ...] = (None, None, None, None, 0, 0, 0, 0, 0)
+        held, length = None, 0
         if keys is not None and values is not None:
-            key_at, value_at = self._offsets
+            held, length = _held(keys, values), keys.shape[2]
+        key = value = None
+        if append:
             size = qkv.element_size()
-            places = (
-                *((query + key_at * size, query + value_at * size) if append else (None, None)),
-                *(keys.data_ptr(), values.data_ptr(), keys.shape[2]),
-                *(keys.stride(1), keys.stride(2), values.stride(1), values.stride(2)),
-            )
-        status = self._finish(self._address, x.data_ptr(), query, *places, torch.get_num_threads())
+            key, value = (query + offset * size for offset in self._offsets)
+        where = None if held is None else ctypes.addressof(held)
+        status = self._finish(self._address, x.data_ptr(), query, key, value, where, length, torch.get_num_threads())
+        if status:
+            check_status(status)
+
+
+def _held(keys: Tensor, values: Tensor) -> Held:
+    _, key_head, key, _ = keys.stride()
+    _, value_head, value, _ = values.stride()
+    return Held(keys.data_ptr(), values.data_ptr(), key_head, key, value_head, value)
+
+
+class StackCall:
+    """All blocks for one token as one call, for as long as each of them stays as it is.
+
+    Args:
+        blocks: such as it ``takes``; each must ``attend``.
+    """
+
+    @staticmethod
+    def takes(blocks: Sequence[BlockCalls]) -> bool:
+        """Whether blocks are alike: of one dtype, with heads of keys of one number and size."""
+        kinds = {(block.dtype, block.size, block.key_heads) for block in blocks}
+        return len(kinds) == 1
+
+    def __init__(self, blocks: Sequence[BlockCalls]) -> None:
+        self.dtype, self.size, self.key_heads = blocks[0].dtype, blocks[0].size, blocks[0].key_heads
+        self._run = require_library().matgptq_blocks
+        self._blocks = list(blocks)
+        self._addresses = (ctypes.c_void_p * len(blocks))(*(block._address for block in blocks))
+        self._where = ctypes.addressof(self._addresses)
+
+    def is_of(self, blocks: Sequence[BlockCalls]) -> bool:
+        """Whether these are its blocks."""
+        return len(blocks) == len(self._blocks) and all(map(operator.is_, blocks, self._blocks))
+
+    def run(self, x: Tensor, cosine: Tensor, sine: Tensor, held: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """``x`` through all blocks, in place; key and value of each are written to the last position of what is held.
+
+        Args:
+            x: ``[1, hidden]``, contiguous.
+            cosine, sine: of the rotary embedding, as many elements as a head has, contiguous.
+            held: keys and values ``[1, key heads, positions, size]`` for each block, such as it ``reads``.
+        """
+        caches = (Held * len(held))(*(_held(keys, values) for keys, values in held))
+        status = self._run(
+            self._where,
+            len(held),
+            x.data_ptr(),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            ctypes.addressof(caches),
+            held[0][0].shape[2],
+            torch.get_num_threads(),
+        )
         if status:
             check_status(status)

@@ -20,7 +20,7 @@ from matgptq.errors import ConfigurationError, MatGPTQError
 Activations = Literal["exact", "int8"]
 SweepMode = Literal["residual", "change", "mean"]
 
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"exact": 0, "int8": 1}
 SWEEP_MODES = {"residual": 0, "change": 1, "mean": 2}
@@ -60,6 +60,17 @@ class Block(ctypes.Structure):
         ("query_norm", _pointer),
         ("key_norm", _pointer),
         ("products", Product * 7),
+    )
+
+
+class Held(ctypes.Structure):
+    _fields_ = (
+        ("keys", _pointer),
+        ("values", _pointer),
+        ("key_head_stride", _int64),
+        ("key_stride", _int64),
+        ("value_head_stride", _int64),
+        ("value_stride", _int64),
     )
 
 
@@ -147,7 +158,8 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "search_scales": (_int, (_pointer,)),
     "refit": (_int, (_pointer,)),
     "block_start": (_int, (*[_pointer] * 5, _int)),
-    "block_finish": (_int, (*[_pointer] * 7, *[_int64] * 5, _int)),
+    "block_finish": (_int, (*[_pointer] * 6, _int64, _int)),
+    "blocks": (_int, (_pointer, _int, *[_pointer] * 4, _int64, _int)),
 }
 
 

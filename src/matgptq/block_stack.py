@@ -1,0 +1,159 @@
+"""All transformer blocks of a model for one token, in one call of the native library.
+
+``decoding`` makes two calls of a block. What an interpreter does around them, for every block and token, still takes a
+third of a small model's time. Here the model below the output head finds out once for a token that all of its blocks
+are as they were, makes room in the cache, and lets the library go through them; embedding, rotary embedding and last
+norm stay the model's own modules. Whatever is not this case goes to the model's own code, and in it to the blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from matgptq import kernel_choice, native
+from matgptq.decoding import DecodesRows, RowBlock, Watch
+from matgptq.kv_cache import append_positions
+from matgptq.mixed_classes import Mixin, mix_in
+from matgptq.native import BlockCalls, StackCall
+from matgptq.nested_linear import NestedLinear
+
+_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+_ARGUMENTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+
+
+class DecodesTokens(Mixin):
+    """Mixed into the class of a model without its head: a single token takes the short way through all blocks."""
+
+    _block_stack: BlockStack
+    norm: nn.Module
+
+    def forward(self, *positional: Any, **keywords: Any) -> Any:
+        """What the model computes."""
+        if not positional and not torch.compiler.is_compiling():
+            hidden = self._block_stack.run(self, keywords)
+            if hidden is not None:
+                return BaseModelOutputWithPast(self.norm(hidden), past_key_values=keywords["past_key_values"])
+        return super().forward(*positional, **keywords)  # type: ignore[misc]
+
+
+def decode_in_one_call(model: nn.Module, blocks: str) -> bool:
+    """Let a model take single tokens through all blocks at once, if it is of the kind; returns whether it is.
+
+    Args:
+        model: after ``decoding.decode_in_rows``.
+        blocks: module path of the list of blocks.
+    """
+    base: Any = model.get_submodule(blocks.rpartition(".")[0])
+    config = base.config
+    full = {"full_attention"}  # elsewhere a token may have a mask
+    if (
+        any(not hasattr(base, part) for part in _PARTS)
+        or any(not isinstance(block, DecodesRows) for block in base.layers)
+        or len(base.layers) != config.num_hidden_layers
+        or getattr(config, "sliding_window", None) is not None
+        or not full.issuperset(getattr(config, "layer_types", None) or full)
+    ):
+        return False
+    base.__dict__["_block_stack"] = BlockStack(base)
+    if not isinstance(base, DecodesTokens):
+        mix_in(DecodesTokens, base)
+    return True
+
+
+class BlockStack:
+    """The way of a single token through all blocks of a model.
+
+    Args:
+        base: the model without its head.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self._blocks: list[RowBlock] = [block.__dict__["_row_block"] for block in base.layers]
+        self._watch = Watch([(base, "layers"), *((base.layers, name) for name in base.layers._modules)], base)
+        self._watch.include(block.watch for block in self._blocks)
+        self._layers = [block.layer_index for block in self._blocks]
+        self._call: StackCall | None = None
+        self._latest_change: object | None = None  # of nested layers, up to which the calls are what they should be
+
+    def run(self, base: Any, keywords: dict[str, Any]) -> Tensor | None:
+        """What the last block gives, ``[1, 1, hidden]``; None where the short way cannot be taken."""
+        ids: Any = keywords.get("input_ids")
+        embedded: Any = keywords.get("inputs_embeds")
+        cache: Any = keywords.get("past_key_values")
+        if torch.is_grad_enabled() or type(cache) is not DynamicCache or (ids is None) is (embedded is None):
+            return None
+        if (ids if embedded is None else embedded).shape[:2] != (1, 1):
+            return None
+        for name, value in keywords.items():
+            if value is not None and name not in _ARGUMENTS:
+                return None
+        length: int = cache.get_seq_length()
+        if not _sees_all(keywords.get("attention_mask"), length + 1) or not self._is_as_it_was(base):
+            return None
+        ready = self._ready()
+        if ready is None:
+            return None
+        call, _weights = ready  # which stay alive until the call is made
+        hidden: Tensor = base.embed_tokens(ids) if embedded is None else embedded
+        positions = keywords.get("position_ids")
+        if positions is None:
+            positions = torch.tensor([[length]])
+        cosine, sine = base.rotary_emb(hidden, position_ids=positions)
+        if not self._blocks[0].fits(hidden, (cosine, sine)):
+            return None
+        held = append_positions(cache, self._layers, call.key_heads, call.size, call.dtype)
+        if held is None:
+            return None
+        row = hidden.reshape(1, -1).clone()
+        call.run(row, cosine, sine, held)
+        return row.view(hidden.shape)
+
+    def _ready(self) -> tuple[StackCall, list[list[native.Weight]]] | None:
+        """The call for all blocks as they are, and the weights that must live while it is made."""
+        latest, forced = NestedLinear.latest_change, kernel_choice.forced_kernel()
+        same = latest is self._latest_change
+        calls: list[BlockCalls] = []
+        weights = []
+        for block in self._blocks:
+            ready = block.ready(forced, same_layers=same)
+            if ready is None or not ready[0].attends:
+                return None
+            calls.append(ready[0])
+            weights.append(ready[1])
+        call = self._call
+        if call is None or not call.is_of(calls):
+            if not StackCall.takes(calls):
+                return None
+            call = self._call = StackCall(calls)
+        self._latest_change = latest
+        return call, weights
+
+    def _is_as_it_was(self, base: Any) -> bool:
+        config = base.config
+        return (
+            config.num_hidden_layers == len(self._blocks) == len(base.layers)
+            and not config.output_hidden_states
+            and not config.output_attentions
+            and config.return_dict
+            and self._watch.untouched()
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockStack:
+        """That of a copied model, whose blocks have calls of their own."""
+        copied = object.__new__(BlockStack)
+        own = {"_call": None, "_latest_change": None}
+        copied.__dict__ = copy.deepcopy({**self.__dict__, **own}, memo)
+        return copied
+
+
+def _sees_all(mask: Any, length: int) -> bool:
+    """Whether a mask, as a caller gives it, hides nothing."""
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.shape == (1, length) and bool(mask.all())

@@ -6,13 +6,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from matgptq import native
+from matgptq import kernel_choice, kernels, native
 from matgptq.checkpoint import open_checkpoint
 from matgptq.devices import resolve_device
 from matgptq.errors import ConfigurationError
@@ -204,21 +205,35 @@ def _step_seconds(model: Any, context: Tensor, steps: int) -> float:
 
 @torch.inference_mode()
 def _product_seconds(model: Any, batch: int) -> float:
-    """Time of one step's products alone, layer after layer as the model calls them."""
-    layers = list(nested_layers(model).values())
-    inputs = {
-        size: torch.randn(batch, 1, size, dtype=model.dtype, device=model.device)
-        for size in {layer.in_features for layer in layers}
-    }
+    """Time of one step's products alone, in the order in which the model computes them."""
+    products = _products(model, batch)
     seconds = []
     for _ in range(ROUNDS):
         _synchronize(model.device)
         started = time.perf_counter()
-        for layer in layers:
-            layer(inputs[layer.in_features])
+        for product in products:
+            product()
         _synchronize(model.device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
+
+
+def _products(model: Any, batch: int) -> list[Callable[[], object]]:
+    """One call for each product of a step; on a CPU prepared, for layers that share an input together."""
+    groups: dict[int, list[NestedLinear]] = {}
+    for layer in nested_layers(model).values():
+        groups.setdefault(id(layer.shared_input or layer), []).append(layer)
+    products: list[Callable[[], object]] = []
+    for layers in groups.values():
+        size, activations = layers[0].in_features, layers[0].activations
+        inputs = torch.randn(batch, size, dtype=model.dtype, device=model.device)
+        product = kernel_choice.Product("native", inputs.device.type, inputs.dtype, batch, activations)
+        packed = all(isinstance(layer.packed, native.Weight) for layer in layers)
+        joined = None
+        if packed and kernel_choice.fuses(product):
+            joined = kernels.join([layer.operand for layer in layers], activations)
+        products += [partial(layer, inputs) for layer in layers] if joined is None else [partial(joined, inputs)]
+    return products
 
 
 def _bytes_per_token(model: Any) -> int:

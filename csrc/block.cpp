@@ -6,6 +6,7 @@
 #include "elements.h"
 #include "matgptq.h"
 #include "row_steps.h"
+#include "threads.h"
 #include "weight.h"
 
 using namespace matgptq;
@@ -55,35 +56,8 @@ int refusal(const matgptq_block* block) {
     return keys % block->size || heads % keys ? MATGPTQ_E_SHAPE : MATGPTQ_OK;
 }
 
-}  // namespace
-
-extern "C" int matgptq_block_start(const matgptq_block* block, const void* x, const void* cosine, const void* sine,
-                                   void* qkv, int num_threads) {
-    if (const int status = refusal(block)) return status;
-    if (!x || !cosine || !sine || !qkv) return MATGPTQ_E_ARGUMENT;
-    try {
-        const int dtype = block->dtype;
-        const int64_t bytes = element_bytes(dtype), size = block->size;
-        const Vector normed = allocate<uint8_t>(block->hidden * bytes);
-        // Without an update it does not write to x.
-        rms_norm(const_cast<void*>(x), nullptr, block->first_norm, block->first_eps, normed.get(), 1, block->hidden, dtype);
-        if (const int status = multiply(*block, MATGPTQ_QUERY, MATGPTQ_VALUE, normed.get(), qkv, num_threads)) return status;
-        const int64_t heads = out_of(*block, MATGPTQ_QUERY) / size, key_heads = out_of(*block, MATGPTQ_KEY) / size;
-        void* const key = static_cast<char*>(qkv) + heads * size * bytes;
-        if (block->query_norm) rms_norm(qkv, nullptr, block->query_norm, block->query_eps, qkv, heads, size, dtype);
-        if (block->key_norm) rms_norm(key, nullptr, block->key_norm, block->key_eps, key, key_heads, size, dtype);
-        rotate(qkv, cosine, sine, heads + key_heads, size, dtype);
-        return MATGPTQ_OK;
-    } catch (const std::bad_alloc&) {
-        return MATGPTQ_E_MEMORY;
-    }
-}
-
-extern "C" int matgptq_block_finish(const matgptq_block* block, void* x, const void* query, const void* key,
-                                    const void* value, const matgptq_held* held, int64_t length, int num_threads) {
-    if (const int status = refusal(block)) return status;
-    if (!x || !query || (key && (!value || !held))) return MATGPTQ_E_ARGUMENT;
-    if (held && (!held->keys || !held->values || length < 1)) return MATGPTQ_E_ARGUMENT;
+int finish(const matgptq_block* block, void* x, const void* query, const void* key, const void* value,
+           const matgptq_held* held, int64_t length, int num_threads) {
     try {
         const int dtype = block->dtype;
         const int64_t bytes = element_bytes(dtype), hidden = block->hidden, size = block->size;
@@ -119,6 +93,40 @@ extern "C" int matgptq_block_finish(const matgptq_block* block, void* x, const v
     }
 }
 
+}  // namespace
+
+extern "C" int matgptq_block_start(const matgptq_block* block, const void* x, const void* cosine, const void* sine,
+                                   void* qkv, int num_threads) {
+    if (const int status = refusal(block)) return status;
+    if (!x || !cosine || !sine || !qkv) return MATGPTQ_E_ARGUMENT;
+    try {
+        const int dtype = block->dtype;
+        const int64_t bytes = element_bytes(dtype), size = block->size;
+        const Vector normed = allocate<uint8_t>(block->hidden * bytes);
+        // Without an update it does not write to x.
+        rms_norm(const_cast<void*>(x), nullptr, block->first_norm, block->first_eps, normed.get(), 1, block->hidden, dtype);
+        if (const int status = multiply(*block, MATGPTQ_QUERY, MATGPTQ_VALUE, normed.get(), qkv, num_threads)) return status;
+        const int64_t heads = out_of(*block, MATGPTQ_QUERY) / size, key_heads = out_of(*block, MATGPTQ_KEY) / size;
+        void* const key = static_cast<char*>(qkv) + heads * size * bytes;
+        if (block->query_norm) rms_norm(qkv, nullptr, block->query_norm, block->query_eps, qkv, heads, size, dtype);
+        if (block->key_norm) rms_norm(key, nullptr, block->key_norm, block->key_eps, key, key_heads, size, dtype);
+        rotate(qkv, cosine, sine, heads + key_heads, size, dtype);
+        return MATGPTQ_OK;
+    } catch (const std::bad_alloc&) {
+        return MATGPTQ_E_MEMORY;
+    }
+}
+
+extern "C" int matgptq_block_finish(const matgptq_block* block, void* x, const void* query, const void* key,
+                                    const void* value, const matgptq_held* held, int64_t length, int num_threads) {
+    if (const int status = refusal(block)) return status;
+    if (!x || !query || (key && (!value || !held))) return MATGPTQ_E_ARGUMENT;
+    if (held && (!held->keys || !held->values || length < 1)) return MATGPTQ_E_ARGUMENT;
+    int status = MATGPTQ_OK;
+    with_threads(num_threads, [&] { status = finish(block, x, query, key, value, held, length, num_threads); });
+    return status;
+}
+
 extern "C" int matgptq_blocks(const matgptq_block* const* blocks, int count, void* x, const void* cosine,
                               const void* sine, const matgptq_held* held, int64_t length, int num_threads) {
     if (count < 0 || (count && (!blocks || !held))) return MATGPTQ_E_ARGUMENT;
@@ -127,20 +135,22 @@ extern "C" int matgptq_blocks(const matgptq_block* const* blocks, int count, voi
         if (blocks[i]->dtype != blocks[0]->dtype) return MATGPTQ_E_ARGUMENT;
         if (blocks[i]->hidden != blocks[0]->hidden) return MATGPTQ_E_SHAPE;
     }
-    try {
-        for (int i = 0; i < count; ++i) {
-            const matgptq_block& block = *blocks[i];
-            const int64_t query = out_of(block, MATGPTQ_QUERY), keys = out_of(block, MATGPTQ_KEY);
-            const int64_t bytes = element_bytes(block.dtype);
-            const Vector qkv = allocate<uint8_t>((query + 2 * keys) * bytes);
-            const void* const key = qkv.get() + query * bytes;
-            const void* const value = qkv.get() + (query + keys) * bytes;
-            int status = matgptq_block_start(&block, x, cosine, sine, qkv.get(), num_threads);
-            if (!status) status = matgptq_block_finish(&block, x, qkv.get(), key, value, held + i, length, num_threads);
-            if (status) return status;
+    int status = MATGPTQ_OK;
+    with_threads(num_threads, [&] {
+        try {
+            for (int i = 0; i < count && !status; ++i) {
+                const matgptq_block& block = *blocks[i];
+                const int64_t query = out_of(block, MATGPTQ_QUERY), keys = out_of(block, MATGPTQ_KEY);
+                const int64_t bytes = element_bytes(block.dtype);
+                const Vector qkv = allocate<uint8_t>((query + 2 * keys) * bytes);
+                const void* const key = qkv.get() + query * bytes;
+                const void* const value = qkv.get() + (query + keys) * bytes;
+                status = matgptq_block_start(&block, x, cosine, sine, qkv.get(), num_threads);
+                if (!status) status = matgptq_block_finish(&block, x, qkv.get(), key, value, held + i, length, num_threads);
+            }
+        } catch (const std::bad_alloc&) {
+            status = MATGPTQ_E_MEMORY;
         }
-        return MATGPTQ_OK;
-    } catch (const std::bad_alloc&) {
-        return MATGPTQ_E_MEMORY;
-    }
+    });
+    return status;
 }

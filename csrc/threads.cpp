@@ -14,18 +14,30 @@
 namespace matgptq {
 namespace {
 
-struct Task {
+// What the threads of a call do together; `share` is run by each of them.
+struct Shared {
+    const std::thread::id caller = std::this_thread::get_id();
+    std::chrono::steady_clock::time_point done;  // when the caller had done its own
+
+    virtual void share(bool calling) = 0;
+
+    void enter() {
+        const bool calling = std::this_thread::get_id() == caller;
+        share(calling);
+        if (calling) done = std::chrono::steady_clock::now();
+    }
+
+  protected:
+    ~Shared() = default;
+};
+
+struct Task final : Shared {
     const std::function<void(int64_t, int64_t)>* work;
     int64_t count;
     int64_t piece;
     std::atomic<int64_t> next{0};
-    const std::thread::id caller = std::this_thread::get_id();
-    std::chrono::steady_clock::time_point done;  // when the caller found nothing left; only `share` notes it
 
-    void share() {
-        run();
-        if (std::this_thread::get_id() == caller) done = std::chrono::steady_clock::now();
-    }
+    void share(bool) override { run(); }
 
     void run() {
         for (;;) {
@@ -35,6 +47,69 @@ struct Task {
         }
     }
 };
+
+// Waits for something that should come at once; a thread that is disappointed lets others have the processor.
+class Wait {
+  public:
+    void once() {
+        if (++pauses_ > kPatient) return std::this_thread::yield();
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+
+  private:
+    static constexpr int kPatient = 4096;
+    int pauses_ = 0;
+};
+
+// Threads that stand by while their caller runs a body, for the tasks in it.
+struct Standby final : Shared {
+    const std::function<void()>* body;
+    std::atomic<Task*> task{nullptr};
+    std::atomic<uint32_t> posted{0};  // tasks so far
+    std::atomic<int> active{0};
+    std::atomic<bool> over{false};
+
+    void share(bool calling) override;
+
+    // By the caller. A thread that comes late finds no task: it is not waited for.
+    void run(Task& one) {
+        task = &one;
+        ++posted;
+        one.run();
+        task = nullptr;
+        for (Wait wait; active;) wait.once();
+    }
+
+  private:
+    void stand_by() {
+        for (uint32_t seen = 0;;) {
+            for (Wait wait; posted == seen; wait.once())
+                if (over) return;
+            seen = posted;
+            // In this order: either the caller sees this thread, or this thread sees that the task is over.
+            ++active;
+            if (Task* const one = task) one->run();
+            --active;
+        }
+    }
+};
+
+thread_local Standby* standing_by = nullptr;
+
+void Standby::share(bool calling) {
+    if (!calling) {
+        stand_by();
+        return;
+    }
+    standing_by = this;
+    (*body)();
+    standing_by = nullptr;
+    over = true;
+}
 
 // A lent team comes back when all of its threads have run, also one that found nothing to do; on a processor that another
 // program holds that takes milliseconds, many times what a product does. Where waiting is most of some calls in a row,
@@ -67,7 +142,7 @@ class Pool {
     std::mutex busy;    // held by the caller whose task runs
     Patience patience;  // of that caller, with a lent team
 
-    void run(Task& task, int helpers) {
+    void run(Shared& task, int helpers) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
             while (static_cast<int>(workers_.size()) < helpers) {
@@ -79,7 +154,7 @@ class Pool {
             ++generation_;
         }
         wake_.notify_all();
-        task.run();
+        task.enter();
         std::unique_lock<std::mutex> lock(mutex_);
         // A worker that has not woken by now has nothing left to do.
         task_ = nullptr;
@@ -94,10 +169,10 @@ class Pool {
             wake_.wait(lock, [&] { return generation_ != seen; });
             seen = generation_;
             if (!task_ || index >= wanted_) continue;
-            Task* task = task_;
+            Shared* task = task_;
             ++active_;
             lock.unlock();
-            task->run();
+            task->enter();
             lock.lock();
             if (--active_ == 0) done_.notify_all();
         }
@@ -106,7 +181,7 @@ class Pool {
     std::mutex mutex_;
     std::condition_variable wake_, done_;
     std::vector<std::thread> workers_;
-    Task* task_ = nullptr;
+    Shared* task_ = nullptr;
     int wanted_ = 0;
     int active_ = 0;
     uint64_t generation_ = 0;
@@ -140,6 +215,24 @@ Pool& pool() {
     return *current;
 }
 
+// Whether all threads, this one among them, have entered what they share; not if they are busy with something else.
+bool share_out(Shared& shared, int num_threads, int wanted) {
+    Pool& threads = pool();
+    std::unique_lock<std::mutex> lock(threads.busy, std::try_to_lock);
+    if (!lock.owns_lock()) return false;
+    const matgptq_team borrowed = usable_team();
+    if (!borrowed || threads.patience.rest > 0) {
+        if (threads.patience.rest > 0) --threads.patience.rest;
+        threads.run(shared, wanted - 1);
+        return true;
+    }
+    const auto started = std::chrono::steady_clock::now();
+    // All threads, also for fewer pieces: a runtime ends the threads that a smaller team leaves out.
+    borrowed([](void* data) { static_cast<Shared*>(data)->enter(); }, &shared, static_cast<unsigned>(num_threads), 0);
+    threads.patience.judge(started, shared.done);
+    return true;
+}
+
 }  // namespace
 
 void parallel_for(int64_t count, int64_t grain, int num_threads, const std::function<void(int64_t, int64_t)>& work) {
@@ -156,22 +249,14 @@ void parallel_for(int64_t count, int64_t grain, int num_threads, const std::func
     // As many for each thread, four at most: with a piece more for one of them the others would wait for it.
     const int64_t each = pieces / threads < 4 ? pieces / threads : 4;
     task.piece = (count + threads * each - 1) / (threads * each);
-    Pool& shared = pool();
-    std::unique_lock<std::mutex> lock(shared.busy, std::try_to_lock);
-    if (!lock.owns_lock()) {
-        work(0, count);
-        return;
-    }
-    const matgptq_team borrowed = usable_team();
-    if (!borrowed || shared.patience.rest > 0) {
-        if (shared.patience.rest > 0) --shared.patience.rest;
-        shared.run(task, threads - 1);
-        return;
-    }
-    const auto started = std::chrono::steady_clock::now();
-    // All threads, also for fewer pieces: a runtime ends the threads that a smaller team leaves out.
-    borrowed([](void* data) { static_cast<Task*>(data)->share(); }, &task, static_cast<unsigned>(num_threads), 0);
-    shared.patience.judge(started, task.done);
+    if (standing_by) standing_by->run(task);
+    else if (!share_out(task, num_threads, threads)) work(0, count);
+}
+
+void with_threads(int num_threads, const std::function<void()>& body) {
+    Standby standby;
+    standby.body = &body;
+    if (num_threads <= 1 || standing_by || !share_out(standby, num_threads, num_threads)) body();
 }
 
 }  // namespace matgptq

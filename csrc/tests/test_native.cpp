@@ -3,6 +3,7 @@
 // sanitizers with -DMATGPTQ_SANITIZE=ON.
 #include <chrono>
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -15,6 +16,7 @@
 
 #include "matgptq.h"
 #include "row_steps.h"
+#include "threads.h"
 
 namespace {
 
@@ -432,6 +434,37 @@ void test_shared_input(const std::vector<std::string>& sets) {
     matgptq_weight_free(shared_out);
     for (auto* weight : weights) matgptq_weight_free(weight);
     std::printf("shared input, arena, threads\n");
+}
+
+// Many short tasks, one after the other, while threads stand by: each piece is done once.
+void test_standing_by() {
+    const auto tasks = [](int threads) {
+        bool once = true;
+        matgptq::with_threads(threads, [&] {
+            for (int64_t count = 1; count < 200; ++count) {
+                std::vector<std::atomic<int>> done(static_cast<size_t>(count));
+                matgptq::with_threads(threads, [&] {  // those that stand by already
+                    matgptq::parallel_for(count, 1 + count % 7, threads, [&](int64_t begin, int64_t end) {
+                        for (int64_t i = begin; i < end; ++i) ++done[static_cast<size_t>(i)];
+                    });
+                });
+                for (auto& times : done) once &= times == 1;
+            }
+        });
+        return once;
+    };
+    for (const matgptq_team team : {static_cast<matgptq_team>(nullptr), static_cast<matgptq_team>(lent_team)}) {
+        where = team ? "standing by, a team that was lent" : "standing by, the pool";
+        matgptq_set_team(team);
+        for (int threads : {0, 1, 2, 5}) check(tasks(threads), "every piece once");
+        std::vector<std::thread> callers;
+        bool same[4] = {};
+        for (bool& one : same) callers.emplace_back([&] { one = tasks(3); });
+        for (auto& caller : callers) caller.join();
+        for (bool one : same) check(one, "concurrent callers");
+    }
+    matgptq_set_team(nullptr);
+    std::printf("standing by: tasks for threads that wait\n");
 }
 
 void test_read(const std::vector<std::string>& sets) {
@@ -1093,6 +1126,7 @@ int main() {
     test_dequantize(sets);
     test_activations(sets);
     test_shared_input(sets);
+    test_standing_by();
     test_sweep(sets);
     test_refit(sets);
     test_read(sets);

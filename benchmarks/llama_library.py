@@ -21,7 +21,7 @@ _pointer, _int, _uint, _bool, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c
 
 
 KNOWN_VERSION = "0.5"
-CONTEXT = 1024
+CONTEXT = 4096
 # Defaults that stand at telling places of the two structures.
 _MODEL = {
     "n_gpu_layers": -1,

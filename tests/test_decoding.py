@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 
 import matgptq
 from matgptq import native
-from matgptq.block_stack import BlockStack, DecodesTokens
-from matgptq.decoding import DecodesRows, RowBlock
+from matgptq.block_stack import BlockStack, DecodesTokens, decode_in_one_call
+from matgptq.decoding import DecodesRows, RowBlock, decode_in_rows
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
 
@@ -205,15 +205,20 @@ def _doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *given, **options: 2 * forward(*given, **options)
 
 
-@pytest.mark.parametrize("where", ["instance", "class", "class of the block", "accelerate", "all modules"])
+@pytest.mark.parametrize(
+    "where", ["instance", "class", "class of the block", "class, prepared twice", "accelerate", "all modules"]
+)
 def test_a_forward_that_was_replaced_is_called(where, checkpoint, monkeypatch):
     model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    if where == "class, prepared twice":  # as after a model has been moved and is packed again
+        assert decode_in_rows(model, "model.layers") == len(model.model.layers)
+        assert decode_in_one_call(model, "model.layers")
     unchanged = decode(model)
     handle = None
     if where == "class":
         own = type(model.model.layers[0].mlp)
         monkeypatch.setattr(own, "forward", _doubled(own.forward))
-    elif where == "class of the block":
+    elif where in ("class of the block", "class, prepared twice"):
         monkeypatch.setattr(LlamaDecoderLayer, "forward", _doubled(LlamaDecoderLayer.forward))
     elif where == "all modules":
         own = type(model.model.layers[0].mlp)
@@ -377,9 +382,13 @@ CHANGES = [
 ]
 
 
+@pytest.mark.parametrize("copied", [False, True], ids=["original", "copy"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__[1:])
-def test_a_change_between_two_tokens_counts(change, llama, monkeypatch):
+def test_a_change_between_two_tokens_counts(change, copied, llama, monkeypatch):
     unchanged = decode(llama)
+    if copied:
+        llama = copy.deepcopy(llama)
+        decode(llama, 1)
     with torch.no_grad():
         change(llama)
     found, expected = decode(llama), the_long_way(llama, monkeypatch)

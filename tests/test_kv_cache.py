@@ -139,3 +139,7 @@ def test_all_layers_or_none():
     assert room(cache, 0, 1) is None
     assert cache.layers[0].keys.shape[2] == 6
     assert room(cache, 0, 2) is None
+    cache = filled()
+    append(cache, 0)
+    assert room(cache, 0, 1) is None
+    check(cache, [0])

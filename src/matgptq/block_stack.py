@@ -21,10 +21,8 @@ from matgptq.decoding import DecodesRows, RowBlock, Watch
 from matgptq.kv_cache import append_positions
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import BlockCalls, StackCall
-from matgptq.nested_linear import NestedLinear
 
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
-_ARGUMENTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
 
 
 class DecodesTokens(Mixin):
@@ -33,13 +31,37 @@ class DecodesTokens(Mixin):
     _block_stack: BlockStack
     norm: nn.Module
 
-    def forward(self, *positional: Any, **keywords: Any) -> Any:
-        """What the model computes."""
-        if not positional and not torch.compiler.is_compiling():
-            hidden = self._block_stack.run(self, keywords)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """What the model computes; arguments as in transformers."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if (
+            not torch.compiler.is_compiling()
+            and given is not None
+            and (input_ids is None or inputs_embeds is None)
+            and given.shape[:2] == (1, 1)
+            and all(value is None for value in others.values())
+        ):
+            hidden = self._block_stack.run(self, given, attention_mask, position_ids, past_key_values)
             if hidden is not None:
-                return BaseModelOutputWithPast(self.norm(hidden), past_key_values=keywords["past_key_values"])
-        return super().forward(*positional, **keywords)  # type: ignore[misc]
+                return BaseModelOutputWithPast(self.norm(hidden), past_key_values=past_key_values)
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **others,
+        )
 
 
 def decode_in_one_call(model: nn.Module, blocks: str) -> bool:
@@ -79,31 +101,27 @@ class BlockStack:
         self._watch.include(block.watch for block in self._blocks)
         self._layers = [block.layer_index for block in self._blocks]
         self._call: StackCall | None = None
-        self._latest_change: object | None = None  # of nested layers, up to which the calls are what they should be
 
-    def run(self, base: Any, keywords: dict[str, Any]) -> Tensor | None:
-        """What the last block gives, ``[1, 1, hidden]``; None where the short way cannot be taken."""
-        ids: Any = keywords.get("input_ids")
-        embedded: Any = keywords.get("inputs_embeds")
-        cache: Any = keywords.get("past_key_values")
-        if torch.is_grad_enabled() or type(cache) is not DynamicCache or (ids is None) is (embedded is None):
+    def run(self, base: Any, given: Tensor, mask: Any, positions: Tensor | None, cache: Any) -> Tensor | None:
+        """What the last block gives, ``[1, 1, hidden]``; None where the short way cannot be taken.
+
+        Args:
+            base: the model without its head.
+            given: a token's id ``[1, 1]``, or what stands for it, ``[1, 1, hidden]``.
+            mask, positions, cache: as transformers' models take them.
+        """
+        if torch.is_grad_enabled() or type(cache) is not DynamicCache:
             return None
-        if (ids if embedded is None else embedded).shape[:2] != (1, 1):
-            return None
-        for name, value in keywords.items():
-            if value is not None and name not in _ARGUMENTS:
-                return None
         length: int = cache.get_seq_length()
-        if not _sees_all(keywords.get("attention_mask"), length + 1) or not self._is_as_it_was(base):
+        if not _sees_all(mask, length + 1) or not self._is_as_it_was(base):
             return None
         ready = self._ready()
         if ready is None:
             return None
         call, _weights = ready  # which stay alive until the call is made
-        hidden: Tensor = base.embed_tokens(ids) if embedded is None else embedded
-        positions = keywords.get("position_ids")
+        hidden: Tensor = base.embed_tokens(given) if given.ndim == 2 else given
         if positions is None:
-            positions = torch.tensor([[length]])
+            positions = torch.tensor([[length]], device=hidden.device)
         cosine, sine = base.rotary_emb(hidden, position_ids=positions)
         if not self._blocks[0].fits(hidden, (cosine, sine)):
             return None
@@ -116,12 +134,11 @@ class BlockStack:
 
     def _ready(self) -> tuple[StackCall, list[list[native.Weight]]] | None:
         """The call for all blocks as they are, and the weights that must live while it is made."""
-        latest, forced = NestedLinear.latest_change, kernel_choice.forced_kernel()
-        same = latest is self._latest_change
+        forced = kernel_choice.forced_kernel()
         calls: list[BlockCalls] = []
         weights = []
         for block in self._blocks:
-            ready = block.ready(forced, same_layers=same)
+            ready = block.ready(forced)
             if ready is None or not ready[0].attends:
                 return None
             calls.append(ready[0])
@@ -131,7 +148,6 @@ class BlockStack:
             if not StackCall.takes(calls):
                 return None
             call = self._call = StackCall(calls)
-        self._latest_change = latest
         return call, weights
 
     def _is_as_it_was(self, base: Any) -> bool:
@@ -147,8 +163,7 @@ class BlockStack:
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockStack:
         """That of a copied model, whose blocks have calls of their own."""
         copied = object.__new__(BlockStack)
-        own = {"_call": None, "_latest_change": None}
-        copied.__dict__ = copy.deepcopy({**self.__dict__, **own}, memo)
+        copied.__dict__ = copy.deepcopy({**self.__dict__, "_call": None}, memo)
         return copied
 
 

@@ -169,15 +169,14 @@ class RowBlock:
         index: int = self._attention.layer_idx
         return index
 
-    def ready(self, forced: str, *, same_layers: bool = False) -> tuple[BlockCalls, list[native.Weight]] | None:
+    def ready(self, forced: str) -> tuple[BlockCalls, list[native.Weight]] | None:
         """The calls for the block as it is, and the weights that must live while they are made; None if there are none.
 
         Args:
             forced: the kernel that ``MATGPTQ_KERNEL`` names.
-            same_layers: nothing was assigned to a nested layer since the last time, so only the rest is looked at.
         """
         prepared = self._prepared
-        weights = None if prepared is None else prepared.weights(forced, same_layers=same_layers)
+        weights = None if prepared is None else prepared.weights(forced)
         if prepared is None or weights is None:
             made = self._prepare(forced)
             if made is None:
@@ -188,6 +187,7 @@ class RowBlock:
 
     def _prepare(self, forced: str) -> tuple[_Prepared, list[native.Weight]] | None:
         """The calls for the block as it is at present, and the weights that they need."""
+        latest = NestedLinear.latest_change  # before the layers are looked at
         linears, attention = self._linears, self._attention
         activations = linears[0].activations
         product = kernel_choice.Product("native", "cpu", self._dtype, 1, activations)
@@ -221,6 +221,7 @@ class RowBlock:
         prepared = _Prepared(
             calls=calls,
             forced=forced,
+            latest_change=latest,
             activations=activations,
             scaling=(attention, attention.scaling),
             linears=known_linears,
@@ -243,13 +244,11 @@ class Watch:
     """
 
     def __init__(self, places: Sequence[tuple[Any, str]], owner: Any) -> None:
-        known = [module._modules[name] for module, name in places]
-        # Attributes are looked up in a module's own dictionary: for hundreds of modules and a cold cache it counts.
-        self._places = [
-            (module._modules, name, it, it.__dict__) for (module, name), it in zip(places, known, strict=True)
-        ]
+        self._places = [(module._modules, name, module._modules[name]) for module, name in places]
+        known = [module for _, _, module in self._places]
         self._hooks = [hooks for module in known for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._forwards = {kind: kind.forward for kind in {type(module) for module in (*known, owner)}}
+        kinds = {kind for module in (*known, owner) for kind in type(module).__mro__}
+        self._forwards = {kind: kind.__dict__["forward"] for kind in kinds if "forward" in kind.__dict__}
 
     def include(self, others: Iterable[Watch]) -> None:
         """Watch what they watch, too."""
@@ -263,23 +262,24 @@ class Watch:
         if _global_hooks or _global_pre_hooks or any(self._hooks):
             return False
         for kind, forward in self._forwards.items():
-            if kind.forward is not forward:
+            if kind.__dict__.get("forward") is not forward:
                 return False
         try:
-            for modules, name, known, attributes in self._places:
-                if modules[name] is not known or "forward" in attributes:  # wrapped in a hook of accelerate's, say
+            for modules, name, known in self._places:
+                if modules[name] is not known or "forward" in known.__dict__:  # wrapped in a hook of accelerate's, say
                     return False
         except KeyError:  # it is there no more
             return False
         return True
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Prepared:
     """Calls that are made again for as long as the block's state is the same."""
 
     calls: BlockCalls  # keeps the memory of the norms, so that nothing else can get its address
     forced: str
+    latest_change: object  # of nested layers, up to which the calls are what they should be
     activations: native.Activations
     scaling: tuple[Any, float]  # the attention and its scale
     # What is multiplied by. The layers own their weights: they let go of them to leave the CPU, say.
@@ -288,16 +288,20 @@ class _Prepared:
     biases: list[tuple[dict[str, Any], Tensor, tuple[int, int], Tensor]]
     norms: list[tuple[Any, Tensor, int, float]]
 
-    def weights(self, forced: str, *, same_layers: bool) -> list[native.Weight] | None:
-        """The weights of the block, or None if it is not any more as it was; arguments as of ``RowBlock.ready``."""
+    def weights(self, forced: str) -> list[native.Weight] | None:
+        """The weights of the block, or None if it is not any more as it was; ``forced`` as of ``RowBlock.ready``."""
+        latest = NestedLinear.latest_change
         if self.forced != forced or self.scaling[0].scaling != self.scaling[1]:
             return None
         weights: list[native.Weight] = []
         for linear, known, bits, bias in self.linears:
             weight = known()
-            if weight is None or not (same_layers or linear.multiplies_by(weight, bits, bias, self.activations)):
+            if weight is None:
+                return None
+            if latest is not self.latest_change and not linear.multiplies_by(weight, bits, bias, self.activations):
                 return None
             weights.append(weight)
+        self.latest_change = latest
         for parameters, own, state, _ in self.biases:
             if parameters.get("bias") is not own or memory_state(own) != state:
                 return None

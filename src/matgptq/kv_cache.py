@@ -46,7 +46,7 @@ def append_positions(
         if type(layer) is not DynamicLayer or not layer.is_initialized:
             return None
         keys, values = layer.keys, layer.values
-        shape = (1, heads, keys.shape[2], size)
+        shape = (1, heads, chosen[0].keys.shape[2], size)  # all have seen the same tokens
         if keys.shape != shape or values.shape != shape:
             return None
         if keys.dtype is not dtype or values.dtype is not dtype or not keys.is_cpu or not values.is_cpu:

@@ -97,7 +97,8 @@ class BlockStack:
 
     def __init__(self, base: Any) -> None:
         self._blocks: list[RowBlock] = [block.__dict__["_row_block"] for block in base.layers]
-        self._watch = Watch([(base, "layers"), *((base.layers, name) for name in base.layers._modules)], base)
+        self._list: nn.ModuleList = base.layers
+        self._watch = Watch([base.layers], base)
         self._watch.include(block.watch for block in self._blocks)
         self._layers = [block.layer_index for block in self._blocks]
         self._call: StackCall | None = None
@@ -153,7 +154,8 @@ class BlockStack:
     def _is_as_it_was(self, base: Any) -> bool:
         config = base.config
         return (
-            config.num_hidden_layers == len(self._blocks) == len(base.layers)
+            base.layers is self._list
+            and config.num_hidden_layers == len(self._blocks)
             and not config.output_hidden_states
             and not config.output_attentions
             and config.return_dict

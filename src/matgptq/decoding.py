@@ -103,10 +103,7 @@ class RowBlock:
         self._prepared: _Prepared | None = None
         self._size: int = attention.head_dim
         self._dtype = block.input_layernorm.weight.dtype
-        places = [(block, name) for name in ("self_attn", "mlp", *_NORMS)]
-        places += [(attention, name) for name in (*_ATTENTION, *_HEAD_NORMS) if hasattr(attention, name)]
-        places += [(mlp, name) for name in (*_MLP, "act_fn")]
-        self.watch = Watch(places, block)
+        self.watch = Watch([block, attention, mlp], block)
 
     def takes(self, hidden: Tensor, keywords: dict[str, Any]) -> bool:
         """Whether a call is the one that ``run`` is for."""
@@ -200,7 +197,7 @@ class RowBlock:
             if not isinstance(weight, native.Weight):
                 return None
             weights.append(weight)
-            known_linears.append((linear, weakref.ref(weight), bits, bias))
+            known_linears.append((linear, bits, bias))
         for norm in self._norms:
             if norm is None:
                 continue
@@ -211,8 +208,8 @@ class RowBlock:
         calls = BlockCalls(
             self._dtype,
             weights,
-            [bits for _, _, bits, _ in known_linears],
-            [bias for _, _, _, bias in known_linears],
+            [bits for _, bits, _ in known_linears],
+            [bias for _, _, bias in known_linears],
             [None if norm is None else RMSNorm(norm.weight.detach(), norm.variance_epsilon) for norm in self._norms],
             attention.head_dim,
             attention.scaling,
@@ -225,9 +222,10 @@ class RowBlock:
             activations=activations,
             scaling=(attention, attention.scaling),
             linears=known_linears,
+            owned=[weakref.ref(weight) for weight in weights],
             biases=[
                 (linear._parameters, bias, memory_state(bias), bias.detach())
-                for linear, _, _, bias in known_linears
+                for linear, _, bias in known_linears
                 if bias is not None
             ],
             norms=known_norms,
@@ -239,38 +237,37 @@ class Watch:
     """What a short way passes over: if a module is replaced, hooked or gets another ``forward``, it is not to be taken.
 
     Args:
-        places: modules and the names of modules in them.
+        parents: modules whose children it passes over.
         owner: the module whose own ``forward`` the short way stands for.
     """
 
-    def __init__(self, places: Sequence[tuple[Any, str]], owner: Any) -> None:
-        self._places = [(module._modules, name, module._modules[name]) for module, name in places]
-        known = [module for _, _, module in self._places]
-        self._hooks = [hooks for module in known for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        kinds = {kind for module in (*known, owner) for kind in type(module).__mro__}
+    def __init__(self, parents: Sequence[Any], owner: Any) -> None:
+        self._children = [(parent._modules, tuple(parent._modules.values())) for parent in parents]
+        self._known = [module for _, children in self._children for module in children if module is not None]
+        self._hooks = [hooks for module in self._known for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        kinds = {kind for module in (*self._known, owner) for kind in type(module).__mro__}
         self._forwards = {kind: kind.__dict__["forward"] for kind in kinds if "forward" in kind.__dict__}
 
     def include(self, others: Iterable[Watch]) -> None:
         """Watch what they watch, too."""
         for other in others:
-            self._places += other._places
+            self._children += other._children
+            self._known += other._known
             self._hooks += other._hooks
             self._forwards |= other._forwards
 
     def untouched(self) -> bool:
-        """Whether all is as it was."""
+        """Whether all is as it was. Of hundreds of modules, for every token: what C does in one step is done so."""
         if _global_hooks or _global_pre_hooks or any(self._hooks):
             return False
         for kind, forward in self._forwards.items():
             if kind.__dict__.get("forward") is not forward:
                 return False
-        try:
-            for modules, name, known in self._places:
-                if modules[name] is not known or "forward" in known.__dict__:  # wrapped in a hook of accelerate's, say
-                    return False
-        except KeyError:  # it is there no more
-            return False
-        return True
+        for modules, children in self._children:
+            if tuple(modules.values()) != children:
+                return False
+        # A module of which accelerate, say, wraps the method has one of its own.
+        return not any("forward" in module.__dict__ for module in self._known)
 
 
 @dataclass
@@ -283,7 +280,8 @@ class _Prepared:
     activations: native.Activations
     scaling: tuple[Any, float]  # the attention and its scale
     # What is multiplied by. The layers own their weights: they let go of them to leave the CPU, say.
-    linears: list[tuple[NestedLinear, weakref.ref[native.Weight], int, Tensor | None]]
+    linears: list[tuple[NestedLinear, int, Tensor | None]]
+    owned: list[weakref.ref[native.Weight]]
     # Of which layer, their state, and their memory, to keep it.
     biases: list[tuple[dict[str, Any], Tensor, tuple[int, int], Tensor]]
     norms: list[tuple[Any, Tensor, int, float]]
@@ -293,15 +291,12 @@ class _Prepared:
         latest = NestedLinear.latest_change
         if self.forced != forced or self.scaling[0].scaling != self.scaling[1]:
             return None
-        weights: list[native.Weight] = []
-        for linear, known, bits, bias in self.linears:
-            weight = known()
-            if weight is None:
-                return None
-            if latest is not self.latest_change and not linear.multiplies_by(weight, bits, bias, self.activations):
-                return None
-            weights.append(weight)
-        self.latest_change = latest
+        weights = [known() for known in self.owned]
+        if latest is not self.latest_change:
+            for (linear, bits, bias), weight in zip(self.linears, weights, strict=True):
+                if weight is None or not linear.multiplies_by(weight, bits, bias, self.activations):
+                    return None
+            self.latest_change = latest
         for parameters, own, state, _ in self.biases:
             if parameters.get("bias") is not own or memory_state(own) != state:
                 return None
@@ -312,7 +307,7 @@ class _Prepared:
                 or norm.variance_epsilon != eps
             ):
                 return None
-        return weights
+        return None if None in weights else weights  # type: ignore[return-value]
 
     def __deepcopy__(self, _: object) -> None:
         """Nothing: a copied block has biases and norms of its own."""

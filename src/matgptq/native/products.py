@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -150,32 +150,39 @@ class Joined:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[rows, sum of out]`` in the dtype of ``x``, float32 or bfloat16 ``[rows, in]`` on the CPU."""
+        return self.bound(x)()
+
+    def bound(self, x: Tensor) -> Callable[[], Tensor]:
+        """The product with ``x`` as a call without arguments, into the same memory each time."""
         dtype = DTYPES.get(x.dtype)
         if dtype is None or x.ndim != 2 or x.shape[1] != self.in_features or x.device.type != "cpu":
             raise ConfigurationError(f"x must be float32 or bfloat16 [rows, {self.in_features}] on the CPU")
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        batch = x.shape[0]
-        joined = x.new_empty((batch, self.out_features))
+        rows = x if x.stride(1) == 1 else x.contiguous()
+        batch = rows.shape[0]
+        joined = rows.new_empty((batch, self.out_features))
         start, size = joined.data_ptr(), joined.element_size()
         products = type(self._products).from_buffer_copy(self._products)  # other threads may be here, too
         for product, offset in zip(products, self._offsets, strict=True):
             product.y = start + offset * size
-        status = self._multiply(
-            x.data_ptr(),
-            dtype,
-            x.stride(0),
-            batch,
-            self.in_features,
-            products,
-            len(products),
-            dtype,
-            self._activations,
-            torch.get_num_threads(),
-        )
-        if status:
-            check_status(status)
-        return joined
+
+        def multiply() -> Tensor:
+            status = self._multiply(
+                rows.data_ptr(),
+                dtype,
+                rows.stride(0),
+                batch,
+                self.in_features,
+                products,
+                len(products),
+                dtype,
+                self._activations,
+                torch.get_num_threads(),
+            )
+            if status:
+                check_status(status)
+            return joined
+
+        return multiply
 
 
 def _rows_of(x: Tensor, activations: Activations) -> Tensor:

@@ -434,6 +434,18 @@ def test_what_a_caller_asks_for(options, short, llama, way, calls, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_dropout_of_attention_goes_the_long_way(llama, calls):
+    decode(llama, 1)
+    calls.clear()
+    for block in llama.model.layers:
+        block.self_attn.attention_dropout = 0.5
+    decode(llama, 1)
+    assert calls
+    calls.clear()
+    decode(llama.train(), 1)
+    assert not calls
+
+
 def test_short_and_long_steps_share_a_cache(llama, monkeypatch):
     cache, logits = DynamicCache(config=llama.config), []
     with torch.inference_mode():

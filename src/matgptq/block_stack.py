@@ -76,7 +76,7 @@ def decode_in_one_call(model: nn.Module, blocks: str) -> bool:
     full = {"full_attention"}  # elsewhere a token may have a mask
     if (
         any(not hasattr(base, part) for part in _PARTS)
-        or any(not isinstance(block, DecodesRows) for block in base.layers)
+        or any(not isinstance(block, DecodesRows) or not block.row_block.attends for block in base.layers)
         or len(base.layers) != config.num_hidden_layers
         or getattr(config, "sliding_window", None) is not None
         or not full.issuperset(getattr(config, "layer_types", None) or full)
@@ -96,7 +96,7 @@ class BlockStack:
     """
 
     def __init__(self, base: Any) -> None:
-        self._blocks: list[RowBlock] = [block.__dict__["_row_block"] for block in base.layers]
+        self._blocks: list[RowBlock] = [block.row_block for block in base.layers]
         self._list: nn.ModuleList = base.layers
         self._watch = Watch([base.layers], base)
         self._watch.include(block.watch for block in self._blocks)
@@ -140,7 +140,7 @@ class BlockStack:
         weights = []
         for block in self._blocks:
             ready = block.ready(forced)
-            if ready is None or not ready[0].attends:
+            if ready is None:
                 return None
             calls.append(ready[0])
             weights.append(ready[1])

@@ -22,7 +22,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hoo
 from matgptq import kernel_choice, kernels, native
 from matgptq.kv_cache import append_positions
 from matgptq.mixed_classes import Mixin, mix_in
-from matgptq.native import DTYPES, BlockCalls, RMSNorm
+from matgptq.native import ATTEND_UNIT, DTYPES, BlockCalls, RMSNorm
 from matgptq.nested_linear import NestedLinear
 from matgptq.shared_input import memory_state
 
@@ -35,12 +35,12 @@ _HEAD_NORMS = ("q_norm", "k_norm")
 class DecodesRows(Mixin):
     """Mixed into the class of a block: a single token takes the short way."""
 
-    _row_block: RowBlock
+    row_block: RowBlock
 
     def forward(self, hidden_states: Tensor, *positional: Any, **keywords: Any) -> Tensor:
         """What the block computes."""
-        if not positional and not torch.compiler.is_compiling() and self._row_block.takes(hidden_states, keywords):
-            row = self._row_block.run(hidden_states, keywords)
+        if not positional and not torch.compiler.is_compiling() and self.row_block.takes(hidden_states, keywords):
+            row = self.row_block.run(hidden_states, keywords)
             if row is not None:
                 return row
         result: Tensor = super().forward(hidden_states, *positional, **keywords)  # type: ignore[misc]
@@ -61,7 +61,7 @@ def decode_in_rows(model: nn.Module, blocks: str) -> int:
         row_block = _row_block(block)
         if row_block is None:
             continue
-        block.__dict__["_row_block"] = row_block
+        block.__dict__["row_block"] = row_block
         if not isinstance(block, DecodesRows):
             mix_in(DecodesRows, block)
         changed += 1
@@ -126,6 +126,7 @@ class RowBlock:
             and position[0].shape == (1, 1, self._size)
             and position[0].dtype == self._dtype
             and self._attention.config._attn_implementation == "sdpa"
+            and not (self._attention.training and self._attention.attention_dropout)
         )
 
     def run(self, hidden: Tensor, keywords: dict[str, Any]) -> Tensor | None:
@@ -159,6 +160,11 @@ class RowBlock:
             )
             calls.finish(residual, attended.reshape(1, -1))
         return residual.view(hidden.shape)
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is part of the calls: for most sizes of heads it is."""
+        return not self._size % ATTEND_UNIT
 
     @property
     def layer_index(self) -> int:

@@ -57,7 +57,7 @@ int refusal(const matgptq_block* block) {
 }
 
 int finish(const matgptq_block* block, void* x, const void* query, const void* key, const void* value,
-           const matgptq_held* held, int64_t length, int num_threads) {
+           const matgptq_kv_cache* cache, int64_t length, int num_threads) {
     try {
         const int dtype = block->dtype;
         const int64_t bytes = element_bytes(dtype), hidden = block->hidden, size = block->size;
@@ -65,14 +65,14 @@ int finish(const matgptq_block* block, void* x, const void* query, const void* k
         const int64_t mlp = out_of(*block, MATGPTQ_UP);
         Vector attended;
         if (key) {
-            append(key, held->keys, length, size, key_heads, held->key_head_stride, held->key_stride, bytes);
-            append(value, held->values, length, size, key_heads, held->value_head_stride, held->value_stride, bytes);
+            append(key, cache->keys, length, size, key_heads, cache->key_head_stride, cache->key_stride, bytes);
+            append(value, cache->values, length, size, key_heads, cache->value_head_stride, cache->value_stride, bytes);
         }
-        if (held) {
+        if (cache) {
             attended = allocate<uint8_t>(heads * size * bytes);
-            if (const int status = matgptq_attend(query, held->keys, held->values, attended.get(), heads, key_heads, size,
-                                                  length, held->key_head_stride, held->key_stride, held->value_head_stride,
-                                                  held->value_stride, block->scale, dtype, num_threads))
+            if (const int status = matgptq_attend(query, cache->keys, cache->values, attended.get(), heads, key_heads, size,
+                                                  length, cache->key_head_stride, cache->key_stride, cache->value_head_stride,
+                                                  cache->value_stride, block->scale, dtype, num_threads))
                 return status;
             query = attended.get();
         }
@@ -118,18 +118,18 @@ extern "C" int matgptq_block_start(const matgptq_block* block, const void* x, co
 }
 
 extern "C" int matgptq_block_finish(const matgptq_block* block, void* x, const void* query, const void* key,
-                                    const void* value, const matgptq_held* held, int64_t length, int num_threads) {
+                                    const void* value, const matgptq_kv_cache* cache, int64_t length, int num_threads) {
     if (const int status = refusal(block)) return status;
-    if (!x || !query || (key && (!value || !held))) return MATGPTQ_E_ARGUMENT;
-    if (held && (!held->keys || !held->values || length < 1)) return MATGPTQ_E_ARGUMENT;
+    if (!x || !query || (key && (!value || !cache))) return MATGPTQ_E_ARGUMENT;
+    if (cache && (!cache->keys || !cache->values || length < 1)) return MATGPTQ_E_ARGUMENT;
     int status = MATGPTQ_OK;
-    with_threads(num_threads, [&] { status = finish(block, x, query, key, value, held, length, num_threads); });
+    with_threads(num_threads, [&] { status = finish(block, x, query, key, value, cache, length, num_threads); });
     return status;
 }
 
 extern "C" int matgptq_blocks(const matgptq_block* const* blocks, int count, void* x, const void* cosine,
-                              const void* sine, const matgptq_held* held, int64_t length, int num_threads) {
-    if (count < 0 || (count && (!blocks || !held))) return MATGPTQ_E_ARGUMENT;
+                              const void* sine, const matgptq_kv_cache* caches, int64_t length, int num_threads) {
+    if (count < 0 || (count && (!blocks || !caches))) return MATGPTQ_E_ARGUMENT;
     for (int i = 0; i < count; ++i) {
         if (const int status = refusal(blocks[i])) return status;
         if (blocks[i]->dtype != blocks[0]->dtype) return MATGPTQ_E_ARGUMENT;
@@ -146,7 +146,7 @@ extern "C" int matgptq_blocks(const matgptq_block* const* blocks, int count, voi
                 const void* const key = qkv.get() + query * bytes;
                 const void* const value = qkv.get() + (query + keys) * bytes;
                 status = matgptq_block_start(&block, x, cosine, sine, qkv.get(), num_threads);
-                if (!status) status = matgptq_block_finish(&block, x, qkv.get(), key, value, held + i, length, num_threads);
+                if (!status) status = matgptq_block_finish(&block, x, qkv.get(), key, value, caches + i, length, num_threads);
             }
         } catch (const std::bad_alloc&) {
             status = MATGPTQ_E_MEMORY;

@@ -6,17 +6,13 @@
 #include "avx2.h"
 #include "kernel_table.h"
 
-namespace matgptq {
-const Kernels* avx2_kernels() {
+const matgptq::Kernels* matgptq::avx2_kernels() {
     static const Kernels table = make_kernels<Avx2>("avx2");
     return &table;
 }
-}  // namespace matgptq
 
 #else
 
-namespace matgptq {
-const Kernels* avx2_kernels() { return nullptr; }
-}  // namespace matgptq
+const matgptq::Kernels* matgptq::avx2_kernels() { return nullptr; }
 
 #endif

@@ -7,17 +7,13 @@
 #include "avx2.h"
 #include "kernel_table.h"
 
-namespace matgptq {
-const Kernels* avx_vnni_kernels() {
+const matgptq::Kernels* matgptq::avx_vnni_kernels() {
     static const Kernels table = make_kernels<Avx2>("avx_vnni");
     return &table;
 }
-}  // namespace matgptq
 
 #else
 
-namespace matgptq {
-const Kernels* avx_vnni_kernels() { return nullptr; }
-}  // namespace matgptq
+const matgptq::Kernels* matgptq::avx_vnni_kernels() { return nullptr; }
 
 #endif

@@ -6,17 +6,13 @@
 #include "kernel_table.h"
 #include "neon.h"
 
-namespace matgptq {
-const Kernels* neon_kernels() {
+const matgptq::Kernels* matgptq::neon_kernels() {
     static const Kernels table = make_kernels<Neon>("neon");
     return &table;
 }
-}  // namespace matgptq
 
 #else
 
-namespace matgptq {
-const Kernels* neon_kernels() { return nullptr; }
-}  // namespace matgptq
+const matgptq::Kernels* matgptq::neon_kernels() { return nullptr; }
 
 #endif

@@ -6,17 +6,13 @@
 #include "kernel_table.h"
 #include "neon.h"
 
-namespace matgptq {
-const Kernels* neon_dot_kernels() {
+const matgptq::Kernels* matgptq::neon_dot_kernels() {
     static const Kernels table = make_kernels<Neon>("neon_dot");
     return &table;
 }
-}  // namespace matgptq
 
 #else
 
-namespace matgptq {
-const Kernels* neon_dot_kernels() { return nullptr; }
-}  // namespace matgptq
+const matgptq::Kernels* matgptq::neon_dot_kernels() { return nullptr; }
 
 #endif

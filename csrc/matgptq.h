@@ -248,21 +248,22 @@ typedef struct {
  * and sine [size]. */
 MATGPTQ_API int matgptq_block_start(const matgptq_block *block, const void *x, const void *cosine, const void *sine,
                                     void *qkv, int num_threads);
+
 /* Keys and values of a layer, as for matgptq_attend. */
 typedef struct {
     void *keys, *values;
     int64_t key_head_stride, key_stride, value_head_stride, value_stride;
-} matgptq_held;
+} matgptq_kv_cache;
 
 /* The rest of the block: x [hidden] in place. query: as for matgptq_attend, of `length` positions. If `key` is not NULL, it
- * and `value` [key heads, size], contiguous, are written to the last of the positions first. Where held is NULL, `query` is
+ * and `value` [key heads, size], contiguous, are written to the last of the positions first. Where cache is NULL, `query` is
  * what attention gave. */
 MATGPTQ_API int matgptq_block_finish(const matgptq_block *block, void *x, const void *query, const void *key,
-                                     const void *value, const matgptq_held *held, int64_t length, int num_threads);
-/* x [hidden] through blocks of one dtype and hidden size, one after the other, in place. held: for each of them, `length`
+                                     const void *value, const matgptq_kv_cache *cache, int64_t length, int num_threads);
+/* x [hidden] through blocks of one dtype and hidden size, one after the other, in place. caches: of each of them, `length`
  * positions of which the last is written. After an error x and these positions are undefined. */
 MATGPTQ_API int matgptq_blocks(const matgptq_block *const *blocks, int count, void *x, const void *cosine,
-                               const void *sine, const matgptq_held *held, int64_t length, int num_threads);
+                               const void *sine, const matgptq_kv_cache *caches, int64_t length, int num_threads);
 
 #ifdef __cplusplus
 }

@@ -99,7 +99,7 @@ def test_attention_of_a_token(heads, key_heads, size, dtype):
     hidden = heads * size
     block = Block(dtype, heads, key_heads, size, [torch.ones(hidden, dtype=dtype)] * 2 + [None, None])
     calls = block.calls(block.ungated)
-    assert calls.attends
+    assert native.attends(size)
     for length in (*range(1, 18), 31, 33, 64, 500):
         qkv = normal(1, heads + 2 * key_heads, 1, size)
         store = normal(2, key_heads, length + 3, size + 5)
@@ -127,7 +127,7 @@ def check_attention(found: Tensor, query: Tensor, keys: Tensor, values: Tensor) 
 def test_what_the_library_refuses():
     block = Block(torch.float32, 2, 1, 16, [torch.ones(32)] * 2 + [None, None])
     calls = block.calls(block.gated)
-    assert not calls.attends
+    assert not native.attends(16)
     held = torch.zeros(1, 1, 3, 16)
     with pytest.raises(ConfigurationError, match="null, negative or not a known value"):
         calls.finish(torch.zeros(1, 32), torch.zeros(1, 4, 1, 16), held, held)

@@ -487,7 +487,7 @@ void test_refusals() {
     matgptq_product product{weight, 4, nullptr, y, 8};
     check(matgptq_matmul(x, 0, 64, 1, 65, &product, 1, 0, 0, 1) == MATGPTQ_E_SHAPE, "in_features differ");
     product.bits = 5;
-    check(matgptq_matmul(x, 0, 64, 1, 64, &product, 1, 0, 0, 1) == MATGPTQ_E_BITS, "width not held");
+    check(matgptq_matmul(x, 0, 64, 1, 64, &product, 1, 0, 0, 1) == MATGPTQ_E_BITS, "width not cache");
     product.bits = 4;
     check(matgptq_matmul(x, 7, 64, 1, 64, &product, 1, 0, 0, 1) == MATGPTQ_E_ARGUMENT, "unknown dtype");
     check(matgptq_dequantize(weight, 4, 0, 9, y, 0, 64, 1) == MATGPTQ_E_SHAPE, "rows out of range");
@@ -997,8 +997,8 @@ void test_block(const std::vector<std::string>& sets) {
                 wanted.read();
                 Vector again = x;
                 const Vector given = x;
-                const matgptq_held held{keys.data(), values.data(), length * size, size, length * size, size};
-                check(matgptq_block_finish(&block, x.data(), found.data(), nullptr, nullptr, &held, length, 2) == MATGPTQ_OK,
+                const matgptq_kv_cache cache{keys.data(), values.data(), length * size, size, length * size, size};
+                check(matgptq_block_finish(&block, x.data(), found.data(), nullptr, nullptr, &cache, length, 2) == MATGPTQ_OK,
                       "finish runs");
                 check(matgptq_block_finish(&block, again.data(), attended.data(), nullptr, nullptr, nullptr, 0, 1) ==
                           MATGPTQ_OK, "finish after another attention runs");
@@ -1019,10 +1019,10 @@ void test_block(const std::vector<std::string>& sets) {
                                     size * (half ? 2 : 4));
                     }
                 }
-                const matgptq_held held_apart{apart.data(), values_apart.data(), gap, row, gap, row};
-                check(matgptq_block_finish(&block, before.data(), found.data(), nullptr, nullptr, &held, length, 1) ==
+                const matgptq_kv_cache cache_apart{apart.data(), values_apart.data(), gap, row, gap, row};
+                check(matgptq_block_finish(&block, before.data(), found.data(), nullptr, nullptr, &cache, length, 1) ==
                               MATGPTQ_OK &&
-                          matgptq_block_finish(&block, appended.data(), found.data(), key.data(), value.data(), &held_apart,
+                          matgptq_block_finish(&block, appended.data(), found.data(), key.data(), value.data(), &cache_apart,
                                                length, 1) == MATGPTQ_OK,
                       "finish appends");
                 before.read();
@@ -1033,7 +1033,7 @@ void test_block(const std::vector<std::string>& sets) {
                 matgptq_block other = block;
                 other.query_norm = other.key_norm = nullptr;
                 const matgptq_block* const both[2] = {&block, &other};
-                const matgptq_held caches[2] = {held, held_apart};
+                const matgptq_kv_cache caches[2] = {cache, cache_apart};
                 Vector stepped = given, together = given;
                 for (int i = 0; i < 2; ++i) {
                     check(matgptq_block_start(both[i], stepped.data(), cosine.data(), sine.data(), found.data(), 1) ==
@@ -1079,13 +1079,13 @@ void test_block(const std::vector<std::string>& sets) {
                           MATGPTQ_E_ARGUMENT, "no block");
                 check(matgptq_block_start(&block, x.data(), nullptr, sine.data(), found.data(), 1) == MATGPTQ_E_ARGUMENT,
                       "no cosine");
-                const auto finish = [&](const void* query, const matgptq_held* with, int64_t positions) {
+                const auto finish = [&](const void* query, const matgptq_kv_cache* with, int64_t positions) {
                     return matgptq_block_finish(&block, x.data(), query, key.data(), value.data(), with, positions, 1);
                 };
-                check(finish(nullptr, &held, length) == MATGPTQ_E_ARGUMENT, "no query");
+                check(finish(nullptr, &cache, length) == MATGPTQ_E_ARGUMENT, "no query");
                 check(finish(found.data(), nullptr, 1) == MATGPTQ_E_ARGUMENT, "nowhere to append to");
-                check(finish(found.data(), &held, 0) == MATGPTQ_E_ARGUMENT, "no position");
-                matgptq_held missing = held;
+                check(finish(found.data(), &cache, 0) == MATGPTQ_E_ARGUMENT, "no position");
+                matgptq_kv_cache missing = cache;
                 missing.values = nullptr;
                 check(finish(found.data(), &missing, length) == MATGPTQ_E_ARGUMENT, "no values");
                 const auto run = [&](const matgptq_block& second, int count) {

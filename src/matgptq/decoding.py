@@ -22,7 +22,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hoo
 from matgptq import kernel_choice, kernels, native
 from matgptq.kv_cache import append_positions
 from matgptq.mixed_classes import Mixin, mix_in
-from matgptq.native import ATTEND_UNIT, DTYPES, BlockCalls, RMSNorm
+from matgptq.native import DTYPES, BlockCalls, RMSNorm
 from matgptq.nested_linear import NestedLinear
 from matgptq.shared_input import memory_state
 
@@ -140,7 +140,7 @@ class RowBlock:
         qkv = calls.start(residual, cosine, sine)
         attention, cache = self._attention, keywords["past_key_values"]
         held = None
-        if calls.attends:
+        if self.attends:
             held = append_positions(cache, [attention.layer_idx], calls.key_heads, self._size, self._dtype)
         if held is not None:
             calls.finish(residual, qkv, *held[0], append=True)
@@ -148,7 +148,7 @@ class RowBlock:
         key = qkv.narrow(1, calls.heads, calls.key_heads)
         value = qkv.narrow(1, calls.heads + calls.key_heads, calls.key_heads)
         keys, values = cache.update(key, value, attention.layer_idx)
-        if calls.attends and calls.reads(keys) and calls.reads(values):
+        if self.attends and calls.reads(keys) and calls.reads(values):
             calls.finish(residual, qkv, keys, values)
         else:
             attended = nn.functional.scaled_dot_product_attention(
@@ -164,7 +164,7 @@ class RowBlock:
     @property
     def attends(self) -> bool:
         """Whether attention is part of the calls: for most sizes of heads it is."""
-        return not self._size % ATTEND_UNIT
+        return native.attends(self._size)
 
     @property
     def layer_index(self) -> int:

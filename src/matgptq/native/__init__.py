@@ -7,7 +7,7 @@ Kernels know nothing of autograd. Tensors are read through ``data_ptr`` and copi
 Invalid arguments raise ``ConfigurationError`` before any work starts.
 """
 
-from matgptq.native.block_calls import ATTEND_UNIT, BlockCalls, RMSNorm, StackCall
+from matgptq.native.block_calls import BlockCalls, RMSNorm, StackCall, attends
 from matgptq.native.dense import linear
 from matgptq.native.library import (
     DTYPES,
@@ -27,7 +27,6 @@ from matgptq.native.solver_loops import RefitSums, quadratic_forms, refit_sums, 
 from matgptq.native.weights import Arena, Weight, pack_parent, pack_slice
 
 __all__ = [
-    "ATTEND_UNIT",
     "DTYPES",
     "Activations",
     "Arena",
@@ -39,6 +38,7 @@ __all__ = [
     "StackCall",
     "SweepMode",
     "Weight",
+    "attends",
     "available",
     "cpu_vendor",
     "dequantize_rows",

@@ -20,14 +20,19 @@ from matgptq.native.library import (
     DTYPES,
     Activations,
     Block,
-    Held,
+    KVCache,
     check_status,
     expect_tensor,
     require_library,
 )
 from matgptq.native.weights import Weight
 
-ATTEND_UNIT = 32
+_ATTEND_UNIT = 32
+
+
+def attends(size: int) -> bool:
+    """Whether the library computes attention with heads of that size."""
+    return not size % _ATTEND_UNIT
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,6 @@ class BlockCalls:
             check_status(status)
         return qkv
 
-    @property
-    def attends(self) -> bool:
-        """Whether ``finish`` computes attention: for heads of a multiple of ``ATTEND_UNIT``."""
-        return not self.size % ATTEND_UNIT
-
     def reads(self, held: Tensor) -> bool:
         """Whether ``finish`` can read such keys or values: of the block's dtype, with adjacent elements."""
         return held.is_cpu and held.dtype is self.dtype and held.stride(3) == 1
@@ -124,34 +124,35 @@ class BlockCalls:
         Args:
             x: ``[1, hidden]``, contiguous.
             qkv: of ``start``; without keys and values it is what attention gave, contiguous.
-            keys, values: ``[1, key heads, positions, size]``, such as ``reads`` is true of, if the block ``attends``.
+            keys, values: ``[1, key heads, positions, size]``, such as ``reads`` is true of, if the library ``attends``
+                with heads of that size.
             append: first write key and value of ``qkv`` to their last position.
         """
         query = qkv.data_ptr()
-        held, length = None, 0
+        cache, length = None, 0
         if keys is not None and values is not None:
-            held, length = _held(keys, values), keys.shape[2]
+            cache, length = _kv_cache(keys, values), keys.shape[2]
         key = value = None
         if append:
             size = qkv.element_size()
             key, value = (query + offset * size for offset in self._offsets)
-        where = None if held is None else ctypes.addressof(held)
+        where = None if cache is None else ctypes.addressof(cache)
         status = self._finish(self._address, x.data_ptr(), query, key, value, where, length, torch.get_num_threads())
         if status:
             check_status(status)
 
 
-def _held(keys: Tensor, values: Tensor) -> Held:
+def _kv_cache(keys: Tensor, values: Tensor) -> KVCache:
     _, key_head, key, _ = keys.stride()
     _, value_head, value, _ = values.stride()
-    return Held(keys.data_ptr(), values.data_ptr(), key_head, key, value_head, value)
+    return KVCache(keys.data_ptr(), values.data_ptr(), key_head, key, value_head, value)
 
 
 class StackCall:
     """All blocks for one token as one call, for as long as each of them stays as it is.
 
     Args:
-        blocks: such as it ``takes``; each must ``attend``.
+        blocks: such as it ``takes``; the library ``attends`` with their heads.
     """
 
     @staticmethod
@@ -179,7 +180,7 @@ class StackCall:
             cosine, sine: of the rotary embedding, as many elements as a head has, contiguous.
             held: keys and values ``[1, key heads, positions, size]`` for each block, such as it ``reads``.
         """
-        caches = (Held * len(held))(*(_held(keys, values) for keys, values in held))
+        caches = (KVCache * len(held))(*(_kv_cache(keys, values) for keys, values in held))
         status = self._run(
             self._where,
             len(held),

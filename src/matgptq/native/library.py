@@ -63,7 +63,7 @@ class Block(ctypes.Structure):
     )
 
 
-class Held(ctypes.Structure):
+class KVCache(ctypes.Structure):
     _fields_ = (
         ("keys", _pointer),
         ("values", _pointer),

@@ -18,6 +18,7 @@ import matgptq
 from matgptq import native
 from matgptq.block_stack import BlockStack, DecodesTokens, decode_in_one_call
 from matgptq.decoding import DecodesRows, RowBlock, decode_in_rows
+from matgptq.kv_cache import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
 
@@ -77,9 +78,9 @@ def decode(model: nn.Module, steps: int = 6, cache: object = None, **options: ob
     cache = DynamicCache(config=model.config) if cache is None else cache
     logits = []
     with torch.inference_mode():
-        model(CONTEXT, past_key_values=cache, use_cache=True)
+        model(CONTEXT, **{CACHE_ARGUMENT: cache}, use_cache=True)
         for token in token_ids(1, steps)[0]:
-            output = model(token.view(1, 1), past_key_values=cache, use_cache=True, **options)
+            output = model(token.view(1, 1), **{CACHE_ARGUMENT: cache}, use_cache=True, **options)
             logits.append(output.logits[0, -1].float())
     return torch.stack(logits)
 
@@ -155,10 +156,10 @@ def test_the_state_of_the_caller_is_not_written_to(checkpoint, calls):
     model = matgptq.load(checkpoint("llama"), 8, device="cpu")
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(CONTEXT, past_key_values=cache, use_cache=True)
+        model(CONTEXT, **{CACHE_ARGUMENT: cache}, use_cache=True)
         given = model.get_input_embeddings()(CONTEXT[:, :1])
         before = given.clone()
-        model(inputs_embeds=given, past_key_values=cache, use_cache=True)
+        model(inputs_embeds=given, **{CACHE_ARGUMENT: cache}, use_cache=True)
     assert calls
     assert torch.equal(given, before)
 
@@ -274,8 +275,8 @@ def test_hidden_states_and_attentions_are_there_when_asked_for(checkpoint):
     model = matgptq.load(checkpoint("llama"), 8, device="cpu")
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(CONTEXT, past_key_values=cache, use_cache=True)
-        output = model(CONTEXT[:, :1], past_key_values=cache, use_cache=True, output_hidden_states=True)
+        model(CONTEXT, **{CACHE_ARGUMENT: cache}, use_cache=True)
+        output = model(CONTEXT[:, :1], **{CACHE_ARGUMENT: cache}, use_cache=True, output_hidden_states=True)
     assert len(output.hidden_states) == model.config.num_hidden_layers + 1
     assert not torch.equal(output.hidden_states[0], output.hidden_states[1])
 
@@ -290,9 +291,9 @@ def test_a_forced_kernel_is_used(checkpoint, calls, monkeypatch):
 def test_gradients_go_the_long_way(checkpoint, calls):
     model = matgptq.load(checkpoint("llama"), 8, device="cpu")
     cache = DynamicCache(config=model.config)
-    model(CONTEXT, past_key_values=cache, use_cache=True)
+    model(CONTEXT, **{CACHE_ARGUMENT: cache}, use_cache=True)
     embedded = model.get_input_embeddings()(CONTEXT[:, :1]).detach().requires_grad_()
-    assert torch.isfinite(model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits).all()
+    assert torch.isfinite(model(inputs_embeds=embedded, **{CACHE_ARGUMENT: cache}, use_cache=True).logits).all()
     assert not calls
 
 
@@ -421,8 +422,8 @@ def test_what_a_caller_asks_for(options, short, llama, way, calls, monkeypatch):
     def one_token() -> tuple[Tensor, int]:
         cache = DynamicCache(config=llama.config)
         with torch.inference_mode():
-            llama(CONTEXT, past_key_values=cache)
-            logits = llama(CONTEXT[:, :1], past_key_values=cache, **options).logits
+            llama(CONTEXT, **{CACHE_ARGUMENT: cache})
+            logits = llama(CONTEXT[:, :1], **{CACHE_ARGUMENT: cache}, **options).logits
         return logits, cache.get_seq_length()
 
     found, length = one_token()
@@ -449,12 +450,12 @@ def test_dropout_of_attention_goes_the_long_way(llama, calls):
 def test_short_and_long_steps_share_a_cache(llama, monkeypatch):
     cache, logits = DynamicCache(config=llama.config), []
     with torch.inference_mode():
-        llama(CONTEXT, past_key_values=cache)
+        llama(CONTEXT, **{CACHE_ARGUMENT: cache})
         for step, token in enumerate(token_ids(1, 6)[0]):
             with monkeypatch.context() as patch:
                 if step % 2:
                     close_short_ways(patch)
-                logits.append(llama(token.view(1, 1), past_key_values=cache).logits[0, -1])
+                logits.append(llama(token.view(1, 1), **{CACHE_ARGUMENT: cache}).logits[0, -1])
     torch.testing.assert_close(torch.stack(logits), the_long_way(llama, monkeypatch), rtol=1e-5, atol=1e-5)
 
 
@@ -462,8 +463,8 @@ def test_a_model_without_its_head(checkpoint, calls, way):
     model = transformers.AutoModel.from_pretrained(checkpoint("llama"))
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(CONTEXT, past_key_values=cache)
-        output = model(input_ids=CONTEXT[:, :1], past_key_values=cache)
+        model(CONTEXT, **{CACHE_ARGUMENT: cache})
+        output = model(input_ids=CONTEXT[:, :1], **{CACHE_ARGUMENT: cache})
     assert output.last_hidden_state.shape == (1, 1, 64)
     assert calls == [way] * model.config.num_hidden_layers
 

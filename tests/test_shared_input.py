@@ -12,6 +12,7 @@ from tiny_models import token_ids
 import matgptq
 from matgptq import kernels, native
 from matgptq.families import find_family
+from matgptq.kv_cache import CACHE_ARGUMENT
 from matgptq.native import products
 from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers, set_bits
 
@@ -244,7 +245,7 @@ def test_one_row_follows_widths_and_biases(make_checkpoint, activations):
             if not row:
                 return model(input_ids=ids, use_cache=False).logits[:, -1:]
             first = model(input_ids=ids[:, :1], use_cache=True)
-            return model(input_ids=ids[:, 1:], past_key_values=first.past_key_values).logits
+            return model(input_ids=ids[:, 1:], **{CACHE_ARGUMENT: first[CACHE_ARGUMENT]}).logits
 
     layer = "model.layers.0.self_attn.k_proj"
     for bits in (4, {layer: 2}, {layer: 8}, 3):

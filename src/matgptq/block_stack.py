@@ -18,11 +18,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from matgptq import kernel_choice, native
 from matgptq.decoding import DecodesRows, RowBlock, Watch
-from matgptq.kv_cache import append_positions
+from matgptq.kv_cache import CACHE_ARGUMENT, append_positions
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import BlockCalls, StackCall
 
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+# Arguments of a model that are no obstacle to the short way.
+_KNOWN = frozenset({"inputs_embeds", "attention_mask", "position_ids", CACHE_ARGUMENT, "use_cache"})
 
 
 class DecodesTokens(Mixin):
@@ -31,37 +33,24 @@ class DecodesTokens(Mixin):
     _block_stack: BlockStack
     norm: nn.Module
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **others: Any,
-    ) -> Any:
+    def forward(self, input_ids: Tensor | None = None, *positional: Any, **keywords: Any) -> Any:
         """What the model computes; arguments as in transformers."""
+        inputs_embeds = keywords.get("inputs_embeds")
         given = input_ids if inputs_embeds is None else inputs_embeds
         if (
             not torch.compiler.is_compiling()
+            and not positional
             and given is not None
             and (input_ids is None or inputs_embeds is None)
             and given.shape[:2] == (1, 1)
-            and all(value is None for value in others.values())
+            and all(value is None or name in _KNOWN for name, value in keywords.items())
         ):
-            hidden = self._block_stack.run(self, given, attention_mask, position_ids, past_key_values)
+            cache = keywords.get(CACHE_ARGUMENT)
+            mask, positions = keywords.get("attention_mask"), keywords.get("position_ids")
+            hidden = self._block_stack.run(self, given, mask, positions, cache)
             if hidden is not None:
-                return BaseModelOutputWithPast(self.norm(hidden), past_key_values=past_key_values)
-        return super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **others,
-        )
+                return BaseModelOutputWithPast(self.norm(hidden), **{CACHE_ARGUMENT: cache})
+        return super().forward(input_ids, *positional, **keywords)  # type: ignore[misc]
 
 
 def decode_in_one_call(model: nn.Module, blocks: str) -> bool:

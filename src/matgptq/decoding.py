@@ -20,7 +20,7 @@ from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
 from matgptq import kernel_choice, kernels, native
-from matgptq.kv_cache import append_positions
+from matgptq.kv_cache import CACHE_ARGUMENT, append_positions
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import DTYPES, BlockCalls, RMSNorm
 from matgptq.nested_linear import NestedLinear
@@ -109,7 +109,7 @@ class RowBlock:
         """Whether a call is the one that ``run`` is for."""
         return (
             keywords.get("attention_mask") is None
-            and keywords.get("past_key_values") is not None
+            and keywords.get(CACHE_ARGUMENT) is not None
             and (position := keywords.get("position_embeddings")) is not None
             and self.fits(hidden, position)
             and self.watch.untouched()
@@ -138,7 +138,7 @@ class RowBlock:
         cosine, sine = keywords["position_embeddings"]
         residual = hidden.reshape(1, -1).clone()
         qkv = calls.start(residual, cosine, sine)
-        attention, cache = self._attention, keywords["past_key_values"]
+        attention, cache = self._attention, keywords[CACHE_ARGUMENT]
         held = None
         if self.attends:
             held = append_positions(cache, [attention.layer_idx], calls.key_heads, self._size, self._dtype)

@@ -37,6 +37,8 @@ def generate_text(
     """
     from transformers import DynamicCache
 
+    from matgptq.kv_cache import CACHE_ARGUMENT
+
     check_seed(seed)
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=not templated).input_ids.to(model.device)
     if tokens.numel() == 0:
@@ -51,7 +53,7 @@ def generate_text(
     for _ in range(max_new_tokens):
         with torch.inference_mode():
             logits = (
-                model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+                model(input_ids=step, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1).logits[0, -1].float()
             )
         if temperature > 0:
             token = int(torch.multinomial(torch.softmax(logits.cpu() / temperature, -1), 1, generator=generator))

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+# What models and blocks call the cache that they are given, and give back: since transformers 5.24 the first.
+CACHE_ARGUMENT = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _ROOM = "_matgptq_room"
 
 

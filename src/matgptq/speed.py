@@ -190,13 +190,15 @@ def _step_seconds(model: Any, context: Tensor, steps: int) -> float:
     """Median time of a decoding step."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
-    token = model(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    from matgptq.kv_cache import CACHE_ARGUMENT
+
+    options = {CACHE_ARGUMENT: DynamicCache(config=model.config), "use_cache": True, "logits_to_keep": 1}
+    token = model(input_ids=context, **options).logits[:, -1:].argmax(-1)
     seconds = []
     for _ in range(steps):
         _synchronize(context.device)
         started = time.perf_counter()
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=token, **options).logits
         token = logits[:, -1:].argmax(-1)
         _synchronize(context.device)
         seconds.append(time.perf_counter() - started)

@@ -215,6 +215,8 @@ def _generate(
     progress: Counted | None,
 ) -> Tensor:
     """Sample ``documents`` sequences; ``torch.int64`` ``[documents, length]`` on the CPU."""
+    from matgptq.kv_cache import CACHE_ARGUMENT
+
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     chooser = torch.Generator().manual_seed(seed)
     starts = torch.tensor(first)[torch.randint(len(first), (documents,), generator=chooser)]
@@ -236,7 +238,7 @@ def _generate(
         generator = torch.Generator(device).manual_seed(seed + 1_000_003 * number)
         cache = _growing_cache(model.config, length)
         for position in range(1, length):
-            output = model(input_ids=batch[:, position - 1 : position], past_key_values=cache, use_cache=True)
+            output = model(input_ids=batch[:, position - 1 : position], **{CACHE_ARGUMENT: cache}, use_cache=True)
             batch[:, position : position + 1] = sampler.draw(output.logits[:, -1].to(device), generator)
             report(len(batch))
         report(len(batch))

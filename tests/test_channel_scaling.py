@@ -15,7 +15,10 @@ from matgptq.blocks import Block, capture_inputs, run_block
 from matgptq.channel_scaling import channel_scales, scale_channels, scaled_tensors
 from matgptq.errors import ConfigurationError
 from matgptq.families import find_family
+from matgptq.output_hessian import OutputHessian
 from matgptq.recipe import make_recipe
+from matgptq.residency import Whole
+from matgptq.saliency import token_saliency
 from matgptq.stored_tensors import read_headers, read_tensor
 
 SCALABLE = [name for name, (kind, _) in MODELS.items() if find_family(kind).channels is not None]
@@ -35,6 +38,30 @@ def seen_by(model: Any, blocks: list[Block], index: int) -> list[torch.Tensor]:
             with torch.no_grad():
                 inputs[0].hidden[each] = run_block(blocks[number], hidden, inputs[0].arguments[number])
     return [*collect_hessians(blocks[index], inputs, index, lambda: None).matrices]
+
+
+@pytest.mark.parametrize("name", SCALABLE)
+def test_output_hessians_are_those_of_the_scaled_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("saliency", "devices"):
+        monkeypatch.setattr(f"matgptq.{module}.multiplies_bfloat16", lambda device: False)
+    model = build_model(name).eval()
+    blocks = blocks_of(model)
+
+    def measured() -> list[OutputHessian]:
+        found = [OutputHessian.empty(rows, 48) for block in blocks for rows in block.joined_rows()]
+        token_saliency(Whole(model), blocks, token_ids(2, 24), 0, output_hessians=found)
+        for each in found:
+            each.complete()
+        return found
+
+    before = measured()
+    config = model.config.get_text_config()
+    for index, block in enumerate(blocks):
+        by_name = {name: each for each in before for name in each.layers}
+        scale_channels(block, sites_of(model), seen_by(model, blocks, index), config, 0.8, by_name)
+    for mine, expected in zip(before, measured(), strict=True):
+        largest = float(expected.matrix.abs().max())
+        torch.testing.assert_close(mine.matrix, expected.matrix, rtol=2e-2, atol=2e-3 * largest)
 
 
 @pytest.mark.parametrize("name", SCALABLE)

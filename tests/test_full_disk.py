@@ -15,7 +15,7 @@ from tiny_models import GROUP_SIZE, save_model, token_ids
 import matgptq
 from matgptq import block_quantizer, quantization_run
 from matgptq.errors import CheckpointError
-from matgptq.work_directory import work_path
+from matgptq.work_directory import WorkDirectory, work_path
 
 BLOCKS = 3
 SIZE = 64 << 20
@@ -123,6 +123,18 @@ def test_a_place_that_is_too_small_is_refused_before_the_first_token(
     monkeypatch.setattr(quantization_run, "calibration_windows", read)
     with pytest.raises(matgptq.errors.MatGPTQError, match="disk"):
         quantize(source, disk / "out")
+
+
+def test_no_room_to_sum_in(disk: Path) -> None:
+    """Of a mapped file whose place is missing, the process would die."""
+    with WorkDirectory(disk / "out", {}) as work:
+        with work.scratch("sums", 1000) as memory:
+            assert torch.equal(memory, torch.zeros(1000))
+            memory[3] = 1
+        fill(disk)
+        with pytest.raises(CheckpointError, match="disk"), work.scratch("sums", 1 << 18):
+            pass
+        assert not (work.path / "sums").exists()
 
 
 def test_files_follow_the_umask(source: Path, tmp_path: Path) -> None:

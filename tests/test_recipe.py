@@ -30,6 +30,7 @@ def test_defaults_of_the_own_method():
         damping=0.01,
         sink_weight=1.0,
         saliency=1.0,
+        rows_together=4096,
         channel_scaling=0.25,
         rotate=False,
         tuned_bits=(),

@@ -11,7 +11,7 @@ from tiny_models import GROUP_SIZE, save_model, token_ids
 import matgptq
 from matgptq.checkpoint import open_checkpoint
 from matgptq.errors import ConfigurationError, MatGPTQError
-from matgptq.plan import CalibrationRequest
+from matgptq.plan import CalibrationRequest, output_hessian_bytes
 from matgptq.preparation import prepare
 from matgptq.recipe import make_recipe
 from matgptq.requirements import available_memory, check_requirements
@@ -71,6 +71,45 @@ def test_where_activations_go(tmp_path, monkeypatch):
     assert needs_of(source, activations="memory").activations == "memory"
     with pytest.raises(ConfigurationError, match="memory, on disk or auto, not 'tape'"):
         needs_of(source, activations="tape")
+
+
+def test_where_output_hessians_go(tmp_path, monkeypatch):
+    source = save_model("llama", tmp_path / "source")
+    needs = needs_of(source)
+    assert needs.output_hessians == "memory"
+    size = needs.memory["output Hessians"]
+    assert size == needs.disk["output Hessians"] > 0
+    assert needs_of(source, activations="disk").output_hessians == "disk"
+    monkeypatch.setattr("matgptq.requirements.available_memory", lambda: 4 * size)
+    elsewhere = needs_of(source, activations="memory")
+    assert elsewhere.output_hessians == "disk"
+    assert "output Hessians" not in elsewhere.memory
+    assert elsewhere.disk["output Hessians"] == 2 * size  # those that are summed, and those that are kept
+    assert "output Hessians" not in needs_of(source, rows_together=0).memory
+
+
+def test_fewer_rows_are_solved_together_where_their_matrices_would_be_large(tmp_path, monkeypatch):
+    source = save_model("llama", tmp_path / "source")
+    request = CalibrationRequest(token_ids(), None, None)
+
+    def plan_of(**options):
+        recipe = make_recipe(group_size=GROUP_SIZE, **options)
+        return prepare(
+            open_source(source), recipe, request, ignore=("lm_head",), device=torch.device("cpu"), dtype=torch.float32
+        ).plan
+
+    whole = plan_of()
+    assert whole.rows_together == 4096
+    assert not any("together" in note for note in whole.notes)
+    monkeypatch.setattr("matgptq.plan._OUTPUT_HESSIAN_BYTES", output_hessian_bytes(whole.blocks, 4096) - 1)
+    fewer = plan_of()
+    assert 1 < fewer.rows_together < 256
+    assert output_hessian_bytes(fewer.blocks, fewer.rows_together) < output_hessian_bytes(whole.blocks, 4096)
+    assert f"at most {fewer.rows_together} rows are solved together" in " ".join(fewer.notes)
+    monkeypatch.setattr("matgptq.plan._OUTPUT_HESSIAN_BYTES", 0)
+    assert plan_of(rows_together=0).rows_together == 0
+    matgptq.quantize(source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE)
+    assert torch.isfinite(matgptq.load(tmp_path / "out", bits=4)(token_ids()).logits).all()
 
 
 def test_too_little_memory_is_refused_before_the_first_token(tmp_path, monkeypatch):

@@ -96,6 +96,28 @@ def test_states_in_memory_are_kept_now_and_then(source, whole, tmp_path, monkeyp
     assert what_counts(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize("activations", ["memory", "disk"])
+def test_output_hessians_are_there_before_token_weights(activations, source, whole, tmp_path, monkeypatch):
+    """Killed between the two, a run finds both again."""
+    out = tmp_path / "out"
+    real = WorkDirectory.keep
+
+    def keep(work, name, tensors):
+        if name == "token_weights.safetensors":
+            assert (work.path / "outputs-00001.safetensors").is_file()
+            shutil.copytree(work.path, tmp_path / "left")  # as a process leaves it that is killed
+            raise Stop
+        real(work, name, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDirectory, "keep", keep)
+        with pytest.raises(Stop):
+            quantize(source, out, activations=activations)
+    (tmp_path / "left").rename(work_path(out))
+    quantize(source, out, activations=activations)
+    assert what_counts(out) == whole
+
+
 def test_nothing_finished_nothing_left(source, tmp_path, monkeypatch):
     stop_after(monkeypatch, 3)
     with pytest.raises(Stop):

@@ -8,8 +8,10 @@ from tiny_models import MODELS, blocks_of, build_model, token_ids
 
 from matgptq.block_hessians import collect_hessians
 from matgptq.blocks import capture_inputs
+from matgptq.output_hessian import OutputHessian, gradient_products
 from matgptq.residency import Whole
 from matgptq.saliency import _window_seed, draw_tokens, token_saliency, token_weights
+from matgptq.workers import Workers
 
 
 def model_and_blocks(name, **overrides):
@@ -17,8 +19,8 @@ def model_and_blocks(name, **overrides):
     return model, blocks_of(model)
 
 
-def expected_saliency(model, blocks, window, seed):
-    """By plain automatic differentiation of the whole model."""
+def expected_gradients(model, blocks, window, seed, number=0):
+    """In all outputs, ``[tokens, out]``, by plain automatic differentiation of the whole model."""
     outputs = {}
     hooks = []
     for block in blocks:
@@ -30,11 +32,11 @@ def expected_saliency(model, blocks, window, seed):
 
             hooks.append(layer.register_forward_hook(keep))
     logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0]
-    drawn = draw_tokens(logits.detach().softmax(-1), torch.Generator().manual_seed(_window_seed(seed, 0)))
+    drawn = draw_tokens(logits.detach().softmax(-1), torch.Generator().manual_seed(_window_seed(seed, number)))
     torch.nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
     for hook in hooks:
         hook.remove()
-    return {name: output.grad.view(len(window), -1).square().sum(-1) for name, output in outputs.items()}
+    return {name: output.grad.view(len(window), -1) for name, output in outputs.items()}
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -43,10 +45,57 @@ def test_against_plain_differentiation(name, monkeypatch):
     model, blocks = model_and_blocks(name)
     windows = token_ids()[:1, :12]
     found = token_saliency(Whole(model), blocks, windows, seed=3)
-    expected = expected_saliency(model, blocks, windows[0], seed=3)
+    expected = expected_gradients(model, blocks, windows[0], seed=3)
     assert set(found) == set(expected)
-    for layer, values in expected.items():
+    for layer, gradients in expected.items():
+        values = gradients.square().sum(-1)
         torch.testing.assert_close(found[layer][0], values, rtol=1e-3, atol=1e-5 * float(values.max()))
+
+
+def output_hessians(blocks, most=48):
+    return [OutputHessian.empty(rows, most) for block in blocks for rows in block.joined_rows()]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_output_hessians_against_plain_differentiation(name, monkeypatch):
+    monkeypatch.setattr("matgptq.saliency.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("matgptq.devices.multiplies_bfloat16", lambda device: False)
+    model, blocks = model_and_blocks(name)
+    windows = token_ids()[:3, :12]
+    found = output_hessians(blocks)
+    token_saliency(Whole(model), blocks, windows, seed=3, output_hessians=found, exponent=1.0)
+    expected = output_hessians(blocks)
+    for number, window in enumerate(windows):
+        gradients = expected_gradients(model, blocks, window, seed=3, number=number)
+        for each in expected:
+            each.add(gradient_products([gradients[layer] for layer in each.layers], len(each.matrix), 1.0))
+    assert expected
+    for mine, other in zip(found, expected, strict=True):
+        largest = float(other.matrix.abs().max())
+        assert largest > 0
+        torch.testing.assert_close(mine.matrix, other.matrix, rtol=1e-2, atol=1e-3 * largest)
+
+
+def test_output_hessians_do_not_depend_on_how_windows_are_shared_out():
+    model, blocks = model_and_blocks("llama")
+    windows = token_ids()[:5, :12]
+    expected = output_hessians(blocks)
+    token_saliency(Whole(model), blocks, windows, seed=3, output_hessians=expected, exponent=1.0)
+    with_workers = output_hessians(blocks)
+    workers = Workers(3)
+    token_saliency(Whole(model), blocks, windows, 3, output_hessians=with_workers, exponent=1.0, workers=workers)
+    workers.close()
+    in_parts = output_hessians(blocks)
+    token_saliency(Whole(model), blocks, windows, 3, output_hessians=in_parts, exponent=1.0, most_bytes=1)
+    by_two = output_hessians(blocks)
+    for part in (slice(0, 2), slice(2, 5)):
+        token_saliency(
+            Whole(model), blocks, windows[part], 3, output_hessians=by_two, exponent=1.0, first_window=part.start
+        )
+    for number, each in enumerate(expected):
+        assert torch.equal(with_workers[number].matrix, each.matrix)
+        assert torch.equal(in_parts[number].matrix, each.matrix)
+        assert torch.equal(by_two[number].matrix, each.matrix)
 
 
 @pytest.mark.parametrize("stretch", [1, 2, 3, 4, 128])

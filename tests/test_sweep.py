@@ -65,8 +65,15 @@ class Sweep:
         lost = excess(code_costs(targets / scales, self.widths, weights), codes)
         return lost / (weights.sum(0) * (1 + (targets / scales).square().amax(0) * TIE))
 
-    def follow_compensation(self, codes):
+    def moves(self):
+        """``[in, C * rows]``, for copies that begin elsewhere than at the weight."""
+        shape = (len(self.weight), self.scales.shape[1] * self.scales.shape[2])
+        return 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+    def follow_compensation(self, codes, moved=None):
         targets = self.weight.double().expand(len(self.widths), -1, -1).clone()  # [R, in, rows]
+        if moved is not None:
+            targets += moved.double().view(len(codes), -1, codes.shape[1]).transpose(0, 1)
         upper = self.upper.double()
         lost = []
         for column in range(len(codes)):
@@ -130,6 +137,15 @@ def test_compensation_of_every_width(problem):
     assert codes.shape == (columns, rows)
     assert codes.dtype == torch.uint8
     assert sweep.follow_compensation(codes).max() <= TIE
+
+
+@light
+@given(problems)
+def test_compensation_of_copies_that_were_moved(problem):
+    (widths, bit_weights), rows, columns, seed = problem
+    sweep = Sweep(widths, bit_weights, rows, columns, seed)
+    codes = compensate(sweep.weight, sweep.upper, sweep.grid, sweep.moves())
+    assert sweep.follow_compensation(codes, sweep.moves()).max() <= TIE
 
 
 @light

@@ -12,6 +12,7 @@ from test_sweep import TIE, Sweep
 
 from matgptq.errors import ConfigurationError
 from matgptq.gpu import support as gpu_support
+from matgptq.output_hessian import OutputHessian
 from matgptq.recipe import make_recipe
 from matgptq.solver import solve
 from matgptq.sweep import SweepGrid, compensate, descend
@@ -44,8 +45,9 @@ class DeviceSweep(Sweep):
         self.here = self.weight, self.upper, self.hessian, self.grid
         self.grid = SweepGrid(self.scales.to(DEVICE), self.group_of, self.grid.target_bits, self.grid.bit_weights)
 
-    def compensate(self):
-        return compensate(self.weight.to(DEVICE), self.upper.to(DEVICE), self.grid).cpu()
+    def compensate(self, moved=None):
+        moved = None if moved is None else moved.to(DEVICE)
+        return compensate(self.weight.to(DEVICE), self.upper.to(DEVICE), self.grid, moved).cpu()
 
 
 @pytest.mark.parametrize(("widths", "bit_weights", "rows", "columns"), PROBLEMS)
@@ -58,6 +60,12 @@ def test_compensation_of_every_width(widths, bit_weights, rows, columns, monkeyp
     monkeypatch.setenv("MATGPTQ_SOLVER", "torch")
     weight, upper, _, grid = sweep.here
     assert (compensate(weight, upper, grid) == codes).double().mean() > (0.98 if DEVICE == "cuda" else 0.999)
+
+
+@pytest.mark.parametrize(("widths", "bit_weights", "rows", "columns"), PROBLEMS)
+def test_compensation_of_copies_that_were_moved(widths, bit_weights, rows, columns):
+    sweep = DeviceSweep(widths, bit_weights, rows, columns, 1)
+    assert sweep.follow_compensation(sweep.compensate(sweep.moves()), sweep.moves()).max() <= TIE
 
 
 def test_compensation_by_the_plain_mean():
@@ -80,12 +88,16 @@ def test_descent_minimises_one_column_after_the_other(widths, bit_weights, rows,
     assert sweep.follow_descent(start, codes).max() <= TIE
 
 
-def test_a_whole_solve(monkeypatch):
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_whole_solve(joined, monkeypatch):
+    monkeypatch.setattr("matgptq.solver._JOINED_ROWS", 2)
     weight, hessian = random_problem(4, 32, 5)
     recipe = make_recipe("matgptq", [2, 8], group_size=16)
-    solved = solve(weight.to(DEVICE), hessian.to(DEVICE), recipe, 16).weight
+    factor = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))
+    outputs = OutputHessian({"a": 4}, factor @ factor.mT) if joined else None
+    solved = solve(weight.to(DEVICE), hessian.to(DEVICE), recipe, 16, outputs=outputs).weight
     monkeypatch.setenv("MATGPTQ_SOLVER", "torch")
-    expected = solve(weight, hessian, recipe, 16).weight
+    expected = solve(weight, hessian, recipe, 16, outputs=outputs).weight
     assert (solved.codes.cpu() == expected.codes).double().mean() > 0.98
 
 

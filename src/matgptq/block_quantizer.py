@@ -16,6 +16,7 @@ from matgptq.channel_scaling import scale_channels
 from matgptq.distributed import Processes, assign
 from matgptq.expert_hessians import Coverage, ExpertCalibration
 from matgptq.nested_weight import NestedWeight
+from matgptq.output_hessian import OutputHessian
 from matgptq.preparation import Prepared
 from matgptq.progress import Progress
 from matgptq.recipe import Recipe
@@ -47,7 +48,11 @@ class BlockQuantizer:
         self._progress = progress
 
     def quantize(
-        self, block: Block, index: int, inputs: Sequence[BlockInputs]
+        self,
+        block: Block,
+        index: int,
+        inputs: Sequence[BlockInputs],
+        output_hessians: Sequence[OutputHessian] = (),
     ) -> tuple[dict[str, NestedWeight], list[LayerReport]]:
         """Solve one block, and leave the slices that feed the next one in the model.
 
@@ -55,12 +60,14 @@ class BlockQuantizer:
             block: whose weights are present.
             index: its number.
             inputs: what enters it; empty if the recipe needs no calibration.
+            output_hessians: of groups of layers whose rows are solved together; scaled with the channels.
 
         Returns:
             What each layer became, by full name, and what happened to it.
         """
         hessians: list[Tensor | None] = [None] * len(block.inputs)
         coverage: Mapping[str, Coverage] = {}
+        outputs = {name: each for each in output_hessians for name in each.layers}
         if inputs:
             recipe = self._recipe
             how = ExpertCalibration(recipe.min_expert_tokens, recipe.all_experts, recipe.saliency)
@@ -68,14 +75,17 @@ class BlockQuantizer:
             hessians, coverage = [*seen.matrices], seen.coverage
             self._note_starved(block, coverage)
             if recipe.channel_scaling and self._family.channels is not None:
-                scale_channels(block, self._family.channels, seen.matrices, self._config, recipe.channel_scaling)
+                scale_channels(
+                    block, self._family.channels, seen.matrices, self._config, recipe.channel_scaling, outputs
+                )
         costs = [sum(layer.weight.numel() for _, layer in group) for group in block.inputs]
         owners = assign(costs, self._together.count)
         solved: dict[int, tuple[list[NestedWeight], list[LayerReport]]] = {}
         named = [[(f"{block.name}.{path}", layer) for path, layer in group] for group in block.inputs]
         for number, (layers, hessian, owner) in enumerate(zip(named, hessians, owners, strict=True)):
             if owner == self._together.rank:
-                solved[number] = self.solve_layers(layers, hessian, coverage.get(layers[0][0]))
+                name = layers[0][0]
+                solved[number] = self.solve_layers(layers, hessian, coverage.get(name), outputs.get(name))
         quantized: dict[str, NestedWeight] = {}
         reports: list[LayerReport] = []
         for number, (layers, owner) in enumerate(zip(named, owners, strict=True)):
@@ -101,14 +111,19 @@ class BlockQuantizer:
             )
 
     def solve_layers(
-        self, layers: list[tuple[str, nn.Linear]], hessian: Tensor | None, coverage: Coverage | None
+        self,
+        layers: list[tuple[str, nn.Linear]],
+        hessian: Tensor | None,
+        coverage: Coverage | None,
+        outputs: OutputHessian | None = None,
     ) -> tuple[list[NestedWeight], list[LayerReport]]:
         """Solve layers that share an input as one stack."""
         started = time.monotonic()
         plan, recipe = self._plan, self._recipe
         sizes = [layer.out_features for _, layer in layers]
         group_size = plan.layers[layers[0][0]].group_size
-        solution = solve(torch.cat([layer.weight for _, layer in layers]), hessian, recipe, group_size, self._workers)
+        stack = torch.cat([layer.weight for _, layer in layers])
+        solution = solve(stack, hessian, recipe, group_size, self._workers, outputs)
         seconds = time.monotonic() - started
         first = 0
         reports = []

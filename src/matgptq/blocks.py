@@ -47,6 +47,12 @@ class Block:
         """The groups that every token goes through: all but those of experts."""
         return (group for group in self.inputs if self._expert_of(group) is None)
 
+    def joined_rows(self) -> list[dict[str, int]]:
+        """Numbers of rows of the layers of each of these groups, by full name."""
+        return [
+            {f"{self.name}.{path}": layer.out_features for path, layer in group} for group in self.ordinary_inputs()
+        ]
+
     def outputs(self) -> Iterator[tuple[str, nn.Module]]:
         """What token weights are known for: the ordinary layers, and all experts together, by their full names."""
         for group in self.ordinary_inputs():

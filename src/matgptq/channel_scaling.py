@@ -16,7 +16,7 @@ before it is solved, and without a look at any other part of the model.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from matgptq.blocks import Block, expand_paths
 from matgptq.families import ChannelSites
+from matgptq.output_hessian import OutputHessian
 
 _LARGEST = 16.0  # of all scales and their inverses
 _ROWS_AT_A_TIME = 256  # of a Hessian
@@ -42,8 +43,15 @@ def scaled_tensors(sites: ChannelSites, blocks: Sequence[Block]) -> frozenset[st
 
 
 @torch.no_grad()
-def scale_channels(block: Block, sites: ChannelSites, hessians: Sequence[Tensor], config: Any, exponent: float) -> None:
-    """Scale a block in place, and its Hessians, which are those of the scaled inputs then.
+def scale_channels(
+    block: Block,
+    sites: ChannelSites,
+    hessians: Sequence[Tensor],
+    config: Any,
+    exponent: float,
+    outputs: Mapping[str, OutputHessian] | None = None,
+) -> None:
+    """Scale a block in place, and its Hessians, which are those of the scaled inputs and outputs then.
 
     Norms are left with weights that bfloat16 holds, and the layers that read them get exactly what those have lost.
     Where one of these is kept at full precision, scales are powers of two, which round nothing in it.
@@ -55,6 +63,7 @@ def scale_channels(block: Block, sites: ChannelSites, hessians: Sequence[Tensor]
             one input may share a tensor.
         config: of the language model.
         exponent: e above.
+        outputs: Hessians of the outputs of layers, by full name.
     """
     group_of = {path: number for number, group in enumerate(block.inputs) for path, _ in group}
     scaled: set[int] = set()
@@ -91,6 +100,9 @@ def scale_channels(block: Block, sites: ChannelSites, hessians: Sequence[Tensor]
         else:
             rows = columns = channel_scales(energy, exponent)
         _divide_rows(block.module.get_submodule(producer), rows)
+        name = f"{block.name}.{producer}"
+        if outputs and name in outputs:
+            outputs[name].divide_outputs(name, rows)
         divide([reader], columns)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +16,7 @@ from matgptq.errors import ConfigurationError
 from matgptq.families import find_family
 from matgptq.grid import resolve_group_size
 from matgptq.model_config import check_window, longest_window
+from matgptq.output_hessian import matrix_bytes
 from matgptq.recipe import PER_CHANNEL, Recipe
 from matgptq.size import SCALE_BITS
 from matgptq.text.windows import takes_self
@@ -25,6 +26,7 @@ DEFAULT_SEQLEN = 2048
 # A CPU sees about a thousandth of a GPU's tokens per second; these keep a small model to minutes.
 CPU_NSAMPLES = 16
 CPU_SELF_SEQLEN = 512
+_OUTPUT_HESSIAN_BYTES = 1 << 31  # of all blocks; of larger models a quarter of their layers in 16 bits
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Plan:
         group_size: as asked for.
         nsamples: calibration windows; 0 when the recipe needs none.
         seqlen: tokens in each.
+        rows_together: at most in a block of an output Hessian; 0 when the recipe solves each row alone.
         notes: reduced defaults and layers that fell back to smaller groups, for the user.
     """
 
@@ -66,6 +69,7 @@ class Plan:
     group_size: int
     nsamples: int
     seqlen: int
+    rows_together: int
     notes: tuple[str, ...]
 
     def stored_bytes(self, recipe: Recipe) -> int:
@@ -107,7 +111,30 @@ def make_plan(
         name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name not in layers
     )
     nsamples, seqlen, notes = _calibration_size(network, recipe, request, device)
-    return Plan(blocks, layers, kept, recipe.group_size, nsamples, seqlen, (*notes, *_group_notes(layers, recipe)))
+    together = _rows_together(blocks, recipe)
+    if together < recipe.rows_together and recipe.joins_rows:
+        notes += [f"at most {together:,} rows are solved together, or their matrices would be large beside the layers"]
+    every_note = (*notes, *_group_notes(layers, recipe))
+    return Plan(blocks, layers, kept, recipe.group_size, nsamples, seqlen, together, every_note)
+
+
+def output_hessian_bytes(blocks: Sequence[Block], most: int) -> int:
+    """What the output Hessians of all blocks take, with at most so many rows together."""
+    return sum(matrix_bytes([*rows.values()], most) for block in blocks for rows in block.joined_rows())
+
+
+def _rows_together(blocks: Sequence[Block], recipe: Recipe) -> int:
+    """Rows that are solved together: fewer than asked for where their matrices would be large beside the layers.
+
+    By the model alone: what a run makes must not depend on the machine.
+    """
+    if not recipe.joins_rows:
+        return 0
+    weights = sum(layer.weight.numel() for block in blocks for group in block.ordinary_inputs() for _, layer in group)
+    most, room = recipe.rows_together, max(_OUTPUT_HESSIAN_BYTES, weights // 2)
+    while most > 1 and output_hessian_bytes(blocks, most) > room:
+        most //= 2
+    return most
 
 
 def _check_ignored(network: Any, ignore: tuple[str, ...]) -> None:

@@ -62,6 +62,12 @@ class Recipe:
         saliency: exponent of the weight that a token gets in a layer's Hessian: the norm of the gradient that the
             model's predictions have in the layer's output there, to this power. 0 counts all tokens alike, 2 is the
             Fisher information (``matgptq.saliency``). Costs one backward pass over the calibration windows.
+        rows_together: output rows of layers with the same input whose errors are weighed together by those gradients
+            (``matgptq.output_hessian``), at most: more are cut into equal parts, and so are those whose matrices would
+            be large beside the model's layers (``matgptq.plan``). 0 or 1 solves each row as if there were no others,
+            and so do ``saliency`` 0 and another ``compensation`` than ``per-width``. Costs a product of the gradients
+            with themselves in the backward pass.
+        output_damping: added to the output Hessian's diagonal, as a fraction of its mean.
         tuned_bits: widths whose scales are tuned end to end once the checkpoint stands (``matgptq.refine``).
         tuning_steps: steps of that tuning for each width.
         channel_scaling: exponent e by which channels with large activations are rounded more finely, with the model
@@ -92,6 +98,8 @@ class Recipe:
     damping: float = 0.01
     sink_weight: float = 64.0
     saliency: float = 0.0
+    rows_together: int = 0
+    output_damping: float = 0.1
     tuned_bits: tuple[int, ...] = ()
     tuning_steps: int = 64
     channel_scaling: float = 0.0
@@ -139,6 +147,11 @@ class Recipe:
         _require(math.isfinite(self.damping) and self.damping >= 0, f"damping must be >= 0, not {self.damping}")
         _require(0 <= self.channel_scaling <= 1, f"channel_scaling must lie in [0, 1], not {self.channel_scaling}")
         _require(0 <= self.saliency <= 2, f"saliency must lie in [0, 2], not {self.saliency}")
+        _require(self.rows_together >= 0, f"rows_together cannot be negative, it is {self.rows_together}")
+        _require(
+            math.isfinite(self.output_damping) and self.output_damping > 0,
+            f"output_damping must be positive, not {self.output_damping}",
+        )
         _require(
             math.isfinite(self.sink_weight) and self.sink_weight >= 1,
             f"sink_weight must be at least 1 (first positions count like any other), not {self.sink_weight}",
@@ -148,6 +161,11 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any ingredient reads the Hessian. Round-to-nearest does not."""
         return self.compensation != "none" or self.scale_candidates > 1 or self.refit or self.coordinate_passes > 0
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether rows are solved together, by what gradients say of their errors."""
+        return self.rows_together > 1 and self.saliency > 0 and self.compensation == "per-width"
 
     @property
     def scale_bits(self) -> tuple[int, ...]:
@@ -215,7 +233,7 @@ _METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 # Gradients weigh first positions like all others, layer by layer; a fixed weight on top makes every width worse.
 _BALANCED: Mapping[str, Any] = {
-    "coordinate_passes": 2, "saliency": 1.0, "sink_weight": 1.0, "channel_scaling": 0.25,
+    "coordinate_passes": 2, "saliency": 1.0, "rows_together": 4096, "sink_weight": 1.0, "channel_scaling": 0.25,
 }  # fmt: skip
 
 # How much time the method matgptq takes for quality; what each costs and brings is measured in the README.

@@ -17,16 +17,19 @@ from matgptq.activations import Placement
 from matgptq.blocks import Block
 from matgptq.devices import fast_products
 from matgptq.errors import ConfigurationError
-from matgptq.plan import Plan
+from matgptq.output_hessian import count_parts
+from matgptq.plan import Plan, output_hessian_bytes
 from matgptq.recipe import Recipe
 from matgptq.text.self_text import writes_in_bfloat16
 
 _PROGRAM_BYTES = 700_000_000  # Python, PyTorch and its workspaces
 _HESSIAN_COPIES = 7  # as collected, prepared, in processing order, factored, and what a factorization works in
 _SWEEP_BYTES = 60_000_000  # of one piece of rows
+_JOINED_BYTES = 1 << 28  # of rows that are moved together, if more than one block of them is
 _MEMORY_SHARE = 4  # activations stay in memory up to a quarter of it
 # CPU-seconds for each weight and copy of a sweep; measured on one core of a Xeon with AVX-512 (docs/scale.md).
 _SWEEP_SECONDS = 3e-8
+_JOINED_FACTOR = 1.7  # where rows are solved together: in smaller pieces, and they move each other
 _FORWARD_PASSES, _SALIENCY_PASSES = 2, 5
 
 
@@ -38,6 +41,7 @@ class Requirements:
         memory: bytes by what they are for; they are needed together.
         disk: bytes by what they are for, while the run goes on.
         activations: where they will be kept.
+        output_hessians: where they will be summed.
         seconds: of all stages after the text is there; None where there is no measurement to go by: on GPUs, and where
             scales are tuned.
         streamed: whether blocks are read one by one.
@@ -47,6 +51,7 @@ class Requirements:
     memory: Mapping[str, int]
     disk: Mapping[str, int]
     activations: Placement
+    output_hessians: Placement
     seconds: float | None
     streamed: bool
     writes_text: bool
@@ -81,9 +86,11 @@ def estimate_requirements(
     everything = {id(p): p.numel() * p.element_size() for p in network.parameters()}
     whole = sum(everything.values())
     states = plan.nsamples * plan.seqlen * _width(network) * network.dtype.itemsize
+    outputs = output_hessian_bytes(plan.blocks, plan.rows_together) if plan.rows_together else 0
+    free = available_memory()
     if activations == "auto":
-        free = available_memory()
         activations = "memory" if free is None or states < free // _MEMORY_SHARE else "disk"
+    output_hessians = activations if free is None or outputs < free // _MEMORY_SHARE else "disk"
     memory = {"program": _PROGRAM_BYTES}
     if streamed and not whole_for_text:
         memory["largest block"] = max(of_blocks)
@@ -95,6 +102,10 @@ def estimate_requirements(
         threads = torch.get_num_threads() if device.type == "cpu" else 1
         of_window = plan.seqlen * _widest(plan) * 4 * 6
         memory["working memory"] = threads * _SWEEP_BYTES + min(threads, plan.nsamples) * of_window
+        if outputs:
+            memory["working memory"] += max(_joined_bytes(block, plan, recipe) for block in plan.blocks)
+            if output_hessians == "memory":
+                memory["output Hessians"] = outputs
         memory["activations"] = states if activations == "memory" else states // plan.nsamples * 2
     if whole_for_text and device.type == "cpu" and writes_in_bfloat16(network) and stored_dtype != "bfloat16":
         # A copy, which is gone before the rest is needed.
@@ -105,7 +116,11 @@ def estimate_requirements(
     disk = {"finished blocks": output, "checkpoint": output}
     if plan.nsamples:
         disk["activations"] = 2 * states
-    return Requirements(memory, disk, activations, _seconds(plan, recipe, device), streamed, whole_for_text)
+    if outputs:
+        disk["output Hessians"] = outputs if output_hessians == "memory" else 2 * outputs
+    return Requirements(
+        memory, disk, activations, output_hessians, _seconds(plan, recipe, device), streamed, whole_for_text
+    )
 
 
 def check_requirements(needs: Requirements, destination: Path, present: int = 0) -> None:
@@ -166,6 +181,16 @@ def _hessian_bytes(block: Block) -> int:
     return sum(sizes) + max(sizes, default=0) * (_HESSIAN_COPIES - 1)
 
 
+def _joined_bytes(block: Block, plan: Plan, recipe: Recipe) -> int:
+    """By how much rows that are solved together move each other."""
+    most = [0]
+    for group in block.ordinary_inputs():
+        rows = [layer.out_features for _, layer in group]
+        of_all = sum(rows) * group[0][1].in_features * len(recipe.target_bits) * 4
+        most.append(max(of_all // count_parts(rows, plan.rows_together), min(of_all, _JOINED_BYTES)))
+    return max(most)
+
+
 def _width(network: Any) -> int:
     return int(network.get_input_embeddings().weight.shape[1])
 
@@ -181,8 +206,9 @@ def _seconds(plan: Plan, recipe: Recipe, device: torch.device) -> float | None:
     inputs = sum(group[0][1].in_features ** 2 for block in plan.blocks for group in block.inputs)
     tokens = plan.nsamples * plan.seqlen
     passes = _FORWARD_PASSES + (_SALIENCY_PASSES if recipe.saliency else 0)
-    products = 2.0 * tokens * (passes * weights + inputs)
-    sweeps = 1 + 2 * recipe.coordinate_passes
+    outputs = output_hessian_bytes(plan.blocks, plan.rows_together) / 4 if plan.rows_together else 0
+    products = 2.0 * tokens * (passes * weights + inputs + outputs)
+    sweeps = (1 + 2 * recipe.coordinate_passes) * (_JOINED_FACTOR if plan.rows_together else 1)
     copies = len(recipe.target_bits) if recipe.compensation == "per-width" else 1
     solving = weights * copies * sweeps * _SWEEP_SECONDS / torch.get_num_threads()
     return products / _products_per_second(device) + (solving if plan.nsamples else 0.0)

@@ -15,20 +15,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from matgptq.blocks import Block, capture_inputs, ending, run_block
-from matgptq.devices import fast_attention, multiplies_bfloat16
+from matgptq.devices import fast_attention, fast_sums, multiplies_bfloat16
+from matgptq.output_hessian import OutputHessian, gradient_products
 from matgptq.residency import Residency
 from matgptq.teacher import OutputHead, chunks, output_head
 from matgptq.workers import INLINE, Workers
+
+_Result = TypeVar("_Result")
 
 _STRETCH = 128  # of the vocabulary, when a token is drawn
 
@@ -43,6 +46,8 @@ def token_saliency(
     most_bytes: int = 1 << 29,
     first_window: int = 0,
     workers: Workers = INLINE,
+    output_hessians: Sequence[OutputHessian] = (),
+    exponent: float = 2.0,
 ) -> dict[str, Tensor]:
     """Squared gradient norms of all quantizable layers' outputs.
 
@@ -60,6 +65,8 @@ def token_saliency(
         first_window: number of the first of these windows among all; each draws its tokens by a seed of its own.
         most_bytes: of what is kept of some windows between the blocks; at least one window is taken for each worker.
         workers: among which windows are shared out.
+        output_hessians: of some layers by their full names; what the windows say is added to them.
+        exponent: by which tokens count in these, see ``output_hessian.gradient_products``.
 
     Returns:
         float32 ``[n, seqlen]`` on the CPU for each layer, by its full name; for the experts of a block one for the sum
@@ -79,8 +86,37 @@ def token_saliency(
             part = windows[first : first + together]
             rows = {name: values[first : first + together] for name, values in saliency.items()}
             seeds = [_window_seed(seed, first_window + first + number) for number in range(len(part))]
-            _Part(part, rows, seeds, head, workers, tick).see(residency, blocks)
+            outputs = _Outputs({name: each for each in output_hessians for name in each.layers}, exponent)
+            _Part(part, rows, outputs, seeds, head, workers, tick).see(residency, blocks)
     return saliency
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Output Hessians that are summed, window after window, whatever the order in which threads get through them."""
+
+    sums: Mapping[str, OutputHessian]
+    exponent: float
+
+    def note(self, name: str, gradient: Tensor, seen: _Seen) -> None:
+        """Take up a window's gradient in a layer's output; where it is the last of its layers, what they add."""
+        hessian = self.sums.get(name)
+        if hessian is None:
+            return
+        seen.gradients[name] = gradient.flatten(0, -2)
+        if all(layer in seen.gradients for layer in hessian.layers):
+            together = [seen.gradients.pop(layer) for layer in hessian.layers]
+            with torch.autocast(gradient.device.type, enabled=False), fast_sums(gradient.device):
+                products = gradient_products(together, len(hessian.matrix), self.exponent)
+            seen.products.append((hessian, products))
+
+
+@dataclass
+class _Seen:
+    """What a window adds to output Hessians, and gradients of which others are still to come."""
+
+    products: list[tuple[OutputHessian, Tensor]] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +126,7 @@ class _Part:
     Attributes:
         windows: int64 ``[n, seqlen]``.
         saliency: their rows of what is found, by layer.
+        outputs: what else is found.
         seeds: of the tokens that each draws.
         head: the model's.
         workers: among which windows are shared out.
@@ -98,6 +135,7 @@ class _Part:
 
     windows: Tensor
     saliency: Mapping[str, Tensor]
+    outputs: _Outputs
     seeds: Sequence[int]
     head: OutputHead
     workers: Workers
@@ -117,12 +155,15 @@ class _Part:
             gradients = [*self.workers.map(begin, zip(states.pop(), self.seeds, strict=True))]
         for block, arguments in zip(reversed(blocks), reversed(inputs.arguments), strict=True):
             watch = _WatchedWindow()
-            with residency.present(block), _observed(block, self.saliency, watch):
+            with residency.present(block), _observed(block, self.saliency, self.outputs, watch):
                 back = partial(self._gradient_at_entry, network, block, arguments, watch)
-                entering = zip(count(), states.pop(), gradients)
-                gradients = [*self._ticked(self.workers.map(back, entering))]
+                found, gradients = self.workers.map(back, zip(count(), states.pop(), gradients)), []
+                for gradient, seen in self._ticked(found):
+                    gradients.append(gradient)
+                    for hessian, products in seen.products:
+                        hessian.add(products)
 
-    def _ticked(self, results: Iterator[Tensor]) -> Iterator[Tensor]:
+    def _ticked(self, results: Iterator[_Result]) -> Iterator[_Result]:
         for result in results:
             self.tick()
             yield result
@@ -148,19 +189,21 @@ class _Part:
         arguments: dict[str, Any],
         watch: _WatchedWindow,
         entering: tuple[int, Tensor, Tensor],
-    ) -> Tensor:
-        """The gradient in what enters a block, by that in what leaves it."""
+    ) -> tuple[Tensor, _Seen]:
+        """The gradient in what enters a block, by that in what leaves it, and what it adds to output Hessians."""
         watch.number, hidden, gradient = entering
+        watch.seen = _Seen()
         with torch.enable_grad(), _products_of(network):
             entered = hidden.requires_grad_()
             run_block(block, entered, arguments).backward(gradient)  # type: ignore[no-untyped-call]
-        return _gradient(entered)
+        return _gradient(entered), watch.seen
 
 
 class _WatchedWindow(threading.local):
-    """Which of a part's windows a thread runs."""
+    """Which of a part's windows a thread runs, and what it adds to output Hessians."""
 
     number: int
+    seen: _Seen
 
 
 @contextmanager
@@ -195,15 +238,16 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 @contextmanager
-def _observed(block: Block, saliency: Mapping[str, Tensor], watch: _WatchedWindow) -> Iterator[None]:
-    """Inside, a backward pass through the block writes the squared gradient norms of its layers' outputs."""
+def _observed(block: Block, saliency: Mapping[str, Tensor], outputs: _Outputs, watch: _WatchedWindow) -> Iterator[None]:
+    """Inside, a backward pass through the block notes what it finds of the gradients in its layers' outputs."""
 
     def observe(name: str, _: nn.Module, __: object, output: Tensor) -> None:
-        window = watch.number
+        window, seen = watch.number, watch.seen  # the backward pass may run in another thread
 
         def record(gradient: Tensor) -> None:
             # some models flatten batch and tokens
             saliency[name][window].copy_(gradient.float().square().sum(-1).view(-1))
+            outputs.note(name, gradient, seen)
 
         output.register_hook(record)  # type: ignore[no-untyped-call]
 

@@ -50,13 +50,14 @@ class SweepGrid:
         return int(self.scales.shape[1])
 
 
-def compensate(weight: Tensor, upper: Tensor, grid: SweepGrid) -> Tensor:
+def compensate(weight: Tensor, upper: Tensor, grid: SweepGrid, moved: Tensor | None = None) -> Tensor:
     """GPTQ's loop with one compensated copy of the weight per entry of the grid.
 
     Args:
         weight: float32 ``[in, rows]``, transposed, columns of the layer in processing order.
         upper: float32 ``[in, in]``, upper factor U of the inverse Hessian in the same order.
         grid: scales and widths.
+        moved: float32 ``[in, C * rows]``, what is added to the copies from the start; may be overwritten.
 
     Returns:
         uint8 codes ``[in, rows]``.
@@ -65,13 +66,14 @@ def compensate(weight: Tensor, upper: Tensor, grid: SweepGrid) -> Tensor:
     chosen = engine(weight)
     if chosen == "native":
         base = weight.T.expand(grid.copies, -1, -1)
-        return _sweep_natively(base, None, coupling, grid, compensating=True)
+        trail = None if moved is None else moved.view(len(weight), grid.copies, -1).permute(1, 2, 0)
+        return _sweep_natively(base, trail, coupling, grid, compensating=True)
     columns, rows = weight.shape
+    if moved is None:
+        moved = weight.new_zeros(columns, grid.copies * rows)
     if chosen == "triton":
-        trail = weight.new_zeros(columns, grid.copies * rows)
-        return _sweep_on_gpu(weight, trail, coupling, upper.diagonal(), grid, compensating=True)
+        return _sweep_on_gpu(weight, moved, coupling, upper.diagonal(), grid, compensating=True)
     rounder = _Rounder(grid)
-    moved = torch.zeros(columns, grid.copies * rows, device=weight.device)  # what compensation added to the targets
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     residuals = torch.empty(_STRETCH, grid.copies * rows, device=weight.device)
     for first in range(0, columns, _STRETCH):

@@ -4,7 +4,8 @@
         run.json                 what the run is: model, text, arguments, version
         lock                     held while a process works here
         windows.safetensors      calibration token ids
-        token_weights.safetensors
+        outputs-00000.safetensors  output Hessians of a block
+        token_weights.safetensors  written after all of these
         block-00000.safetensors  codes, scales and everything else of a block, with
         block-00000.json         what happened to its layers; written last, it says that the block is finished
         states-1-of-1/           the activations that enter the next block (``activations.Boundaries``), of each process
@@ -22,11 +23,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -163,6 +166,19 @@ class WorkDirectory:
         """Write a file of tensors, whole or not at all."""
         with disk_errors(self._destination, self.kept), replacing(self.path / name) as beside:
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, beside)
+
+    @contextmanager
+    def scratch(self, name: str, count: int) -> Iterator[Tensor]:
+        """Inside, float32 zeros ``[count]`` in a file that is mapped into memory and is gone afterwards."""
+        file = self.path / name
+        try:
+            with disk_errors(self._destination, self.kept), file.open("wb") as handle:
+                handle.truncate(4 * count)
+                if hasattr(os, "posix_fallocate"):  # what lacks a place on the disk would kill the process later
+                    os.posix_fallocate(handle.fileno(), 0, 4 * count)
+            yield torch.from_file(str(file), shared=True, size=count)
+        finally:
+            file.unlink(missing_ok=True)
 
     def kept_or_made(
         self, name: str, make: Callable[[], Mapping[str, Tensor]], *, together: bool = False

@@ -1,0 +1,137 @@
+"""The Hessian of outputs: which rows' errors the model's predictions see together, and how what is left is passed on.
+
+To second order a change D of a weight W costs ``sum_t (g_t . D x_t)^2``, with ``g_t`` the gradient in the outputs at
+token t. With a mean of ``g_t g_t^T`` beside that of ``x_t x_t^T``, as in K-FAC (arXiv 1503.05671) and YAQA
+(arXiv 2505.22988), this is ``trace(G D H D^T)``. G joins the rows of W: without it each is rounded as if the errors of
+the others did not exist. It plays H's part for rows: with ``U^T U = G^-1``, what is left of the rows that are rounded
+moves the targets of those that are not, ``W_k -= U_ik (W_i - w_i) / U_ii`` for k > i, and a row's own problem stays
+what it was.
+
+Layers that share an input are one weight. If that has too many rows, each of its layers is cut into as many equal
+parts, and part i of all of them makes a block on G's diagonal: query heads with their key and value heads, neurons of a
+gate with the same ones behind it. The rest of G counts as zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from matgptq.hessian import add_to_tile, factorize, hessian_tiles, mirror
+from matgptq.workers import INLINE, Workers
+
+
+@dataclass(frozen=True)
+class OutputHessian:
+    """That of layers that share an input.
+
+    Attributes:
+        layers: ``{name: rows}``, in the order in which they are stacked.
+        matrix: float32 ``[blocks, size, size]``.
+    """
+
+    layers: dict[str, int]
+    matrix: Tensor
+
+    @classmethod
+    def empty(cls, layers: dict[str, int], most: int, memory: Tensor | None = None) -> OutputHessian:
+        """A sum of nothing, of blocks of at most so many rows.
+
+        Args:
+            layers: see above.
+            most: rows of a block.
+            memory: float32 zeros ``[at least as many]`` to sum in.
+        """
+        parts = count_parts([*layers.values()], most)
+        shape = (parts, sum(layers.values()) // parts, sum(layers.values()) // parts)
+        matrix = torch.zeros(shape) if memory is None else memory[: math.prod(shape)].view(shape)
+        return cls(layers, matrix)
+
+    @property
+    def name(self) -> str:
+        """That of the first layer."""
+        return next(iter(self.layers))
+
+    def add(self, products: Tensor) -> None:
+        """Add what ``gradient_products`` found."""
+        self.matrix.add_(products.to(self.matrix.device))
+
+    def complete(self) -> None:
+        """Fill what is above the diagonals; to be done once, when everything is added."""
+        for block in self.matrix:
+            mirror(block)
+
+    def divide_outputs(self, name: str, factors: Tensor) -> None:
+        """Make it that of other outputs: the last of a layer's are divided by ``factors``, ``[n]``."""
+        of_layers = [torch.ones(rows) for rows in self.layers.values()]
+        of_layers[[*self.layers].index(name)][-len(factors) :] = factors.cpu()
+        of_rows = by_block(of_layers, len(self.matrix)).to(self.matrix.device)
+        self.matrix.mul_(of_rows.unsqueeze(2)).mul_(of_rows.unsqueeze(1))
+
+    def rows(self) -> Tensor:
+        """int64 ``[blocks, size]``, which row of the stacked layers stands where."""
+        ends = [*accumulate(self.layers.values())]
+        of_layers = [torch.arange(end - rows, end) for end, rows in zip(ends, self.layers.values(), strict=True)]
+        return by_block(of_layers, len(self.matrix)).to(self.matrix.device)
+
+
+def count_parts(rows: Sequence[int], most: int) -> int:
+    """Into how many equal parts layers of so many rows are cut, so that a part of each are at most ``most`` together.
+
+    If no number does, the largest that divides all of them.
+    """
+    divisors = [parts for parts in range(1, min(rows) + 1) if all(each % parts == 0 for each in rows)]
+    return next((parts for parts in divisors if sum(rows) // parts <= most), divisors[-1])
+
+
+def matrix_bytes(rows: Sequence[int], most: int) -> int:
+    """What the output Hessian of layers of so many rows takes, in blocks of at most ``most``."""
+    return 4 * sum(rows) ** 2 // count_parts(rows, most)
+
+
+def by_block(of_layers: Sequence[Tensor], parts: int) -> Tensor:
+    """``[rows, ...]`` of each layer as ``[parts, rows of a block, ...]``."""
+    return torch.cat([each.view(parts, len(each) // parts, *each.shape[1:]) for each in of_layers], 1)
+
+
+def gradient_products(gradients: Sequence[Tensor], parts: int, exponent: float) -> Tensor:
+    """What some tokens add to an output Hessian.
+
+    Args:
+        gradients: ``[tokens, rows]`` of each layer, of any float dtype.
+        parts: into which the layers are cut.
+        exponent: a token counts as the norm of its gradient to this power: 2 for the Fisher information itself, as
+            ``saliency.token_weights`` weighs tokens in the other Hessian.
+
+    Returns:
+        float32 ``[parts, size, size]``, ``sum_t |g_t|^(exponent - 2) g_t g_t^T`` in blocks, on and below the diagonals.
+    """
+    rows = torch.cat([each.view(len(each), parts, -1) for each in gradients], 2).float()  # [tokens, parts, size]
+    norms = rows.flatten(1).norm(dim=1)
+    rows *= torch.where(norms > 0, norms ** (exponent / 2 - 1), 0.0).view(-1, 1, 1)
+    products = rows.new_zeros(parts, rows.shape[2], rows.shape[2])
+    for own, product in zip(rows.unbind(1), products, strict=True):
+        for tile in hessian_tiles(product):
+            add_to_tile(product, tile, own)
+    return products
+
+
+def factorize_outputs(matrix: Tensor, damping: float, workers: Workers = INLINE) -> Tensor:
+    """Upper triangular U of each block, ``U^T U = (G + damping mean(diag G) I)^-1``.
+
+    Args:
+        matrix: ``[blocks, size, size]``, symmetric.
+        damping: as a fraction of the mean of the block's diagonal.
+        workers: among which the work is shared out.
+
+    Returns:
+        float32 ``[blocks, size, size]``; the unit matrix, which joins nothing, for a block that is zero or not finite.
+    """
+    unit = torch.eye(matrix.shape[1], device=matrix.device)
+    factors = [factorize(block, damping, workers) for block in matrix]
+    return torch.stack([unit if factor is None else factor.upper for factor in factors])

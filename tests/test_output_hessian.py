@@ -1,0 +1,263 @@
+"""Rows that are solved together: the Hessian of outputs, its factor, and what the solver makes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+import torch
+from brute_force import random_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from matgptq import native, solver
+from matgptq.errors import ConfigurationError
+from matgptq.nested_weight import NestedWeight
+from matgptq.output_hessian import OutputHessian, count_parts, factorize_outputs, gradient_products, matrix_bytes
+from matgptq.recipe import Recipe, make_recipe
+from matgptq.solver import solve
+from matgptq.workers import Workers
+
+ROWS, COLUMNS, GROUP_SIZE, SIZE = 96, 40, 8, 48
+
+
+def completed(layers: dict[str, int], most: int, gradients: Sequence[Tensor], exponent: float = 2.0) -> OutputHessian:
+    outputs = OutputHessian.empty(layers, most)
+    outputs.add(gradient_products(gradients, len(outputs.matrix), exponent))
+    outputs.complete()
+    return outputs
+
+
+def correlated(layers: dict[str, int], most: int, seed: int = 0, tokens: int = 200) -> OutputHessian:
+    """An output Hessian of gradients that mostly lie in a few directions."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = sum(layers.values())
+    few = torch.randn(tokens, 4, generator=generator) @ torch.randn(4, rows, generator=generator)
+    gradients = few + 0.5 * torch.randn(tokens, rows, generator=generator)
+    return completed(layers, most, (gradients / tokens**0.5).split([*layers.values()], 1))
+
+
+def whole(outputs: OutputHessian) -> Tensor:
+    """``[rows, rows]``, in the order in which layers are stacked."""
+    rows = sum(outputs.layers.values())
+    full = torch.zeros(rows, rows, dtype=torch.float64)
+    for index, block in zip(outputs.rows(), outputs.matrix, strict=True):
+        full[index.unsqueeze(1), index] = block.double()
+    return full
+
+
+def objective(weight: Tensor, nested: NestedWeight, hessian: Tensor, outputs: Tensor, recipe: Recipe) -> float:
+    """``sum_r lambda_r trace(G D_r H D_r^T)``."""
+    total = 0.0
+    for bits, weight_of_bits in zip(recipe.target_bits, recipe.bit_weights, strict=True):
+        change = weight.double() - nested.dequantize(bits).double()
+        total += weight_of_bits * float((outputs * (change @ hessian.double() @ change.T)).sum())
+    return total
+
+
+@given(rows=st.lists(st.sampled_from([1, 6, 16, 24, 64, 192, 576, 1536, 11008, 97]), min_size=1, max_size=3),
+       most=st.integers(0, 5000))  # fmt: skip
+def test_layers_are_cut_into_as_many_equal_parts(rows: list[int], most: int) -> None:
+    parts = count_parts(rows, most)
+    assert all(each % parts == 0 for each in rows)
+    fewer = [each for each in range(1, parts) if all(of_layer % each == 0 for of_layer in rows)]
+    assert all(sum(rows) // each > most for each in fewer)
+    if sum(rows) // parts > most:
+        assert parts == math.gcd(*rows)
+    assert matrix_bytes(rows, most) == 4 * parts * (sum(rows) // parts) ** 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 1.5, 2.0])
+def test_products_of_gradients(exponent: float, dtype: torch.dtype) -> None:
+    gradients = torch.randn(30, 36, generator=torch.Generator().manual_seed(0)).to(dtype)
+    gradients[7] = 0
+    found = completed({"a": 24, "b": 12}, 12, gradients.split([24, 12], 1), exponent)
+    rows = gradients.double()
+    norms = rows.norm(dim=1)
+    expected = sum(
+        torch.outer(row, row) * norm ** (exponent - 2) for row, norm in zip(rows, norms, strict=True) if norm > 0
+    )
+    assert found.rows().tolist() == [[*range(8 * i, 8 * i + 8), *range(24 + 4 * i, 28 + 4 * i)] for i in range(3)]
+    for index, block in zip(found.rows(), found.matrix, strict=True):
+        assert torch.equal(block, block.T)
+        torch.testing.assert_close(block.double(), expected[index.unsqueeze(1), index], rtol=1e-4, atol=1e-4)
+    assert float(sum(each.trace() for each in found.matrix)) == pytest.approx(float((norms**exponent).sum()), rel=1e-4)
+
+
+def test_products_add_up() -> None:
+    gradients = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
+    outputs = OutputHessian.empty({"a": 24}, 8)
+    for part in gradients.split(20):
+        outputs.add(gradient_products([part], 3, 1.0))
+    outputs.complete()
+    torch.testing.assert_close(outputs.matrix, completed({"a": 24}, 8, [gradients], 1.0).matrix)
+
+
+@pytest.mark.parametrize(("name", "first"), [("a", 14), ("b", 24)])
+def test_outputs_that_are_divided(name: str, first: int) -> None:
+    gradients = torch.randn(50, 36, generator=torch.Generator().manual_seed(0))
+    layers = {"a": 24, "b": 12}
+    last = 24 if name == "a" else 36
+    factors = torch.rand(last - first, generator=torch.Generator().manual_seed(1)) + 0.5
+    found = completed(layers, 12, gradients.split([24, 12], 1))
+    found.divide_outputs(name, factors)
+    # What reaches the loss through y / s depends on it s times as much.
+    gradients[:, first:last] *= factors
+    expected = completed(layers, 12, gradients.split([24, 12], 1))
+    torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_factor() -> None:
+    matrix = correlated({"a": 48}, 16).matrix * torch.tensor([1.0, 1e-12, 1e9]).view(3, 1, 1)
+    upper = factorize_outputs(matrix, 0.1)
+    assert torch.equal(upper, upper.triu())
+    for own, factor in zip(matrix.double(), upper.double(), strict=True):
+        damped = own + 0.1 * own.diagonal().mean() * torch.eye(16)
+        torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(16).double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_blocks_that_say_nothing_join_nothing(value: float) -> None:
+    matrix = correlated({"a": 16}, 8).matrix
+    matrix[1] = value
+    upper = factorize_outputs(matrix, 0.1)
+    assert torch.equal(upper[1], torch.eye(8))
+    assert torch.equal(upper[:1], factorize_outputs(matrix[:1], 0.1))
+
+
+def test_rows_that_nothing_joins_are_solved_as_if_alone() -> None:
+    weight, hessian = random_problem(ROWS, COLUMNS)
+    recipe = make_recipe()
+    matrix = torch.diag_embed(torch.rand(ROWS // SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
+    outputs = OutputHessian({"a": ROWS}, matrix)
+    alone = solve(weight, hessian, recipe, GROUP_SIZE)
+    together = solve(weight, hessian, recipe, GROUP_SIZE, outputs=outputs)
+    assert torch.equal(alone.weight.codes, together.weight.codes)
+    for bits, scales in alone.weight.scales.items():
+        assert torch.equal(scales, together.weight.scales[bits])
+    assert alone.errors is not None
+    assert together.errors is not None
+    for bits, errors in alone.errors.errors.items():
+        torch.testing.assert_close(errors, together.errors.errors[bits], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"coordinate_passes": 0}, {"refit": False}, {"rows_together": 0}])
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_rows_together_lower_what_they_are_solved_for(
+    engine: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine == "native" and not native.available():
+        pytest.skip(f"no native library: {native.reason()}")
+    monkeypatch.setenv("MATGPTQ_SOLVER", engine)
+    monkeypatch.setattr(solver, "_JOINED_ROWS", 8)
+    weight, hessian = random_problem(ROWS, COLUMNS)
+    recipe = make_recipe(**options)
+    outputs = correlated({"a": ROWS}, SIZE)
+    measure = partial(objective, weight, hessian=hessian, outputs=whole(outputs), recipe=recipe)
+    alone = measure(solve(weight, hessian, recipe, GROUP_SIZE).weight)
+    together = measure(solve(weight, hessian, recipe, GROUP_SIZE, outputs=outputs).weight)
+    assert together < 0.8 * alone
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_one_width(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "_JOINED_ROWS", 8)
+    weight, hessian = random_problem(ROWS, COLUMNS)
+    recipe = make_recipe("gptq", bits)
+    outputs = correlated({"a": ROWS}, SIZE)
+    measure = partial(objective, weight, hessian=hessian, outputs=whole(outputs), recipe=recipe)
+    alone = measure(solve(weight, hessian, recipe, GROUP_SIZE).weight)
+    assert measure(solve(weight, hessian, recipe, GROUP_SIZE, outputs=outputs).weight) < 0.8 * alone
+
+
+@pytest.mark.parametrize("at_a_time", [1, 5, 8, 48])
+def test_what_is_left_of_rows_moves_those_behind_them(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The targets of every row, against the definition: row after row, as GPTQ goes from column to column."""
+    monkeypatch.setattr(solver, "_JOINED_ROWS", at_a_time)
+    monkeypatch.setattr(solver, "_JOINED_STEPS", SIZE)
+    weight, hessian = random_problem(SIZE, COLUMNS)
+    recipe = make_recipe()
+    rows, targets = [], []
+    original = solver._Problem.solve
+
+    def watched(problem: solver._Problem, own: Tensor, moved: Tensor | None = None) -> object:
+        assert moved is not None
+        rows.append(own)
+        targets.append(moved)
+        return original(problem, own, moved)
+
+    monkeypatch.setattr(solver._Problem, "solve", watched)
+    outputs = correlated({"a": SIZE}, SIZE)
+    nested = solve(weight, hessian, recipe, GROUP_SIZE, outputs=outputs).weight
+    order = outputs.matrix[0].diagonal().argsort(descending=True)
+    assert torch.equal(torch.cat(rows), weight[order])
+    ordered = outputs.matrix[:, order.unsqueeze(1), order]
+    upper = factorize_outputs(ordered, recipe.output_damping)[0].double()
+    found = torch.cat(targets, 1).double()
+    for copy, bits in enumerate(recipe.target_bits):
+        rounded = nested.dequantize(bits)[order].double()
+        moving = weight[order].double()
+        for row in range(SIZE):
+            if row % at_a_time == 0:
+                behind = slice(row, row + at_a_time)
+                torch.testing.assert_close(found[copy, behind], moving[behind], rtol=1e-3, atol=1e-4)
+            left = (moving[row] - rounded[row]) / upper[row, row]
+            moving[row + 1 :] -= torch.outer(upper[row, row + 1 :], left)
+
+
+@settings(max_examples=10, deadline=None)
+@given(blocks=st.integers(1, 6), size=st.integers(1, 40), elements=st.integers(1, 9000), threads=st.integers(1, 3))
+def test_pieces_and_threads_change_nothing(blocks: int, size: int, elements: int, threads: int) -> None:
+    weight, hessian = random_problem(blocks * size, 16)
+    recipe = make_recipe(coordinate_passes=1)
+    outputs = correlated({"a": blocks * size}, size)
+    expected = solve(weight, hessian, recipe, 8, outputs=outputs).weight
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "_JOINED_ELEMENTS", elements)
+        workers = Workers(threads)
+        try:
+            found = solve(weight, hessian, recipe, 8, workers, outputs).weight
+        finally:
+            workers.close()
+    assert torch.equal(found.codes, expected.codes)
+
+
+def test_layers_that_are_cut_are_put_together_again() -> None:
+    weight, hessian = random_problem(72, COLUMNS)
+    recipe = make_recipe()
+    outputs = correlated({"a": 48, "b": 24}, 36)
+    assert outputs.matrix.shape == (2, 36, 36)
+    found = solve(weight, hessian, recipe, GROUP_SIZE, outputs=outputs)
+    for index, block in zip(outputs.rows(), outputs.matrix, strict=True):
+        alone = solve(weight[index], hessian, recipe, GROUP_SIZE, outputs=OutputHessian({"a": 36}, block.unsqueeze(0)))
+        assert torch.equal(found.weight.codes[index], alone.weight.codes)
+        assert found.errors is not None
+        assert alone.errors is not None
+        torch.testing.assert_close(found.errors.energy[index], alone.errors.energy)
+        for bits, scales in alone.weight.scales.items():
+            assert torch.equal(found.weight.scales[bits][index], scales)
+            torch.testing.assert_close(found.errors.errors[bits][index], alone.errors.errors[bits])
+
+
+def test_output_hessians_of_other_rows_are_refused() -> None:
+    weight, hessian = random_problem(ROWS, COLUMNS)
+    with pytest.raises(ConfigurationError, match=r"an output Hessian of 48 rows does not fit a weight \(96, 40\)"):
+        solve(weight, hessian, make_recipe(), GROUP_SIZE, outputs=correlated({"a": 48}, 48))
+
+
+def test_recipe() -> None:
+    assert make_recipe().joins_rows
+    assert not make_recipe(rows_together=1).joins_rows
+    assert not make_recipe(saliency=0.0).joins_rows
+    assert not make_recipe(quality="fast").joins_rows
+    assert not make_recipe("gptq", 4).joins_rows
+    assert not make_recipe(compensation="mean", coordinate_passes=0).joins_rows
+    with pytest.raises(ConfigurationError, match="rows_together cannot be negative, it is -1"):
+        make_recipe(rows_together=-1)
+    for damping in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigurationError, match="output_damping must be positive"):
+            make_recipe(output_damping=damping)

@@ -3,9 +3,10 @@
     python benchmarks/ablations.py MODEL --calibration c4.txt --text wikitext2-test.txt --other wikipedia.txt \\
         -o benchmarks/results/ablations.json
 
-Each row is the quality ``balanced`` with one change. Changes that no option makes are made to the pipeline from here.
-They are compared where choices are made, on the first 4 windows of the text. What weighs the tokens is the same in most
-rows; with ``MATGPTQ_KEPT=DIRECTORY`` it is computed once.
+Each line is the quality ``balanced`` with one change and, where it does not say otherwise, with each row of a weight
+solved alone, as when most lines were measured. Changes that no option makes are made to the pipeline from here. They
+are compared where choices are made, on the first 4 windows of the text. What weighs the tokens is the same in most
+lines; with ``MATGPTQ_KEPT=DIRECTORY`` it is computed once.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from matgptq.blocks import Block, BlockInputs, run_block
 from matgptq.devices import fast_sums
 from matgptq.grid import refit_scales
 from matgptq.nested_weight import NestedWeight
+from matgptq.output_hessian import OutputHessian
 from matgptq.recipe import Recipe
 from matgptq.slicing import slice_levels
 from matgptq.solver import Solution, solve
@@ -41,6 +43,7 @@ from matgptq.text.windows import SELF, calibration_windows
 
 COARSE, FINE = 64, 32  # group sizes
 TEXT = "windows 0-3"
+BASE = "balanced, each row alone"
 DAMPING = 0.01
 
 
@@ -88,9 +91,11 @@ def fed_by_the_full_model() -> Iterator[None]:
     """Blocks see what they see in the full model."""
     original = BlockQuantizer.quantize
 
-    def quantize_block(quantizer: BlockQuantizer, block: Block, index: int, inputs: list[BlockInputs]) -> Any:
+    def quantize_block(
+        quantizer: BlockQuantizer, block: Block, index: int, inputs: list[BlockInputs], outputs: list[OutputHessian]
+    ) -> Any:
         full = {layer: layer.weight.data for _, layer in block.layers()}
-        found = original(quantizer, block, index, inputs)
+        found = original(quantizer, block, index, inputs, outputs)
         for layer, weight in full.items():
             layer.weight.data = weight
         return found
@@ -113,7 +118,9 @@ def in_order(bits: int, matching: float = 0.0) -> Iterator[None]:
     """
     full: list[Tensor] = []
 
-    def quantize_block(quantizer: BlockQuantizer, block: Block, index: int, inputs: list[BlockInputs]) -> Any:
+    def quantize_block(
+        quantizer: BlockQuantizer, block: Block, index: int, inputs: list[BlockInputs], outputs: list[OutputHessian]
+    ) -> Any:
         (stream,) = inputs
         if index == 0:
             full[:] = list(stream.hidden)
@@ -132,7 +139,8 @@ def in_order(bits: int, matching: float = 0.0) -> Iterator[None]:
                 change = torch.linalg.solve(damped, (cross - hessian).T).T
                 for _, layer in group:
                     layer.weight.data = layer.weight.data + matching * (layer.weight.data @ change)
-            solved[number] = quantizer.solve_layers(named, hessian, None)
+            joined = next((each for each in outputs if named[0][0] in each.layers), None)
+            solved[number] = quantizer.solve_layers(named, hessian, None, joined)
             for (_, layer), weight, before in zip(group, solved[number][0], own, strict=True):
                 layer.weight.data = weight.dequantize(bits, layer.weight.dtype)
                 finished.append((layer, before))
@@ -197,9 +205,9 @@ def fine_groups_at_two_bits() -> Iterator[None]:
     """Twice as many scales at 2 bits only: solved in coarse groups, then 2 bits refitted in fine ones."""
 
     def regrouped(
-        weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: int, workers: Any = None
+        weight: Tensor, hessian: Tensor | None, recipe: Recipe, group_size: int, workers: Any, outputs: Any = None
     ) -> Solution:
-        solution = solve(weight, hessian, recipe, COARSE, workers)
+        solution = solve(weight, hessian, recipe, COARSE, workers, outputs)
         assert hessian is not None
         nested = solution.weight
         scales = {bits: each.repeat_interleave(COARSE // group_size, 1) for bits, each in nested.scales.items()}
@@ -216,15 +224,23 @@ def kept_saliency(directory: Path | None) -> Iterator[None]:
     """Read what depends on the full model and the text alone from a directory, or leave it there."""
     original = quantization_run.token_saliency
 
-    def saliency(residency: Any, blocks: Any, windows: Tensor, seed: int, **options: Any) -> dict[str, Tensor]:
+    def saliency(
+        residency: Any, blocks: Any, windows: Tensor, seed: int, *, output_hessians: list[OutputHessian], **options: Any
+    ) -> dict[str, Tensor]:
         assert directory is not None
         digest = hashlib.sha256(windows.numpy().tobytes())
         embedding = residency.network.get_input_embeddings().weight  # another one in a rotated model
         digest.update(embedding[:64].numpy().tobytes())
+        digest.update(repr([(each.layers, each.matrix.shape) for each in output_hessians]).encode())
+        digest.update(repr(options["exponent"] if output_hessians else None).encode())
         file = directory / f"saliency-{seed}-{digest.hexdigest()[:16]}.safetensors"
         if not file.exists():
-            save_file(original(residency, blocks, windows, seed, **options), file)
-        return load_file(file)
+            found = original(residency, blocks, windows, seed, output_hessians=output_hessians, **options)
+            save_file(found | {f"outputs.{number}": each.matrix for number, each in enumerate(output_hessians)}, file)
+        kept = load_file(file)
+        for number, each in enumerate(output_hessians):
+            each.matrix.copy_(kept.pop(f"outputs.{number}"))
+        return kept
 
     with patch.object(quantization_run, "token_saliency", saliency) if directory else nullcontext():
         yield
@@ -245,17 +261,22 @@ def _row(
     seed: int = 0,
     **options: Any,
 ) -> Row:
-    options = {"quality": "balanced", **options}
+    options = {"quality": "balanced", "rows_together": 0, **options}
     return Row(name, options, dataset=dataset, nsamples=nsamples, seed=seed, change=partial(_both, change))
 
 
 ROWS = [
-    _row("balanced"),
+    _row(BASE),
+    _row("rows together", rows_together=4096),
     _row("no channel scaling", channel_scaling=0.0),
     _row("channel scaling, exponent .5", channel_scaling=0.5),
     _row("draw of seed 1", seed=1),
     _row("no gradient weights", saliency=0.0),
     _row("no gradient weights, sink weight 64", saliency=0.0, sink_weight=64.0),
+    _row("256 rows together", rows_together=256),
+    _row("1024 rows together", rows_together=1024),
+    _row("rows together, output damping .01", rows_together=4096, output_damping=0.01),
+    _row("rows together, output damping .3", rows_together=4096, output_damping=0.3),
     _row("no coordinate passes", coordinate_passes=0),
     _row("only targets refitted", refit_bits=()),
     _row("no refit", refit=False, refit_bits=(), coordinate_passes=0),
@@ -285,8 +306,8 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
     def kl(record: dict[str, Any]) -> dict[int, float]:
         return {result["bits"]: result["kl"] for result in record["texts"][TEXT]["results"]}
 
-    base = kl(next(record for record in records if record["name"] == "balanced"))
-    others = [record for record in records if record["name"] != "balanced"]
+    base = kl(next(record for record in records if record["name"] == BASE))
+    others = [record for record in records if record["name"] != BASE]
     with figure(file, (8, 0.4 * len(others) + 1.5)) as axes:
         for bits in EVALUATED:
             axes.plot(

@@ -85,8 +85,9 @@ def count_parts(rows: Sequence[int], most: int) -> int:
 
     If no number does, the largest that divides all of them.
     """
-    divisors = [parts for parts in range(1, min(rows) + 1) if all(each % parts == 0 for each in rows)]
-    return next((parts for parts in divisors if sum(rows) // parts <= most), divisors[-1])
+    divided = math.gcd(*rows)
+    fewest = -(-sum(rows) // max(most, 1))
+    return next((parts for parts in range(max(fewest, 1), divided + 1) if divided % parts == 0), divided)
 
 
 def matrix_bytes(rows: Sequence[int], most: int) -> int:

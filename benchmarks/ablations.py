@@ -27,7 +27,7 @@ from quality_table import EVALUATED, NSAMPLES, SEQLEN, Row, Texts, calibration_t
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matgptq import block_quantizer, quantization_run
+from matgptq import block_quantizer, calibration_gradients
 from matgptq.block_hessians import collect_hessians
 from matgptq.block_quantizer import BlockQuantizer
 from matgptq.blocks import Block, BlockInputs, run_block
@@ -222,7 +222,7 @@ def fine_groups_at_two_bits() -> Iterator[None]:
 @contextmanager
 def kept_saliency(directory: Path | None) -> Iterator[None]:
     """Read what depends on the full model and the text alone from a directory, or leave it there."""
-    original = quantization_run.token_saliency
+    original = calibration_gradients.token_saliency
 
     def saliency(
         residency: Any, blocks: Any, windows: Tensor, seed: int, *, output_hessians: list[OutputHessian], **options: Any
@@ -242,7 +242,7 @@ def kept_saliency(directory: Path | None) -> Iterator[None]:
             each.matrix.copy_(kept.pop(f"outputs.{number}"))
         return kept
 
-    with patch.object(quantization_run, "token_saliency", saliency) if directory else nullcontext():
+    with patch.object(calibration_gradients, "token_saliency", saliency) if directory else nullcontext():
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -13,11 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from matgptq import native, solver
+from matgptq import joined_rows, native
 from matgptq.errors import ConfigurationError
 from matgptq.nested_weight import NestedWeight
-from matgptq.output_hessian import OutputHessian, count_parts, factorize_outputs, gradient_products, matrix_bytes
+from matgptq.output_hessian import (
+    OutputHessian,
+    count_parts,
+    damp_outputs,
+    gradient_products,
+    loosely_joined,
+    matrix_bytes,
+)
 from matgptq.recipe import Recipe, make_recipe
+from matgptq.row_problem import Draft, RowProblem
 from matgptq.solver import solve
 from matgptq.workers import Workers
 
@@ -111,22 +120,54 @@ def test_outputs_that_are_divided(name: str, first: int) -> None:
     torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-4, atol=1e-4)
 
 
-def test_factor() -> None:
+def test_damping_and_factor() -> None:
     matrix = correlated({"a": 48}, 16).matrix * torch.tensor([1.0, 1e-12, 1e9]).view(3, 1, 1)
-    upper = factorize_outputs(matrix, 0.1)
-    assert torch.equal(upper, upper.triu())
-    for own, factor in zip(matrix.double(), upper.double(), strict=True):
-        damped = own + 0.1 * own.diagonal().mean() * torch.eye(16)
-        torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(16).double(), rtol=0, atol=1e-4)
+    damped = damp_outputs(matrix, 0.1)
+    assert torch.equal(damped.upper, damped.upper.triu())
+    for own, found, factor in zip(matrix.double(), damped.matrix.double(), damped.upper.double(), strict=True):
+        expected = own + 0.1 * own.diagonal().mean() * torch.eye(16)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(factor.T @ factor @ expected, torch.eye(16).double(), rtol=0, atol=1e-4)
+
+
+def test_a_block_is_damped_as_much_as_its_factor_takes() -> None:
+    matrix = torch.full((1, 8, 8), -0.5)
+    matrix.diagonal(dim1=1, dim2=2).fill_(1.0)  # indefinite by far
+    damped = damp_outputs(matrix, 0.1)
+    assert float(damped.matrix[0, 0, 0]) > 2
+    inverse = (damped.upper.mT @ damped.upper).double()
+    torch.testing.assert_close(inverse @ damped.matrix.double(), torch.eye(8).double()[None], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_blocks_that_say_nothing_join_nothing(value: float) -> None:
     matrix = correlated({"a": 16}, 8).matrix
     matrix[1] = value
-    upper = factorize_outputs(matrix, 0.1)
-    assert torch.equal(upper[1], torch.eye(8))
-    assert torch.equal(upper[:1], factorize_outputs(matrix[:1], 0.1))
+    damped, alone = damp_outputs(matrix, 0.1), damp_outputs(matrix[:1], 0.1)
+    assert torch.equal(damped.matrix[1], torch.eye(8))
+    assert torch.equal(damped.upper[1], torch.eye(8))
+    assert torch.equal(damped.matrix[:1], alone.matrix)
+    assert torch.equal(damped.upper[:1], alone.upper)
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 50), size=st.integers(1, 60), seed=st.integers(0, 9))
+def test_every_row_is_in_one_stretch(rows: int, size: int, seed: int) -> None:
+    matrix = correlated({"a": rows}, rows, seed).matrix[0]
+    order = loosely_joined(matrix, size)
+    assert sorted(order.tolist()) == [*range(rows)]
+    assert torch.equal(order, loosely_joined(matrix, size))
+
+
+def test_rows_that_are_joined_are_kept_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # 12 groups of 4 rows with one direction each, groups in any order
+    directions = torch.eye(12).repeat_interleave(4, 0) * (torch.rand(48, 1, generator=generator) + 0.5)
+    order = torch.randperm(48, generator=generator)
+    gradients = directions[order]
+    matrix = gradients @ gradients.T + 0.01 * torch.eye(48)
+    for stretch in loosely_joined(matrix, 12).split(12):
+        assert len({int(order[row]) // 4 for row in stretch}) == 12
 
 
 def test_rows_that_nothing_joins_are_solved_as_if_alone() -> None:
@@ -153,7 +194,7 @@ def test_rows_together_lower_what_they_are_solved_for(
     if engine == "native" and not native.available():
         pytest.skip(f"no native library: {native.reason()}")
     monkeypatch.setenv("MATGPTQ_SOLVER", engine)
-    monkeypatch.setattr(solver, "_JOINED_ROWS", 8)
+    monkeypatch.setattr(joined_rows, "_ROWS", 8)
     weight, hessian = random_problem(ROWS, COLUMNS)
     recipe = make_recipe(**options)
     outputs = correlated({"a": ROWS}, SIZE)
@@ -165,7 +206,7 @@ def test_rows_together_lower_what_they_are_solved_for(
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_one_width(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solver, "_JOINED_ROWS", 8)
+    monkeypatch.setattr(joined_rows, "_ROWS", 8)
     weight, hessian = random_problem(ROWS, COLUMNS)
     recipe = make_recipe("gptq", bits)
     outputs = correlated({"a": ROWS}, SIZE)
@@ -176,27 +217,27 @@ def test_one_width(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("at_a_time", [1, 5, 8, 48])
 def test_what_is_left_of_rows_moves_those_behind_them(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The targets of every row, against the definition: row after row, as GPTQ goes from column to column."""
-    monkeypatch.setattr(solver, "_JOINED_ROWS", at_a_time)
-    monkeypatch.setattr(solver, "_JOINED_STEPS", SIZE)
+    """The targets of every row in the sweep, against the definition: row after row, as GPTQ goes over columns."""
+    monkeypatch.setattr(joined_rows, "_ROWS", at_a_time)
+    monkeypatch.setattr(joined_rows, "_STEPS", SIZE)
     weight, hessian = random_problem(SIZE, COLUMNS)
-    recipe = make_recipe()
+    recipe = make_recipe(coordinate_passes=0)
     rows, targets = [], []
-    original = solver._Problem.solve
+    original = RowProblem.begin
 
-    def watched(problem: solver._Problem, own: Tensor, moved: Tensor | None = None) -> object:
+    def watched(problem: RowProblem, own: Tensor, moved: Tensor | None = None) -> Draft:
         assert moved is not None
         rows.append(own)
         targets.append(moved)
         return original(problem, own, moved)
 
-    monkeypatch.setattr(solver._Problem, "solve", watched)
+    monkeypatch.setattr(RowProblem, "begin", watched)
     outputs = correlated({"a": SIZE}, SIZE)
     nested = solve(weight, hessian, recipe, GROUP_SIZE, outputs=outputs).weight
     order = outputs.matrix[0].diagonal().argsort(descending=True)
     assert torch.equal(torch.cat(rows), weight[order])
     ordered = outputs.matrix[:, order.unsqueeze(1), order]
-    upper = factorize_outputs(ordered, recipe.output_damping)[0].double()
+    upper = damp_outputs(ordered, recipe.output_damping).upper[0].double()
     found = torch.cat(targets, 1).double()
     for copy, bits in enumerate(recipe.target_bits):
         rounded = nested.dequantize(bits)[order].double()
@@ -209,6 +250,55 @@ def test_what_is_left_of_rows_moves_those_behind_them(at_a_time: int, monkeypatc
             moving[row + 1 :] -= torch.outer(upper[row, row + 1 :], left)
 
 
+@pytest.mark.parametrize("at_a_time", [1, 5, 8, 48])
+def test_a_pass_goes_on_from_what_is_left_of_all_other_rows(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The targets of every row in two passes, against the least of the objective with the other rows as they are."""
+    monkeypatch.setattr(joined_rows, "_ROWS", at_a_time)
+    monkeypatch.setattr(joined_rows, "_STEPS", SIZE)
+    weight, hessian = random_problem(SIZE, COLUMNS)
+    recipe = make_recipe(coordinate_passes=2)
+    visits = []
+    original = RowProblem.refit
+
+    def watched(problem: RowProblem, targets: Tensor, draft: Draft) -> tuple[Draft, dict[int, Tensor]]:
+        found = original(problem, targets, draft)
+        visits.append((targets, problem.values(found[0])))
+        return found
+
+    monkeypatch.setattr(RowProblem, "refit", watched)
+    outputs = correlated({"a": SIZE}, SIZE)
+    nested = solve(weight, hessian, recipe, GROUP_SIZE, outputs=outputs).weight
+    order = outputs.matrix[0].diagonal().argsort(descending=True)
+    matrix = damp_outputs(outputs.matrix[:, order.unsqueeze(1), order], recipe.output_damping).matrix[0].double()
+    ordered, parts = weight[order].double(), -(-SIZE // at_a_time)
+    assert len(visits) == 3 * parts
+    values = torch.cat([each for _, each in visits[:parts]], 1).double()
+    visited = loosely_joined(matrix.float(), at_a_time).split(at_a_time)
+    for part, (targets, found) in zip([*visited, *visited], visits[parts:], strict=True):
+        left = ordered - values
+        left[:, part] = 0
+        expected = ordered[part] + torch.linalg.solve(matrix[part][:, part], matrix[part] @ left)
+        torch.testing.assert_close(targets.double(), expected, rtol=1e-3, atol=1e-4)
+        values[:, part] = found.double()
+    for copy, bits in enumerate(recipe.target_bits):
+        torch.testing.assert_close(values[copy], nested.dequantize(bits)[order].double())
+
+
+def test_no_pass_makes_it_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined_rows, "_ROWS", 1)
+    monkeypatch.setattr(joined_rows, "_STEPS", SIZE)
+    weight, hessian = random_problem(ROWS, COLUMNS)
+    outputs = correlated({"a": ROWS}, SIZE)
+    damped = OutputHessian(outputs.layers, damp_outputs(outputs.matrix, make_recipe().output_damping).matrix)
+    found = []
+    for passes in range(5):
+        recipe = make_recipe(coordinate_passes=passes)
+        nested = solve(weight, hessian, recipe, GROUP_SIZE, outputs=outputs).weight
+        found.append(objective(weight, nested, hessian, whole(damped), recipe))
+    assert found[1] < 0.95 * found[0]
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(found))
+
+
 @settings(max_examples=10, deadline=None)
 @given(blocks=st.integers(1, 6), size=st.integers(1, 40), elements=st.integers(1, 9000), threads=st.integers(1, 3))
 def test_pieces_and_threads_change_nothing(blocks: int, size: int, elements: int, threads: int) -> None:
@@ -217,7 +307,7 @@ def test_pieces_and_threads_change_nothing(blocks: int, size: int, elements: int
     outputs = correlated({"a": blocks * size}, size)
     expected = solve(weight, hessian, recipe, 8, outputs=outputs).weight
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver, "_JOINED_ELEMENTS", elements)
+        patch.setattr(joined_rows, "_ELEMENTS", elements)
         workers = Workers(threads)
         try:
             found = solve(weight, hessian, recipe, 8, workers, outputs).weight

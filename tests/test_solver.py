@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from matgptq.errors import ConfigurationError
 from matgptq.grid import initial_scales, search_scales, storable_scales
 from matgptq.nested_weight import NestedWeight
+from matgptq.output_errors import output_errors
 from matgptq.recipe import make_recipe
-from matgptq.solver import output_errors, solve
+from matgptq.solver import solve
 
 light = settings(deadline=None, max_examples=25, derandomize=True)
 METHODS = {"matgptq": None, "paper": None, "gptq": [3], "rtn": None}

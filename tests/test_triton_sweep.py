@@ -90,7 +90,7 @@ def test_descent_minimises_one_column_after_the_other(widths, bit_weights, rows,
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_whole_solve(joined, monkeypatch):
-    monkeypatch.setattr("matgptq.solver._JOINED_ROWS", 2)
+    monkeypatch.setattr("matgptq.joined_rows._ROWS", 2)
     weight, hessian = random_problem(4, 32, 5)
     recipe = make_recipe("matgptq", [2, 8], group_size=16)
     factor = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))

@@ -122,8 +122,21 @@ def gradient_products(gradients: Sequence[Tensor], parts: int, exponent: float) 
     return products
 
 
-def factorize_outputs(matrix: Tensor, damping: float, workers: Workers = INLINE) -> Tensor:
-    """Upper triangular U of each block, ``U^T U = (G + damping mean(diag G) I)^-1``.
+@dataclass(frozen=True)
+class DampedOutputs:
+    """Blocks ``[blocks, size, size]`` of G with something added to their diagonals, and the factors of their inverses.
+
+    Attributes:
+        matrix: ``G + damping mean(diag G) I``.
+        upper: U, upper triangular, ``U^T U`` the inverse of that.
+    """
+
+    matrix: Tensor
+    upper: Tensor
+
+
+def damp_outputs(matrix: Tensor, damping: float, workers: Workers = INLINE) -> DampedOutputs:
+    """Make blocks of an output Hessian positive definite.
 
     Args:
         matrix: ``[blocks, size, size]``, symmetric.
@@ -131,8 +144,45 @@ def factorize_outputs(matrix: Tensor, damping: float, workers: Workers = INLINE)
         workers: among which the work is shared out.
 
     Returns:
-        float32 ``[blocks, size, size]``; the unit matrix, which joins nothing, for a block that is zero or not finite.
+        float32; two unit matrices, which join nothing, for a block that is zero or not finite.
     """
-    unit = torch.eye(matrix.shape[1], device=matrix.device)
-    factors = [factorize(block, damping, workers) for block in matrix]
-    return torch.stack([unit if factor is None else factor.upper for factor in factors])
+    damped = torch.eye(matrix.shape[1], device=matrix.device).repeat(len(matrix), 1, 1)
+    upper = damped.clone()
+    for number, block in enumerate(matrix):
+        factor = factorize(block, damping, workers)
+        if factor is not None:
+            damped[number] = block
+            damped[number].diagonal().add_(factor.damping * block.diagonal().mean())
+            upper[number] = factor.upper
+    return DampedOutputs(damped, upper)
+
+
+def loosely_joined(matrix: Tensor, size: int) -> Tensor:
+    """Rows in an order in which those of a stretch of ``size`` are hardly joined with one another.
+
+    One after the other, by descending diagonal, each goes where the squares of its correlations with those that are
+    there add up to least.
+
+    Args:
+        matrix: ``[rows, rows]``, symmetric with a positive diagonal.
+        size: of all stretches but the last, which has the rest.
+
+    Returns:
+        int64 ``[rows]`` on the CPU.
+    """
+    rows = len(matrix)
+    matrix = matrix.cpu()
+    diagonal = matrix.diagonal()
+    squares = matrix.square() / diagonal / diagonal.unsqueeze(1)
+    stretches = -(-rows // size)
+    room = [size] * (stretches - 1) + [rows - size * (stretches - 1)]
+    joined = torch.zeros(stretches, rows)
+    taken: list[list[int]] = [[] for _ in room]
+    for row in diagonal.argsort(descending=True, stable=True).tolist():
+        chosen = int(joined[:, row].argmin())
+        taken[chosen].append(row)
+        if len(taken[chosen]) < room[chosen]:
+            joined[chosen] += squares[row]
+        else:
+            joined[chosen] = torch.inf
+    return torch.tensor([row for stretch in taken for row in stretch])

@@ -10,10 +10,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +20,13 @@ from torch import Tensor
 from matgptq.activations import Boundaries
 from matgptq.block_quantizer import BlockQuantizer
 from matgptq.blocks import Block, BlockInputs, capture_inputs, propagate
+from matgptq.calibration_gradients import CalibrationGradients
 from matgptq.checkpoint_writer import CheckpointWriter
 from matgptq.distributed import Processes
 from matgptq.format import REPORT_NAME, Settings, group_size_exceptions
 from matgptq.kept_tensors import read_kept
 from matgptq.nested_weight import NestedWeight
-from matgptq.output_hessian import OutputHessian
-from matgptq.plan import CalibrationRequest, Plan, output_hessian_bytes
+from matgptq.plan import CalibrationRequest, Plan
 from matgptq.preparation import Prepared
 from matgptq.progress import Progress, counting_steps
 from matgptq.recipe import Recipe
@@ -37,7 +34,6 @@ from matgptq.report import LayerReport, Report
 from matgptq.residency import Streamed, return_freed_memory
 from matgptq.rotated_model import rotate_model
 from matgptq.run_log import LOG_NAME, RunLog
-from matgptq.saliency import token_saliency, token_weights
 from matgptq.source import ModelSource
 from matgptq.stage_clock import StageClock
 from matgptq.stored_layers import layer_tensors, read_layer
@@ -80,6 +76,7 @@ class QuantizationRun:
         self.work = work
         self.clock = clock
         self.progress = progress
+        self.gradients = CalibrationGradients(prepared, recipe, work, together, progress)
 
     def quantize(
         self, destination: Path, default_bits: int, wandb_project: str | None, *, force: bool, shard_bytes: int
@@ -207,7 +204,7 @@ class QuantizationRun:
                 continue
             return_freed_memory()
             with self.residency.present(block):
-                solved = quantizer.quantize(block, index, inputs, self._output_hessians(block, index))
+                solved = quantizer.quantize(block, index, inputs, self.gradients.output_hessians(block, index))
                 yield from self._finish_block(index, *solved)
                 progress.advance(batches or 1)
                 if not inputs:
@@ -226,9 +223,7 @@ class QuantizationRun:
         mine = together.share(len(windows))
         weights: dict[str, Tensor] = {}
         if recipe.saliency:
-            make = partial(self._find_saliency, windows, workers)
-            weights = self.work.kept_or_made("token_weights.safetensors", make, together=True)
-            weights = {name: rows[mine] for name, rows in weights.items()}
+            weights = {name: rows[mine] for name, rows in self.gradients.token_weights(windows, workers).items()}
             self.clock.lap("saliency")
         inputs = [capture_inputs(network, blocks, windows[mine], token_weights=weights)]
         if recipe.sink_weight > 1:
@@ -241,56 +236,6 @@ class QuantizationRun:
             first = first[together.share(len(first))]
             inputs.append(capture_inputs(network, blocks, first, batch=len(first), weight=weight))
         return inputs
-
-    def _find_saliency(self, windows: Tensor, workers: Workers) -> dict[str, Tensor]:
-        """Weights of tokens; output Hessians, where rows are solved together, are kept in files before they are."""
-        recipe, blocks, together = self.recipe, self.plan.blocks, self.together
-        mine = together.share(len(windows))
-        own = windows[mine]
-        with self._output_sums() as sums:
-            self.progress.start("saliency of tokens", 2 * len(own) * len(blocks))
-            saliency = token_saliency(
-                self.residency, blocks, own, recipe.seed, tick=self.progress.advance, first_window=mine.start,
-                workers=workers, output_hessians=[*chain.from_iterable(sums)], exponent=recipe.saliency,
-            )  # fmt: skip
-            for index, of_block in enumerate(sums):
-                together.add([each.matrix for each in of_block])
-                for each in of_block:
-                    each.complete()
-                if together.is_first:
-                    self.work.keep(_outputs_file(index), {each.name: each.matrix for each in of_block})
-        saliency = {name: together.join_rows(rows, len(windows)) for name, rows in saliency.items()}
-        return token_weights(saliency, blocks, recipe.saliency)
-
-    @contextmanager
-    def _output_sums(self) -> Iterator[list[list[OutputHessian]]]:
-        """Output Hessians of each block to add to, in memory or in a file that is mapped; of none if rows are alone."""
-        if not self.recipe.joins_rows:
-            yield []
-            return
-        of_blocks, most = [block.joined_rows() for block in self.plan.blocks], self.plan.rows_together
-        with ExitStack() as stack:
-            rest = None
-            if self.prepared.needs.output_hessians == "disk":
-                name = f"output-sums-{self.together.rank + 1}-of-{self.together.count}"
-                count = output_hessian_bytes(self.plan.blocks, most) // 4
-                rest = stack.enter_context(self.work.scratch(name, count))
-            sums: list[list[OutputHessian]] = []
-            for groups in of_blocks:
-                sums.append([])
-                for rows in groups:
-                    sums[-1].append(OutputHessian.empty(rows, most, rest))
-                    rest = None if rest is None else rest[sums[-1][-1].matrix.numel() :]
-            yield sums
-
-    def _output_hessians(self, block: Block, index: int) -> list[OutputHessian]:
-        """Of the layers of a block, as they were kept."""
-        if not self.recipe.joins_rows:
-            return []
-        kept = read_header(self.work.path / _outputs_file(index))
-        return [
-            OutputHessian(rows, read_tensor(kept[next(iter(rows))]).to(self.device)) for rows in block.joined_rows()
-        ]
 
     def _restore(self, inputs: list[BlockInputs], boundaries: Boundaries, finished: int) -> int:
         """Give the inputs the last states that were kept; returns the block that they enter."""
@@ -353,11 +298,6 @@ class QuantizationRun:
             else:
                 for name, value in read_kept(self.source, self.network, [tensor]):
                     writer.add(name, value)
-
-
-def _outputs_file(index: int) -> str:
-    """Name of the file of a block's output Hessians."""
-    return f"outputs-{index:05d}.safetensors"
 
 
 def _found_again(dataset: str | Path) -> str:

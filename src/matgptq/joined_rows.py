@@ -122,7 +122,13 @@ class _Blocks:
         return stack_drafts(drafts).select(torch.cat(places).argsort())
 
     def _descend(self, draft: Draft, visits: Sequence[tuple[Tensor, Tensor]], *, refit: bool) -> None:
-        """Better a draft by a pass: the numbers of some rows, ``[blocks, n]``, and how all others pull them; and so on."""
+        """Better a draft by one pass over all rows.
+
+        Args:
+            draft: is changed in place.
+            visits: numbers of some rows ``[blocks, n]``, and how all others pull them, ``_pull``.
+            refit: whether scales follow.
+        """
         problem = self._problem
 
         def better(own: Tensor, moved: Tensor, index: Tensor) -> tuple[Draft, Tensor]:

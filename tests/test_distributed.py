@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -11,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
+from matgptq import block_quantizer
 from matgptq.distributed import ALONE, Processes, assign
 from matgptq.errors import ConfigurationError
+from matgptq.report import Report
 
 
 @given(st.integers(1, 40), st.integers(1, 8))
@@ -57,11 +60,12 @@ _PROCESS = """
     import torch
     torch.set_num_threads(1)
     import matgptq, matgptq.block_quantizer as block_quantizer
+    from test_distributed import keep_problems
     from tiny_models import GROUP_SIZE, token_ids
 
-    def run(quality, out):
+    def run(quality, out, **options):
         return matgptq.quantize({source!r}, {out!r} + "/" + out, dataset=token_ids(5), group_size=GROUP_SIZE,
-                                quality=quality, tuned_bits=(), shard_bytes=60_000)
+                                quality=quality, tuned_bits=(), shard_bytes=60_000, **options)
 
     {body}
 """
@@ -84,14 +88,25 @@ def launch(directory: Path, source: Path, body: str) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(torchrun, process.returncode, stdout, stderr)
 
 
+def keep_problems(directory: Path) -> None:
+    """Have each matrix's Hessian and output Hessian written to a file of the directory, by the name of a layer."""
+    solve = block_quantizer.solve
+
+    def kept(weight, hessian, recipe, group_size, workers, outputs):
+        save_file({"hessian": hessian, "outputs": outputs.matrix}, directory / f"{outputs.name}.safetensors")
+        return solve(weight, hessian, recipe, group_size, workers, outputs)
+
+    block_quantizer.solve = kept
+
+
 def test_two_processes_make_the_checkpoint_of_one(tmp_path):
     """Hessians of two halves are added in another order: of 100 codes at most one may fall on its other side."""
     source = save_model("llama-tied", tmp_path / "source", torch.bfloat16)
-    done = launch(tmp_path, source, 'run("fast", "fast"); run("best", "best")')
+    done = launch(tmp_path, source, 'run("fast", "fast"); run("best", "best", rows_together=0)')
     assert done.returncode == 0, done.stdout + done.stderr
     for quality in ("fast", "best"):
         options = {"dataset": token_ids(5), "group_size": GROUP_SIZE, "quality": quality, "tuned_bits": ()}
-        report = matgptq.quantize(source, tmp_path / "alone", force=True, **options)
+        report = matgptq.quantize(source, tmp_path / "alone", force=True, rows_together=0, **options)
         expected = load_file(tmp_path / "alone" / "model.safetensors")
         found = {}
         for file in (tmp_path / quality).glob("*.safetensors"):
@@ -105,6 +120,38 @@ def test_two_processes_make_the_checkpoint_of_one(tmp_path):
                 torch.testing.assert_close(found[name].float(), tensor.float(), rtol=0.02, atol=1e-3)
         assert len(report.layers) == 14
     assert {file.name for file in tmp_path.iterdir()} == {"source", "process.py", "fast", "best", "alone"}
+
+
+def test_two_processes_solve_rows_together_as_one(tmp_path, monkeypatch):
+    """A code that falls on its other side moves all that come later: compared is what is solved, and how well."""
+    source = save_model("llama-tied", tmp_path / "source", torch.bfloat16)
+    kept = {name: tmp_path / f"kept-{name}" for name in ("two", "one")}
+    for directory in kept.values():
+        directory.mkdir()
+    body = f"""
+    from pathlib import Path
+    keep_problems(Path({str(kept["two"])!r}))
+    run("best", "two")
+    """
+    done = launch(tmp_path, source, body)
+    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(block_quantizer, "solve", block_quantizer.solve)  # to be put back
+    keep_problems(kept["one"])
+    options = {"dataset": token_ids(5), "group_size": GROUP_SIZE, "quality": "best", "tuned_bits": ()}
+    alone = matgptq.quantize(source, tmp_path / "one", **options)
+    files = sorted(file.name for file in kept["one"].iterdir())
+    assert len(files) == 8
+    assert files == sorted(file.name for file in kept["two"].iterdir())
+    for name in files[:4]:  # of the first block, into which no code goes
+        assert name.startswith("model.layers.0.")
+        expected, found = load_file(kept["one"] / name), load_file(kept["two"] / name)
+        for matrix in ("hessian", "outputs"):
+            mean = float(expected[matrix].diagonal(dim1=-2, dim2=-1).mean())
+            torch.testing.assert_close(found[matrix] / mean, expected[matrix] / mean, rtol=1e-3, atol=1e-3)
+    report = Report.from_dict(json.loads((tmp_path / "two" / "report.json").read_text()))
+    for found, expected in zip(report.layers, alone.layers, strict=True):
+        close = 0.05 if found.name.startswith("model.layers.0.") else 0.3
+        assert found.errors == pytest.approx(expected.errors, rel=close), found.name
 
 
 def test_nobody_waits_for_the_tuning(tmp_path):

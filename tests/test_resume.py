@@ -180,7 +180,7 @@ def test_a_rotated_and_scaled_model_goes_on_to_the_same_bytes(name, tmp_path, mo
 @pytest.mark.parametrize("widths_done", [0, 1])
 def test_interrupted_tuning_goes_on(widths_done, source, tmp_path, monkeypatch):
     """The solve is not repeated, whatever has been tuned already."""
-    options = {"tuned_bits": (2, 3), "tuning_steps": 16}
+    options = {"quality": "fast", "tuned_bits": (2, 3), "tuning_steps": 16}  # leaves something to tune at both widths
     windows = token_ids(12)
     matgptq.quantize(source, tmp_path / "whole", dataset=windows, group_size=GROUP_SIZE, **options)
     real, calls = tuning_run.replace_scales, []

@@ -168,11 +168,14 @@ def test_a_stream_says_the_same_and_ends(client: TestClient, texts: dict[int, st
     assert chunks[-1]["usage"]["completion_tokens"] == TOKENS
 
 
-def test_conversations(client: TestClient) -> None:
+def test_conversations(client: TestClient, models: ServedModels) -> None:
     messages = [{"role": "user", "content": "hello"}]
+    prompt = models.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    said = models.get("tiny").generate(**prompt, max_new_tokens=4, do_sample=False)[0, prompt.input_ids.shape[1] :]
     answer = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 4}).json()
-    assert answer["choices"][0]["message"]["role"] == "assistant"
-    assert answer["usage"]["completion_tokens"] == 4
+    message = {"role": "assistant", "content": models.tokenizer.decode(said, skip_special_tokens=True)}
+    assert answer["choices"][0]["message"].items() >= message.items()
+    assert answer["usage"]["completion_tokens"] == len(said) > 0
     body = {"messages": messages, "max_completion_tokens": 4, "stream": True}
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         lines = [line for line in response.iter_lines() if line]

@@ -48,7 +48,8 @@ class Recipe:
             residuals; ``none`` rounds to nearest.
         column_order: ``hessian`` visits columns by descending diagonal of the Hessian (scales stay in the original
             order, so inference needs no permutation); ``natural`` from left to right.
-        coordinate_passes: passes of exact coordinate descent over all columns after the first sweep.
+        coordinate_passes: passes of exact coordinate descent over all columns after the first sweep; where rows are
+            solved together, over all rows as well.
         refit: solve for the best group scales of each target width once the codes are fixed.
         refit_bits: widths that get refitted scales of their own even if they are no targets. Each costs one 16-bit
             scale per group in the file and nothing when another width is served.
@@ -252,7 +253,7 @@ _QUALITY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 # lambda of matgptq by width where it is not 2^r. Chosen on SmolLM2-135M by the KL of the whole model (docs/method.md).
 _BIT_WEIGHTS: Mapping[str, Mapping[int, float]] = {
     "balanced": {2: 5.0, 3: 13.0, 4: 14.0, 5: 20.0, 6: 28.0, 7: 80.0, 8: 270.0},
-    "best": {2: 8.0, 3: 27.0, 4: 58.0, 5: 58.0, 6: 58.0, 7: 190.0, 8: 620.0},
+    "best": {2: 8.0, 3: 27.0, 4: 58.0, 5: 58.0, 6: 58.0, 7: 230.0, 8: 760.0},
 }
 # Widths that are solved for besides the targets: between 4 and 8 bits a slice is the parent's plain rounding otherwise,
 # and 6 bits lose a third of their KL by a copy of their own.

@@ -93,7 +93,8 @@ def keep_problems(directory: Path) -> None:
     solve = block_quantizer.solve
 
     def kept(weight, hessian, recipe, group_size, workers, outputs):
-        save_file({"hessian": hessian, "outputs": outputs.matrix}, directory / f"{outputs.name}.safetensors")
+        tensors = {"hessian": hessian, "outputs": outputs.matrix, "powers": outputs.fourth_powers}
+        save_file(tensors, directory / f"{outputs.name}.safetensors")
         return solve(weight, hessian, recipe, group_size, workers, outputs)
 
     block_quantizer.solve = kept
@@ -148,6 +149,7 @@ def test_two_processes_solve_rows_together_as_one(tmp_path, monkeypatch):
         for matrix in ("hessian", "outputs"):
             mean = float(expected[matrix].diagonal(dim1=-2, dim2=-1).mean())
             torch.testing.assert_close(found[matrix] / mean, expected[matrix] / mean, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found["powers"], expected["powers"], rtol=1e-3, atol=0)
     report = Report.from_dict(json.loads((tmp_path / "two" / "report.json").read_text()))
     for found, expected in zip(report.layers, alone.layers, strict=True):
         close = 0.05 if found.name.startswith("model.layers.0.") else 0.3

@@ -103,7 +103,9 @@ def test_products_add_up() -> None:
     for part in gradients.split(20):
         outputs.add(gradient_products([part], 3, 1.0))
     outputs.complete()
-    torch.testing.assert_close(outputs.matrix, completed({"a": 24}, 8, [gradients], 1.0).matrix)
+    at_once = completed({"a": 24}, 8, [gradients], 1.0)
+    torch.testing.assert_close(outputs.matrix, at_once.matrix)
+    torch.testing.assert_close(outputs.fourth_powers, at_once.fourth_powers)
 
 
 @pytest.mark.parametrize(("name", "first"), [("a", 14), ("b", 24)])
@@ -120,9 +122,72 @@ def test_outputs_that_are_divided(name: str, first: int) -> None:
     torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [100, 1000])
+@pytest.mark.parametrize("directions", [1, 8])
+def test_a_matrix_is_trusted_as_far_as_tokens_go(tokens: int, directions: int) -> None:
+    """What is added to the diagonal does about as well as what is best for all draws from one covariance."""
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(directions, 48, generator=generator)
+    truth = (few.T @ few + torch.eye(48)).double()
+    draws = []
+    for _ in range(40):
+        vectors = torch.randn(tokens, directions, generator=generator) @ few
+        draws.append(completed({"a": 48}, 48, [vectors + torch.randn(tokens, 48, generator=generator)]))
+
+    def loss(drawn: OutputHessian, damping: float) -> float:
+        matrix = drawn.matrix[0].double() / tokens
+        shrunk = (matrix + damping * matrix.diagonal().mean() * torch.eye(48)) / (1 + damping)
+        return float((shrunk - truth).square().sum())
+
+    asked = sum(loss(drawn, float(drawn.dampings(0.0))) for drawn in draws)
+    assert asked < 1.1 * min(sum(loss(drawn, 0.001 * 1.5**step) for drawn in draws) for step in range(25))
+    if directions > 1:  # for one alone there is next to nothing to gain
+        assert asked < sum(loss(drawn, 0.0) for drawn in draws)
+    assert float(draws[0].dampings(100.0)) == 100.0
+
+
+def test_weighty_tokens_are_few() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(1000, 3, generator=generator) @ torch.randn(3, 24, generator=generator)
+    even = float(completed({"a": 24}, 24, [gradients]).dampings(0.0))
+    gradients[:10] *= 30
+    assert float(completed({"a": 24}, 24, [gradients]).dampings(0.0)) > 10 * even
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1.0, 1e9])
+def test_damping_has_no_unit(factor: float) -> None:
+    gradients = torch.randn(100, 36, generator=torch.Generator().manual_seed(0))
+    layers = {"a": 24, "b": 12}
+    one = completed(layers, 12, gradients.split([24, 12], 1))
+    other = completed(layers, 12, (gradients * factor**0.5).split([24, 12], 1))
+    torch.testing.assert_close(one.dampings(0.01), other.dampings(0.01), rtol=1e-3, atol=0)
+    other.divide_outputs("a", torch.full((24,), 5.0))
+    other.divide_outputs("b", torch.full((12,), 5.0))
+    torch.testing.assert_close(one.dampings(0.01), other.dampings(0.01), rtol=1e-3, atol=0)
+
+
+def test_damping_where_nothing_is_known() -> None:
+    matrix = correlated({"a": 16}, 8).matrix
+    assert OutputHessian({"a": 16}, matrix).dampings(0.1).tolist() == pytest.approx([0.1, 0.1])
+    powers = torch.tensor([0.0, float(matrix[1].square().sum())])  # of the second, as much noise as there is
+    for value in (0.0, torch.nan, torch.inf):
+        matrix[0] = value
+        nothing, noise = OutputHessian({"a": 16}, matrix, powers).dampings(0.1).tolist()
+        assert math.isfinite(nothing)
+        assert noise == 1000
+
+
+def test_what_is_kept_comes_back() -> None:
+    outputs = correlated({"a": 24, "b": 12}, 12)
+    kept = outputs.tensors()
+    again = OutputHessian.of_tensors(outputs.layers, kept.__getitem__)
+    assert torch.equal(again.matrix, outputs.matrix)
+    assert torch.equal(again.dampings(0.0), outputs.dampings(0.0))
+
+
 def test_damping_and_factor() -> None:
     matrix = correlated({"a": 48}, 16).matrix * torch.tensor([1.0, 1e-12, 1e9]).view(3, 1, 1)
-    damped = damp_outputs(matrix, 0.1)
+    damped = damp_outputs(matrix, torch.full((len(matrix),), 0.1))
     assert torch.equal(damped.upper, damped.upper.triu())
     for own, found, factor in zip(matrix.double(), damped.matrix.double(), damped.upper.double(), strict=True):
         expected = own + 0.1 * own.diagonal().mean() * torch.eye(16)
@@ -133,7 +198,7 @@ def test_damping_and_factor() -> None:
 def test_a_block_is_damped_as_much_as_its_factor_takes() -> None:
     matrix = torch.full((1, 8, 8), -0.5)
     matrix.diagonal(dim1=1, dim2=2).fill_(1.0)  # indefinite by far
-    damped = damp_outputs(matrix, 0.1)
+    damped = damp_outputs(matrix, torch.full((len(matrix),), 0.1))
     assert float(damped.matrix[0, 0, 0]) > 2
     inverse = (damped.upper.mT @ damped.upper).double()
     torch.testing.assert_close(inverse @ damped.matrix.double(), torch.eye(8).double()[None], rtol=0, atol=1e-4)
@@ -143,7 +208,7 @@ def test_a_block_is_damped_as_much_as_its_factor_takes() -> None:
 def test_blocks_that_say_nothing_join_nothing(value: float) -> None:
     matrix = correlated({"a": 16}, 8).matrix
     matrix[1] = value
-    damped, alone = damp_outputs(matrix, 0.1), damp_outputs(matrix[:1], 0.1)
+    damped, alone = damp_outputs(matrix, torch.full((len(matrix),), 0.1)), damp_outputs(matrix[:1], torch.tensor([0.1]))
     assert torch.equal(damped.matrix[1], torch.eye(8))
     assert torch.equal(damped.upper[1], torch.eye(8))
     assert torch.equal(damped.matrix[:1], alone.matrix)
@@ -237,7 +302,7 @@ def test_what_is_left_of_rows_moves_those_behind_them(at_a_time: int, monkeypatc
     order = outputs.matrix[0].diagonal().argsort(descending=True)
     assert torch.equal(torch.cat(rows), weight[order])
     ordered = outputs.matrix[:, order.unsqueeze(1), order]
-    upper = damp_outputs(ordered, recipe.output_damping).upper[0].double()
+    upper = damp_outputs(ordered, outputs.dampings(recipe.output_damping)).upper[0].double()
     found = torch.cat(targets, 1).double()
     for copy, bits in enumerate(recipe.target_bits):
         rounded = nested.dequantize(bits)[order].double()
@@ -269,7 +334,11 @@ def test_a_pass_goes_on_from_what_is_left_of_all_other_rows(at_a_time: int, monk
     outputs = correlated({"a": SIZE}, SIZE)
     nested = solve(weight, hessian, recipe, GROUP_SIZE, outputs=outputs).weight
     order = outputs.matrix[0].diagonal().argsort(descending=True)
-    matrix = damp_outputs(outputs.matrix[:, order.unsqueeze(1), order], recipe.output_damping).matrix[0].double()
+    matrix = (
+        damp_outputs(outputs.matrix[:, order.unsqueeze(1), order], outputs.dampings(recipe.output_damping))
+        .matrix[0]
+        .double()
+    )
     ordered, parts = weight[order].double(), -(-SIZE // at_a_time)
     assert len(visits) == 3 * parts
     values = torch.cat([each for _, each in visits[:parts]], 1).double()
@@ -289,7 +358,7 @@ def test_no_pass_makes_it_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joined_rows, "_STEPS", SIZE)
     weight, hessian = random_problem(ROWS, COLUMNS)
     outputs = correlated({"a": ROWS}, SIZE)
-    damped = OutputHessian(outputs.layers, damp_outputs(outputs.matrix, make_recipe().output_damping).matrix)
+    damped = OutputHessian(outputs.layers, damp_outputs(outputs.matrix, outputs.dampings(0.1)).matrix)
     found = []
     for passes in range(5):
         recipe = make_recipe(coordinate_passes=passes)

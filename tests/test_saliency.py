@@ -74,6 +74,7 @@ def test_output_hessians_against_plain_differentiation(name, monkeypatch):
         largest = float(other.matrix.abs().max())
         assert largest > 0
         torch.testing.assert_close(mine.matrix, other.matrix, rtol=1e-2, atol=1e-3 * largest)
+        torch.testing.assert_close(mine.fourth_powers, other.fourth_powers, rtol=1e-2, atol=0)
 
 
 def test_output_hessians_do_not_depend_on_how_windows_are_shared_out():

@@ -52,9 +52,11 @@ class CalibrationGradients:
         if not self._recipe.joins_rows:
             return []
         kept = read_header(self._work.path / _outputs_file(index))
-        return [
-            OutputHessian(rows, read_tensor(kept[next(iter(rows))]).to(self._device)) for rows in block.joined_rows()
-        ]
+
+        def read(name: str) -> Tensor:
+            return read_tensor(kept[name]).to(self._device)
+
+        return [OutputHessian.of_tensors(rows, read) for rows in block.joined_rows()]
 
     def _find(self, windows: Tensor, workers: Workers) -> dict[str, Tensor]:
         """Weights of tokens; output Hessians, where rows are solved together, are kept in files before they are."""
@@ -68,11 +70,13 @@ class CalibrationGradients:
                 workers=workers, output_hessians=[*chain.from_iterable(sums)], exponent=recipe.saliency,
             )  # fmt: skip
             for index, of_block in enumerate(sums):
-                together.add([each.matrix for each in of_block])
+                together.add([tensor for each in of_block for tensor in each.tensors().values()])
                 for each in of_block:
                     each.complete()
                 if together.is_first:
-                    self._work.keep(_outputs_file(index), {each.name: each.matrix for each in of_block})
+                    self._work.keep(
+                        _outputs_file(index), dict(chain.from_iterable(each.tensors().items() for each in of_block))
+                    )
         saliency = {name: together.join_rows(rows, len(windows)) for name, rows in saliency.items()}
         return token_weights(saliency, blocks, recipe.saliency)
 

@@ -38,7 +38,7 @@ def solve_joined(problem: RowProblem, weight: Tensor, outputs: OutputHessian, wo
     matrix = outputs.matrix.to(weight.device)
     ranks = matrix.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     rows = outputs.rows().to(weight.device).gather(1, ranks)
-    damping = problem.recipe.output_damping
+    dampings = outputs.dampings(problem.recipe.output_damping)
 
     def finish(piece: tuple[Tensor, Draft]) -> SolvedRows:
         with torch.no_grad():
@@ -49,7 +49,7 @@ def solve_joined(problem: RowProblem, weight: Tensor, outputs: OutputHessian, wo
     for some in torch.split(torch.arange(len(matrix)), max(1, _ELEMENTS // of_a_block)):
         ordered = torch.stack([matrix[block][ranks[block].unsqueeze(1), ranks[block]] for block in some])
         own = weight[rows[some].flatten()]
-        draft = _Blocks(problem, own, damp_outputs(ordered, damping, workers), workers).solve()
+        draft = _Blocks(problem, own, damp_outputs(ordered, dampings[some], workers), workers).solve()
         at_a_time = _FINISHED if weight.device.type == "cpu" else len(own)
         pieces = zip(torch.split(own, at_a_time), draft.split(at_a_time), strict=True)
         solved += workers.map(finish, pieces)

@@ -10,20 +10,30 @@ what it was.
 Layers that share an input are one weight. If that has too many rows, each of its layers is cut into as many equal
 parts, and part i of all of them makes a block on G's diagonal: query heads with their key and value heads, neurons of a
 gate with the same ones behind it. The rest of G counts as zero.
+
+G is a mean over tokens, of which few may have most of the weight: what it says beyond their number is noise, and rows
+that are joined by noise get worse. So its diagonal is raised as much as Ledoit and Wolf's shrinkage asks for (A
+well-conditioned estimator for large-dimensional covariance matrices, 2004): with ``G = sum_t x_t x_t^T``, ``q = sum_t
+|x_t|^4`` of many tokens and m the mean of the diagonal, the best mixture ``(1 - rho) G + rho m I`` has ``rho = q /
+|G - m I|^2``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from matgptq.hessian import add_to_tile, factorize, hessian_tiles, mirror
 from matgptq.workers import INLINE, Workers
+
+_FOURTH_POWERS = "fourth_powers"
+_MOST_DAMPING = 1e3  # of a matrix that says nothing: it joins nothing then
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,13 @@ class OutputHessian:
     Attributes:
         layers: ``{name: rows}``, in the order in which they are stacked.
         matrix: float32 ``[blocks, size, size]``.
+        fourth_powers: float32 ``[blocks]``, those of the norms of the vectors whose products are summed, by which it is
+            known how far to trust the matrix; None for one that needs no doubt.
     """
 
     layers: dict[str, int]
     matrix: Tensor
+    fourth_powers: Tensor | None = None
 
     @classmethod
     def empty(cls, layers: dict[str, int], most: int, memory: Tensor | None = None) -> OutputHessian:
@@ -50,16 +63,28 @@ class OutputHessian:
         parts = count_parts([*layers.values()], most)
         shape = (parts, sum(layers.values()) // parts, sum(layers.values()) // parts)
         matrix = torch.zeros(shape) if memory is None else memory[: math.prod(shape)].view(shape)
-        return cls(layers, matrix)
+        return cls(layers, matrix, torch.zeros(parts))
+
+    @classmethod
+    def of_tensors(cls, layers: dict[str, int], read: Callable[[str], Tensor]) -> OutputHessian:
+        """As it was kept: what reads a tensor is given a name that ``tensors`` has."""
+        name = next(iter(layers))
+        return cls(layers, read(name), read(f"{name}.{_FOURTH_POWERS}"))
 
     @property
     def name(self) -> str:
         """That of the first layer."""
         return next(iter(self.layers))
 
-    def add(self, products: Tensor) -> None:
+    def add(self, products: GradientProducts) -> None:
         """Add what ``gradient_products`` found."""
-        self.matrix.add_(products.to(self.matrix.device))
+        for own, added in zip(self.tensors().values(), products, strict=True):
+            own.add_(added.to(own.device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is summed, by the name under which it is kept."""
+        assert self.fourth_powers is not None
+        return {self.name: self.matrix, f"{self.name}.{_FOURTH_POWERS}": self.fourth_powers}
 
     def complete(self) -> None:
         """Fill what is above the diagonals; to be done once, when everything is added."""
@@ -71,7 +96,28 @@ class OutputHessian:
         of_layers = [torch.ones(rows) for rows in self.layers.values()]
         of_layers[[*self.layers].index(name)][-len(factors) :] = factors.cpu()
         of_rows = by_block(of_layers, len(self.matrix)).to(self.matrix.device)
+        before = self._traces()
         self.matrix.mul_(of_rows.unsqueeze(2)).mul_(of_rows.unsqueeze(1))
+        if self.fourth_powers is not None:  # as if all norms had grown alike
+            grown = torch.where(before > 0, self._traces() / before, 1.0)
+            self.fourth_powers.mul_(grown.square().to(self.fourth_powers.device))
+
+    def dampings(self, least: float) -> Tensor:
+        """float32 ``[blocks]``, what to add to each block's diagonal as a fraction of its mean: ``rho / (1 - rho)``.
+
+        Args:
+            least: never less than this.
+        """
+        found = torch.full((len(self.matrix),), least)
+        if self.fourth_powers is None:
+            return found
+        spread = self.matrix.double().square().sum((1, 2)) - self._traces().square() / self.matrix.shape[1]
+        noise = self.fourth_powers.double().to(spread.device)
+        asked = torch.where(noise < spread, noise / (spread - noise), _MOST_DAMPING).clamp(max=_MOST_DAMPING)
+        return torch.maximum(found, asked.float().cpu())
+
+    def _traces(self) -> Tensor:
+        return self.matrix.diagonal(dim1=1, dim2=2).double().sum(1)
 
     def rows(self) -> Tensor:
         """int64 ``[blocks, size]``, which row of the stacked layers stands where."""
@@ -100,7 +146,19 @@ def by_block(of_layers: Sequence[Tensor], parts: int) -> Tensor:
     return torch.cat([each.view(parts, len(each) // parts, *each.shape[1:]) for each in of_layers], 1)
 
 
-def gradient_products(gradients: Sequence[Tensor], parts: int, exponent: float) -> Tensor:
+class GradientProducts(NamedTuple):
+    """What some tokens add to an output Hessian: float32 ``[parts, size, size]`` and ``[parts]``.
+
+    Attributes:
+        matrix: ``sum_t x_t x_t^T`` with ``x_t = |g_t|^(exponent/2 - 1) g_t``, on and below the diagonals.
+        fourth_powers: ``sum_t |x_t|^4``.
+    """
+
+    matrix: Tensor
+    fourth_powers: Tensor
+
+
+def gradient_products(gradients: Sequence[Tensor], parts: int, exponent: float) -> GradientProducts:
     """What some tokens add to an output Hessian.
 
     Args:
@@ -108,9 +166,6 @@ def gradient_products(gradients: Sequence[Tensor], parts: int, exponent: float) 
         parts: into which the layers are cut.
         exponent: a token counts as the norm of its gradient to this power: 2 for the Fisher information itself, as
             ``saliency.token_weights`` weighs tokens in the other Hessian.
-
-    Returns:
-        float32 ``[parts, size, size]``, ``sum_t |g_t|^(exponent - 2) g_t g_t^T`` in blocks, on and below the diagonals.
     """
     rows = torch.cat([each.view(len(each), parts, -1) for each in gradients], 2).float()  # [tokens, parts, size]
     norms = rows.flatten(1).norm(dim=1)
@@ -119,7 +174,7 @@ def gradient_products(gradients: Sequence[Tensor], parts: int, exponent: float) 
     for own, product in zip(rows.unbind(1), products, strict=True):
         for tile in hessian_tiles(product):
             add_to_tile(product, tile, own)
-    return products
+    return GradientProducts(products, rows.square().sum(2).square().sum(0))
 
 
 @dataclass(frozen=True)
@@ -135,12 +190,12 @@ class DampedOutputs:
     upper: Tensor
 
 
-def damp_outputs(matrix: Tensor, damping: float, workers: Workers = INLINE) -> DampedOutputs:
+def damp_outputs(matrix: Tensor, dampings: Tensor, workers: Workers = INLINE) -> DampedOutputs:
     """Make blocks of an output Hessian positive definite.
 
     Args:
         matrix: ``[blocks, size, size]``, symmetric.
-        damping: as a fraction of the mean of the block's diagonal.
+        dampings: ``[blocks]``, as fractions of the mean of a block's diagonal.
         workers: among which the work is shared out.
 
     Returns:
@@ -148,7 +203,7 @@ def damp_outputs(matrix: Tensor, damping: float, workers: Workers = INLINE) -> D
     """
     damped = torch.eye(matrix.shape[1], device=matrix.device).repeat(len(matrix), 1, 1)
     upper = damped.clone()
-    for number, block in enumerate(matrix):
+    for number, (block, damping) in enumerate(zip(matrix, dampings.tolist(), strict=True)):
         factor = factorize(block, damping, workers)
         if factor is not None:
             damped[number] = block

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from matgptq.blocks import Block, capture_inputs, ending, run_block
 from matgptq.devices import fast_attention, fast_sums, multiplies_bfloat16
-from matgptq.output_hessian import OutputHessian, gradient_products
+from matgptq.output_hessian import GradientProducts, OutputHessian, gradient_products
 from matgptq.residency import Residency
 from matgptq.teacher import OutputHead, chunks, output_head
 from matgptq.workers import INLINE, Workers
@@ -115,7 +115,7 @@ class _Outputs:
 class _Seen:
     """What a window adds to output Hessians, and gradients of which others are still to come."""
 
-    products: list[tuple[OutputHessian, Tensor]] = field(default_factory=list)
+    products: list[tuple[OutputHessian, GradientProducts]] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 

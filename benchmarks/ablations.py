@@ -236,14 +236,19 @@ def kept_saliency(directory: Path | None) -> Iterator[None]:
         file = directory / f"saliency-{seed}-{digest.hexdigest()[:16]}.safetensors"
         if not file.exists():
             found = original(residency, blocks, windows, seed, output_hessians=output_hessians, **options)
-            save_file(found | {f"outputs.{number}": each.matrix for number, each in enumerate(output_hessians)}, file)
+            save_file(found | {f"outputs.{name}": tensor for name, tensor in _summed(output_hessians)}, file)
         kept = load_file(file)
-        for number, each in enumerate(output_hessians):
-            each.matrix.copy_(kept.pop(f"outputs.{number}"))
+        for name, tensor in _summed(output_hessians):
+            tensor.copy_(kept.pop(f"outputs.{name}"))
         return kept
 
     with patch.object(calibration_gradients, "token_saliency", saliency) if directory else nullcontext():
         yield
+
+
+def _summed(output_hessians: list[OutputHessian]) -> Iterator[tuple[str, Tensor]]:
+    for each in output_hessians:
+        yield from each.tensors().items()
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class OutputHessian:
     Attributes:
         layers: ``{name: rows}``, in the order in which they are stacked.
         matrix: float32 ``[blocks, size, size]``.
-        fourth_powers: float32 ``[blocks]``, those of the norms of the vectors whose products are summed, by which it is
+        fourth_powers: float64 ``[blocks]``, those of the norms of the vectors whose products are summed, by which it is
             known how far to trust the matrix; None for one that needs no doubt.
     """
 
@@ -63,7 +63,7 @@ class OutputHessian:
         parts = count_parts([*layers.values()], most)
         shape = (parts, sum(layers.values()) // parts, sum(layers.values()) // parts)
         matrix = torch.zeros(shape) if memory is None else memory[: math.prod(shape)].view(shape)
-        return cls(layers, matrix, torch.zeros(parts))
+        return cls(layers, matrix, torch.zeros(parts, dtype=torch.float64))
 
     @classmethod
     def of_tensors(cls, layers: dict[str, int], read: Callable[[str], Tensor]) -> OutputHessian:
@@ -111,19 +111,22 @@ class OutputHessian:
         found = torch.full((len(self.matrix),), least)
         if self.fourth_powers is None:
             return found
-        spread = self.matrix.double().square().sum((1, 2)) - self._traces().square() / self.matrix.shape[1]
-        noise = self.fourth_powers.double().to(spread.device)
+        squares = torch.stack(
+            [block.double().square().sum() for block in self.matrix]
+        )  # one after the other, for memory
+        spread = squares - self._traces().square() / self.matrix.shape[1]
+        noise = self.fourth_powers.to(spread.device)
         asked = torch.where(noise < spread, noise / (spread - noise), _MOST_DAMPING).clamp(max=_MOST_DAMPING)
         return torch.maximum(found, asked.float().cpu())
-
-    def _traces(self) -> Tensor:
-        return self.matrix.diagonal(dim1=1, dim2=2).double().sum(1)
 
     def rows(self) -> Tensor:
         """int64 ``[blocks, size]``, which row of the stacked layers stands where."""
         ends = [*accumulate(self.layers.values())]
         of_layers = [torch.arange(end - rows, end) for end, rows in zip(ends, self.layers.values(), strict=True)]
         return by_block(of_layers, len(self.matrix)).to(self.matrix.device)
+
+    def _traces(self) -> Tensor:
+        return self.matrix.diagonal(dim1=1, dim2=2).double().sum(1)
 
 
 def count_parts(rows: Sequence[int], most: int) -> int:
@@ -147,11 +150,12 @@ def by_block(of_layers: Sequence[Tensor], parts: int) -> Tensor:
 
 
 class GradientProducts(NamedTuple):
-    """What some tokens add to an output Hessian: float32 ``[parts, size, size]`` and ``[parts]``.
+    """What some tokens add to an output Hessian.
 
     Attributes:
-        matrix: ``sum_t x_t x_t^T`` with ``x_t = |g_t|^(exponent/2 - 1) g_t``, on and below the diagonals.
-        fourth_powers: ``sum_t |x_t|^4``.
+        matrix: float32 ``[parts, size, size]``, ``sum_t x_t x_t^T`` with ``x_t = |g_t|^(exponent/2 - 1) g_t``, on and
+            below the diagonals.
+        fourth_powers: float64 ``[parts]``, ``sum_t |x_t|^4``.
     """
 
     matrix: Tensor
@@ -174,7 +178,7 @@ def gradient_products(gradients: Sequence[Tensor], parts: int, exponent: float) 
     for own, product in zip(rows.unbind(1), products, strict=True):
         for tile in hessian_tiles(product):
             add_to_tile(product, tile, own)
-    return GradientProducts(products, rows.square().sum(2).square().sum(0))
+    return GradientProducts(products, rows.square().sum(2).double().square().sum(0))
 
 
 @dataclass(frozen=True)

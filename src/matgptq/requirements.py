@@ -29,7 +29,7 @@ _JOINED_BYTES = 1 << 28  # of rows that are moved together, if more than one blo
 _MEMORY_SHARE = 4  # activations stay in memory up to a quarter of it
 # CPU-seconds for each weight and copy of a sweep; measured on one core of a Xeon with AVX-512 (docs/scale.md).
 _SWEEP_SECONDS = 3e-8
-_JOINED_FACTOR = 1.7  # where rows are solved together: in smaller pieces, and they move each other
+_JOINED_FACTOR = 4.0  # where rows are solved together: in smaller pieces, and all move each other in every pass
 _FORWARD_PASSES, _SALIENCY_PASSES = 2, 5
 
 

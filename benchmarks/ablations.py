@@ -34,7 +34,7 @@ from matgptq.blocks import Block, BlockInputs, run_block
 from matgptq.devices import fast_sums
 from matgptq.grid import refit_scales
 from matgptq.nested_weight import NestedWeight
-from matgptq.output_hessian import OutputHessian
+from matgptq.output_hessian import OutputHessian, summed_tensors
 from matgptq.recipe import Recipe
 from matgptq.slicing import slice_levels
 from matgptq.solver import Solution, solve
@@ -236,19 +236,15 @@ def kept_saliency(directory: Path | None) -> Iterator[None]:
         file = directory / f"saliency-{seed}-{digest.hexdigest()[:16]}.safetensors"
         if not file.exists():
             found = original(residency, blocks, windows, seed, output_hessians=output_hessians, **options)
-            save_file(found | {f"outputs.{name}": tensor for name, tensor in _summed(output_hessians)}, file)
+            sums = summed_tensors(output_hessians)
+            save_file(found | {f"outputs.{name}": tensor for name, tensor in sums.items()}, file)
         kept = load_file(file)
-        for name, tensor in _summed(output_hessians):
+        for name, tensor in summed_tensors(output_hessians).items():
             tensor.copy_(kept.pop(f"outputs.{name}"))
         return kept
 
     with patch.object(calibration_gradients, "token_saliency", saliency) if directory else nullcontext():
         yield
-
-
-def _summed(output_hessians: list[OutputHessian]) -> Iterator[tuple[str, Tensor]]:
-    for each in output_hessians:
-        yield from each.tensors().items()
 
 
 @contextmanager

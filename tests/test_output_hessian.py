@@ -49,6 +49,12 @@ def correlated(layers: dict[str, int], most: int, seed: int = 0, tokens: int = 2
     return completed(layers, most, (gradients / tokens**0.5).split([*layers.values()], 1))
 
 
+def work_on(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """So many at a time."""
+    monkeypatch.setattr(joined_rows, "_ROWS", rows)
+    monkeypatch.setattr(joined_rows, "_STEPS", SIZE)
+
+
 def whole(outputs: OutputHessian) -> Tensor:
     """``[rows, rows]``, in the order in which layers are stacked."""
     rows = sum(outputs.layers.values())
@@ -283,8 +289,7 @@ def test_one_width(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("at_a_time", [1, 5, 8, 48])
 def test_what_is_left_of_rows_moves_those_behind_them(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The targets of every row in the sweep, against the definition: row after row, as GPTQ goes over columns."""
-    monkeypatch.setattr(joined_rows, "_ROWS", at_a_time)
-    monkeypatch.setattr(joined_rows, "_STEPS", SIZE)
+    work_on(monkeypatch, at_a_time)
     weight, hessian = random_problem(SIZE, COLUMNS)
     recipe = make_recipe(coordinate_passes=0)
     rows, targets = [], []
@@ -318,8 +323,7 @@ def test_what_is_left_of_rows_moves_those_behind_them(at_a_time: int, monkeypatc
 @pytest.mark.parametrize("at_a_time", [1, 5, 8, 48])
 def test_a_pass_goes_on_from_what_is_left_of_all_other_rows(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The targets of every row in two passes, against the least of the objective with the other rows as they are."""
-    monkeypatch.setattr(joined_rows, "_ROWS", at_a_time)
-    monkeypatch.setattr(joined_rows, "_STEPS", SIZE)
+    work_on(monkeypatch, at_a_time)
     weight, hessian = random_problem(SIZE, COLUMNS)
     recipe = make_recipe(coordinate_passes=2)
     visits = []
@@ -354,8 +358,7 @@ def test_a_pass_goes_on_from_what_is_left_of_all_other_rows(at_a_time: int, monk
 
 
 def test_no_pass_makes_it_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joined_rows, "_ROWS", 1)
-    monkeypatch.setattr(joined_rows, "_STEPS", SIZE)
+    work_on(monkeypatch, 1)
     weight, hessian = random_problem(ROWS, COLUMNS)
     outputs = correlated({"a": ROWS}, SIZE)
     damped = OutputHessian(outputs.layers, damp_outputs(outputs.matrix, outputs.dampings(0.1)).matrix)

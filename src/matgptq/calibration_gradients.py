@@ -14,7 +14,7 @@ from torch import Tensor
 
 from matgptq.blocks import Block
 from matgptq.distributed import Processes
-from matgptq.output_hessian import OutputHessian
+from matgptq.output_hessian import OutputHessian, summed_tensors
 from matgptq.plan import output_hessian_bytes
 from matgptq.preparation import Prepared
 from matgptq.progress import Progress
@@ -70,13 +70,11 @@ class CalibrationGradients:
                 workers=workers, output_hessians=[*chain.from_iterable(sums)], exponent=recipe.saliency,
             )  # fmt: skip
             for index, of_block in enumerate(sums):
-                together.add([tensor for each in of_block for tensor in each.tensors().values()])
+                together.add([*summed_tensors(of_block).values()])
                 for each in of_block:
                     each.complete()
                 if together.is_first:
-                    self._work.keep(
-                        _outputs_file(index), dict(chain.from_iterable(each.tensors().items() for each in of_block))
-                    )
+                    self._work.keep(_outputs_file(index), summed_tensors(of_block))
         saliency = {name: together.join_rows(rows, len(windows)) for name, rows in saliency.items()}
         return token_weights(saliency, blocks, recipe.saliency)
 

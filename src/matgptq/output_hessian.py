@@ -21,7 +21,7 @@ well-conditioned estimator for large-dimensional covariance matrices, 2004): wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -111,9 +111,8 @@ class OutputHessian:
         found = torch.full((len(self.matrix),), least)
         if self.fourth_powers is None:
             return found
-        squares = torch.stack(
-            [block.double().square().sum() for block in self.matrix]
-        )  # one after the other, for memory
+        # One block after the other: in float64 they are large.
+        squares = torch.stack([block.double().square().sum() for block in self.matrix])
         spread = squares - self._traces().square() / self.matrix.shape[1]
         noise = self.fourth_powers.to(spread.device)
         asked = torch.where(noise < spread, noise / (spread - noise), _MOST_DAMPING).clamp(max=_MOST_DAMPING)
@@ -127,6 +126,11 @@ class OutputHessian:
 
     def _traces(self) -> Tensor:
         return self.matrix.diagonal(dim1=1, dim2=2).double().sum(1)
+
+
+def summed_tensors(hessians: Iterable[OutputHessian]) -> dict[str, Tensor]:
+    """All that is summed of some, by the names under which it is kept."""
+    return {name: tensor for each in hessians for name, tensor in each.tensors().items()}
 
 
 def count_parts(rows: Sequence[int], most: int) -> int:

@@ -8,7 +8,7 @@ from tiny_models import MODELS, blocks_of, build_model, token_ids
 
 from matgptq.block_hessians import collect_hessians
 from matgptq.blocks import capture_inputs
-from matgptq.output_hessian import OutputHessian, gradient_products
+from matgptq.output_hessian import OutputHessian
 from matgptq.residency import Whole
 from matgptq.saliency import _window_seed, draw_tokens, token_saliency, token_weights
 from matgptq.workers import Workers
@@ -68,7 +68,7 @@ def test_output_hessians_against_plain_differentiation(name, monkeypatch):
     for number, window in enumerate(windows):
         gradients = expected_gradients(model, blocks, window, seed=3, number=number)
         for each in expected:
-            each.add(gradient_products([gradients[layer] for layer in each.layers], len(each.matrix), 1.0))
+            each.add([[gradients[layer] for layer in each.layers]], 1.0)
     assert expected
     for mine, other in zip(found, expected, strict=True):
         largest = float(other.matrix.abs().max())

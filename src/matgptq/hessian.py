@@ -40,7 +40,8 @@ def hessian_tiles(total: Tensor) -> list[slice]:
 
 def add_to_tile(total: Tensor, tile: slice, rows: Tensor, weight: float = 1.0) -> None:
     """Add ``weight * X^T X`` to some rows of ``total`` in place, as far as they are on and below the diagonal."""
-    total[tile, : tile.stop].add_(rows[:, tile].T @ rows[:, : tile.stop], alpha=weight)
+    product = rows[:, tile].T @ rows[:, : tile.stop]
+    total[tile, : tile.stop].add_(product.to(total.device), alpha=weight)
 
 
 def mirror(total: Tensor) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -76,10 +77,33 @@ class OutputHessian:
         """That of the first layer."""
         return next(iter(self.layers))
 
-    def add(self, products: GradientProducts) -> None:
-        """Add what ``gradient_products`` found."""
-        for own, added in zip(self.tensors().values(), products, strict=True):
-            own.add_(added.to(own.device))
+    def add(self, windows: Sequence[Sequence[Tensor]], exponent: float, workers: Workers = INLINE) -> None:
+        """Add what some windows say, on and below the diagonals: ``sum_t x_t x_t^T``, and ``sum_t |x_t|^4``.
+
+        The sums are cut in tiles, and every tile adds the windows in their order: the result depends neither on the
+        number of threads nor on how many windows are given at a time.
+
+        Args:
+            windows: of each the gradients ``[tokens, rows]`` of all layers, of any float dtype. bfloat16 ones are
+                multiplied as such: a window's products are rounded to it, their sums are not.
+            exponent: x is ``|g|^(exponent/2 - 1) g``, so that a token counts as the norm of its gradient to this power:
+                2 for the Fisher information itself, as ``saliency.token_weights`` weighs tokens in the other Hessian.
+            workers: among which the work is shared out.
+        """
+        assert self.fourth_powers is not None
+        weigh = partial(_weighed, parts=len(self.matrix), exponent=exponent)
+        weighed = [*workers.map(weigh, windows)]
+        for each in weighed:
+            self.fourth_powers.add_(each.fourth_powers.to(self.fourth_powers.device))
+
+        def add_to(place: tuple[int, slice]) -> None:
+            part, tile = place
+            with torch.no_grad():
+                for each in weighed:
+                    add_to_tile(self.matrix[part], tile, each.rows[:, part])
+
+        tiles = [*reversed(hessian_tiles(self.matrix[0]))]  # the longest first
+        workers.run(add_to, [(part, tile) for part in range(len(self.matrix)) for tile in tiles])
 
     def tensors(self) -> dict[str, Tensor]:
         """What is summed, by the name under which it is kept."""
@@ -153,36 +177,20 @@ def by_block(of_layers: Sequence[Tensor], parts: int) -> Tensor:
     return torch.cat([each.view(parts, len(each) // parts, *each.shape[1:]) for each in of_layers], 1)
 
 
-class GradientProducts(NamedTuple):
-    """What some tokens add to an output Hessian.
+class _Weighed(NamedTuple):
+    """What a window says: x of each token ``[tokens, parts, size]``, and float64 ``[parts]``, ``sum_t |x_t|^4``."""
 
-    Attributes:
-        matrix: float32 ``[parts, size, size]``, ``sum_t x_t x_t^T`` with ``x_t = |g_t|^(exponent/2 - 1) g_t``, on and
-            below the diagonals.
-        fourth_powers: float64 ``[parts]``, ``sum_t |x_t|^4``.
-    """
-
-    matrix: Tensor
+    rows: Tensor
     fourth_powers: Tensor
 
 
-def gradient_products(gradients: Sequence[Tensor], parts: int, exponent: float) -> GradientProducts:
-    """What some tokens add to an output Hessian.
-
-    Args:
-        gradients: ``[tokens, rows]`` of each layer, of any float dtype.
-        parts: into which the layers are cut.
-        exponent: a token counts as the norm of its gradient to this power: 2 for the Fisher information itself, as
-            ``saliency.token_weights`` weighs tokens in the other Hessian.
-    """
-    rows = torch.cat([each.view(len(each), parts, -1) for each in gradients], 2).float()  # [tokens, parts, size]
+def _weighed(gradients: Sequence[Tensor], parts: int, exponent: float) -> _Weighed:
+    rows = torch.cat([each.view(len(each), parts, -1) for each in gradients], 2)
+    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
+    rows = rows.float()
     norms = rows.flatten(1).norm(dim=1)
     rows *= torch.where(norms > 0, norms ** (exponent / 2 - 1), 0.0).view(-1, 1, 1)
-    products = rows.new_zeros(parts, rows.shape[2], rows.shape[2])
-    for own, product in zip(rows.unbind(1), products, strict=True):
-        for tile in hessian_tiles(product):
-            add_to_tile(product, tile, own)
-    return GradientProducts(products, rows.square().sum(2).double().square().sum(0))
+    return _Weighed(rows.to(dtype), rows.square().sum(2).double().square().sum(0))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any, TypeVar
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from matgptq.blocks import Block, capture_inputs, ending, run_block
-from matgptq.devices import fast_attention, fast_sums, multiplies_bfloat16
-from matgptq.output_hessian import GradientProducts, OutputHessian, gradient_products
+from matgptq.devices import fast_attention, multiplies_bfloat16
+from matgptq.output_hessian import OutputHessian
 from matgptq.residency import Residency
 from matgptq.teacher import OutputHead, chunks, output_head
 from matgptq.workers import INLINE, Workers
@@ -66,7 +66,7 @@ def token_saliency(
         most_bytes: of what is kept of some windows between the blocks; at least one window is taken for each worker.
         workers: among which windows are shared out.
         output_hessians: of some layers by their full names; what the windows say is added to them.
-        exponent: by which tokens count in these, see ``output_hessian.gradient_products``.
+        exponent: by which tokens count in these, see ``OutputHessian.add``.
 
     Returns:
         float32 ``[n, seqlen]`` on the CPU for each layer, by its full name; for the experts of a block one for the sum
@@ -86,37 +86,33 @@ def token_saliency(
             part = windows[first : first + together]
             rows = {name: values[first : first + together] for name, values in saliency.items()}
             seeds = [_window_seed(seed, first_window + first + number) for number in range(len(part))]
-            outputs = _Outputs({name: each for each in output_hessians for name in each.layers}, exponent)
+            outputs = _Outputs(output_hessians, exponent)
             _Part(part, rows, outputs, seeds, head, workers, tick).see(residency, blocks)
     return saliency
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Output Hessians that are summed, window after window, whatever the order in which threads get through them."""
+    """Output Hessians that are summed.
 
-    sums: Mapping[str, OutputHessian]
+    Attributes:
+        hessians: of layers by their full names.
+        exponent: by which tokens count.
+    """
+
+    hessians: Sequence[OutputHessian]
     exponent: float
 
-    def note(self, name: str, gradient: Tensor, seen: _Seen) -> None:
-        """Take up a window's gradient in a layer's output; where it is the last of its layers, what they add."""
-        hessian = self.sums.get(name)
-        if hessian is None:
-            return
-        seen.gradients[name] = gradient.flatten(0, -2)
-        if all(layer in seen.gradients for layer in hessian.layers):
-            together = [seen.gradients.pop(layer) for layer in hessian.layers]
-            with torch.autocast(gradient.device.type, enabled=False), fast_sums(gradient.device):
-                products = gradient_products(together, len(hessian.matrix), self.exponent)
-            seen.products.append((hessian, products))
+    def watched(self) -> frozenset[str]:
+        """Full names of the layers whose gradients are wanted."""
+        return frozenset(name for each in self.hessians for name in each.layers)
 
-
-@dataclass
-class _Seen:
-    """What a window adds to output Hessians, and gradients of which others are still to come."""
-
-    products: list[tuple[OutputHessian, GradientProducts]] = field(default_factory=list)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
+    def add(self, windows: Sequence[Mapping[str, Tensor]], workers: Workers) -> None:
+        """Add what windows say, of each the gradients ``[tokens, rows]`` in the outputs of a block's watched layers."""
+        for hessian in self.hessians:
+            seen = [each for each in windows if all(name in each for name in hessian.layers)]
+            if seen:
+                hessian.add([[each[name] for name in hessian.layers] for each in seen], self.exponent, workers)
 
 
 @dataclass(frozen=True)
@@ -155,13 +151,11 @@ class _Part:
             gradients = [*self.workers.map(begin, zip(states.pop(), self.seeds, strict=True))]
         for block, arguments in zip(reversed(blocks), reversed(inputs.arguments), strict=True):
             watch = _WatchedWindow()
-            with residency.present(block), _observed(block, self.saliency, self.outputs, watch):
+            with residency.present(block), _observed(block, self.saliency, self.outputs.watched(), watch):
                 back = partial(self._gradient_at_entry, network, block, arguments, watch)
-                found, gradients = self.workers.map(back, zip(count(), states.pop(), gradients)), []
-                for gradient, seen in self._ticked(found):
-                    gradients.append(gradient)
-                    for hessian, products in seen.products:
-                        hessian.add(products)
+                found = [*self._ticked(self.workers.map(back, zip(count(), states.pop(), gradients)))]
+            gradients = [gradient for gradient, _ in found]
+            self.outputs.add([seen for _, seen in found], self.workers)
 
     def _ticked(self, results: Iterator[_Result]) -> Iterator[_Result]:
         for result in results:
@@ -189,10 +183,10 @@ class _Part:
         arguments: dict[str, Any],
         watch: _WatchedWindow,
         entering: tuple[int, Tensor, Tensor],
-    ) -> tuple[Tensor, _Seen]:
-        """The gradient in what enters a block, by that in what leaves it, and what it adds to output Hessians."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient in what enters a block, by that in what leaves it, and those in the outputs of its layers."""
         watch.number, hidden, gradient = entering
-        watch.seen = _Seen()
+        watch.seen = {}
         with torch.enable_grad(), _products_of(network):
             entered = hidden.requires_grad_()
             run_block(block, entered, arguments).backward(gradient)  # type: ignore[no-untyped-call]
@@ -200,10 +194,10 @@ class _Part:
 
 
 class _WatchedWindow(threading.local):
-    """Which of a part's windows a thread runs, and what it adds to output Hessians."""
+    """Which of a part's windows a thread runs, and the gradients ``[tokens, rows]`` that are kept of it, by layer."""
 
     number: int
-    seen: _Seen
+    seen: dict[str, Tensor]
 
 
 @contextmanager
@@ -238,8 +232,13 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 @contextmanager
-def _observed(block: Block, saliency: Mapping[str, Tensor], outputs: _Outputs, watch: _WatchedWindow) -> Iterator[None]:
-    """Inside, a backward pass through the block notes what it finds of the gradients in its layers' outputs."""
+def _observed(
+    block: Block, saliency: Mapping[str, Tensor], kept: frozenset[str], watch: _WatchedWindow
+) -> Iterator[None]:
+    """Inside, a backward pass through the block notes what it finds of the gradients in its layers' outputs.
+
+    Those of the layers named ``kept`` are kept as they are.
+    """
 
     def observe(name: str, _: nn.Module, __: object, output: Tensor) -> None:
         window, seen = watch.number, watch.seen  # the backward pass may run in another thread
@@ -247,7 +246,8 @@ def _observed(block: Block, saliency: Mapping[str, Tensor], outputs: _Outputs, w
         def record(gradient: Tensor) -> None:
             # some models flatten batch and tokens
             saliency[name][window].copy_(gradient.float().square().sum(-1).view(-1))
-            outputs.note(name, gradient, seen)
+            if name in kept:
+                seen[name] = gradient.flatten(0, -2)
 
         output.register_hook(record)  # type: ignore[no-untyped-call]
 

@@ -41,7 +41,7 @@ from matgptq.gpu.layout import PlaneWeight
 from matgptq.gpu.tuning import candidate_launches
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS
-from matgptq.sweep import SweepGrid, compensate, descend
+from matgptq.sweep import SweepGrid, compensate, compensation_coupling, descend, descent_coupling
 
 GROUP_SIZE = 64
 ROUNDS = 7
@@ -189,15 +189,17 @@ def sweeps(problem: tuple[Tensor, Tensor, SweepGrid], engine: str) -> dict[str, 
     weight, hessian, grid = problem
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian)).mH.contiguous()
     current = torch.zeros(len(weight), grid.copies * weight.shape[1], device=weight.device)
-    gradient = (hessian @ weight).unsqueeze(1).expand(-1, grid.copies, -1).reshape(current.shape)
+    steps = (hessian @ weight / hessian.diagonal().unsqueeze(1)).unsqueeze(1).expand(-1, grid.copies, -1)
+    steps = steps.reshape(current.shape)
+    compensation, descent = compensation_coupling(upper), descent_coupling(hessian)
 
     def run(action: Callable[[], Tensor]) -> Tensor:
         os.environ["MATGPTQ_SOLVER"] = engine
         return action()
 
     return {
-        "compensate": lambda: run(lambda: compensate(weight, upper, grid)),
-        "descend": lambda: run(lambda: descend(current, gradient.clone(), hessian, grid)),
+        "compensate": lambda: run(lambda: compensate(weight, compensation, grid)),
+        "descend": lambda: run(lambda: descend(current, steps.clone(), descent, grid)),
     }
 
 

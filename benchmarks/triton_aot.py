@@ -148,7 +148,7 @@ def dequantization(bits: int, dtype: str, target: int) -> dict[str, Any]:
 
 
 def sweep(widths: tuple[int, ...], copies: int, compensates: bool, target: int) -> dict[str, Any]:
-    floats = ("base", "trail", "coupling", "diagonal", "scales", "breakpoints", "shared_levels", "changes")
+    floats = ("base", "trail", "coupling", "scales", "breakpoints", "shared_levels", "changes")
     types = {**dict.fromkeys(floats, "*fp32"), "group_of": "*i32", "codes": "*u8", "shared_codes": "*u8"}
     constants = {
         "WIDTHS": widths,

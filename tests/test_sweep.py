@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matgptq import native
 from matgptq.errors import ConfigurationError
 from matgptq.slicing import level_table
-from matgptq.sweep import SweepGrid, code_levels, compensate, descend
+from matgptq.sweep import SweepGrid, code_levels, compensate, compensation_coupling, descend, descent_coupling
 
 GROUP_SIZE = 8
 TIE = 1e-3
@@ -44,6 +44,7 @@ class Sweep:
         self.weight, self.hessian = weight.T.contiguous(), hessian
         damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(columns)
         self.upper = torch.linalg.cholesky(torch.linalg.inv(damped)).mH.float()
+        self.compensation, self.descent = compensation_coupling(self.upper), descent_coupling(hessian)
         copies = 1 if mean or len(widths) == 1 else len(widths)
         spread = 0.8 + 0.4 * torch.rand(columns // GROUP_SIZE + 1, copies, rows, generator=generator)
         sign = torch.randint(0, 2, (len(spread), 1, rows), generator=generator) * 2 - 1
@@ -103,8 +104,9 @@ class Sweep:
         levels = torch.stack([level_table(bits) for bits in self.widths])[:copies, start.long()]
         current = levels.permute(1, 0, 2) * scales
         gradient = torch.einsum("jk,kcr->jcr", self.hessian, self.weight.unsqueeze(1) - current)
-        flat = (tensor.reshape(len(start), -1).clone() for tensor in (current, gradient))
-        return descend(*flat, self.hessian, self.grid)
+        steps = gradient / self.hessian.diagonal().view(-1, 1, 1)
+        flat = (tensor.reshape(len(start), -1).clone() for tensor in (current, steps))
+        return descend(*flat, self.descent, self.grid)
 
     def objective(self, codes):
         total = 0.0
@@ -133,7 +135,7 @@ problems = st.tuples(
 def test_compensation_of_every_width(problem):
     (widths, bit_weights), rows, columns, seed = problem
     sweep = Sweep(widths, bit_weights, rows, columns, seed)
-    codes = compensate(sweep.weight, sweep.upper, sweep.grid)
+    codes = compensate(sweep.weight, sweep.compensation, sweep.grid)
     assert codes.shape == (columns, rows)
     assert codes.dtype == torch.uint8
     assert sweep.follow_compensation(codes).max() <= TIE
@@ -144,7 +146,7 @@ def test_compensation_of_every_width(problem):
 def test_compensation_of_copies_that_were_moved(problem):
     (widths, bit_weights), rows, columns, seed = problem
     sweep = Sweep(widths, bit_weights, rows, columns, seed)
-    codes = compensate(sweep.weight, sweep.upper, sweep.grid, sweep.moves())
+    codes = compensate(sweep.weight, sweep.compensation, sweep.grid, sweep.moves())
     assert sweep.follow_compensation(codes, sweep.moves()).max() <= TIE
 
 
@@ -153,7 +155,7 @@ def test_compensation_of_copies_that_were_moved(problem):
 def test_compensation_by_the_plain_mean(problem):
     (widths, bit_weights), rows, columns, seed = problem
     sweep = Sweep(widths, bit_weights, rows, columns, seed, mean=True)
-    codes = compensate(sweep.weight, sweep.upper, sweep.grid)
+    codes = compensate(sweep.weight, sweep.compensation, sweep.grid)
     assert sweep.follow_compensation(codes).max() <= TIE
 
 
@@ -174,7 +176,7 @@ def test_descent_minimises_one_column_after_the_other(problem):
 def test_descent_never_raises_the_objective(problem):
     (widths, bit_weights), rows, columns, seed = problem
     sweep = Sweep(widths, bit_weights, rows, columns, seed)
-    codes = compensate(sweep.weight, sweep.upper, sweep.grid)
+    codes = compensate(sweep.weight, sweep.compensation, sweep.grid)
     reached = sweep.objective(codes)
     for _ in range(3):
         codes = sweep.descend(codes)
@@ -186,7 +188,7 @@ def test_descent_never_raises_the_objective(problem):
 @pytest.mark.parametrize("widths", [(2, 3, 4, 8), (3,)])
 def test_descent_ends_where_no_single_code_can_be_better(widths):
     sweep = Sweep(widths, (1.0,) * len(widths), 3, 8, 5)
-    codes = compensate(sweep.weight, sweep.upper, sweep.grid)
+    codes = compensate(sweep.weight, sweep.compensation, sweep.grid)
     for _ in range(50):
         before, codes = codes, sweep.descend(codes)
         if torch.equal(before, codes):
@@ -206,8 +208,8 @@ def test_rows_do_not_meet():
     sweep = Sweep(widths, bit_weights, 5, 40, 1)
     changed = sweep.weight.clone()
     changed[:, 2] *= -3
-    codes = compensate(sweep.weight, sweep.upper, sweep.grid)
-    others = compensate(changed, sweep.upper, sweep.grid)
+    codes = compensate(sweep.weight, sweep.compensation, sweep.grid)
+    others = compensate(changed, sweep.compensation, sweep.grid)
     same = [0, 1, 3, 4]
     assert torch.equal(codes[:, same], others[:, same])
     assert not torch.equal(codes[:, 2], others[:, 2])
@@ -225,4 +227,4 @@ def test_an_unknown_engine_is_refused(monkeypatch):
     monkeypatch.setenv("MATGPTQ_SOLVER", "abacus")
     sweep = Sweep((2, 8), (1.0, 4.0), 2, 8, 0)
     with pytest.raises(ConfigurationError, match="abacus"):
-        compensate(sweep.weight, sweep.upper, sweep.grid)
+        compensate(sweep.weight, sweep.compensation, sweep.grid)

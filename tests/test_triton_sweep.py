@@ -42,12 +42,12 @@ class DeviceSweep(Sweep):
 
     def __init__(self, *problem, mean=False):
         super().__init__(*problem, mean=mean)
-        self.here = self.weight, self.upper, self.hessian, self.grid
+        self.here = self.weight, self.compensation, self.grid
         self.grid = SweepGrid(self.scales.to(DEVICE), self.group_of, self.grid.target_bits, self.grid.bit_weights)
 
     def compensate(self, moved=None):
         moved = None if moved is None else moved.to(DEVICE)
-        return compensate(self.weight.to(DEVICE), self.upper.to(DEVICE), self.grid, moved).cpu()
+        return compensate(self.weight.to(DEVICE), self.compensation.to(DEVICE), self.grid, moved).cpu()
 
 
 @pytest.mark.parametrize(("widths", "bit_weights", "rows", "columns"), PROBLEMS)
@@ -58,8 +58,7 @@ def test_compensation_of_every_width(widths, bit_weights, rows, columns, monkeyp
     assert codes.dtype == torch.uint8
     assert sweep.follow_compensation(codes).max() <= TIE
     monkeypatch.setenv("MATGPTQ_SOLVER", "torch")
-    weight, upper, _, grid = sweep.here
-    assert (compensate(weight, upper, grid) == codes).double().mean() > (0.98 if DEVICE == "cuda" else 0.999)
+    assert (compensate(*sweep.here) == codes).double().mean() > (0.98 if DEVICE == "cuda" else 0.999)
 
 
 @pytest.mark.parametrize(("widths", "bit_weights", "rows", "columns"), PROBLEMS)
@@ -83,8 +82,9 @@ def test_descent_minimises_one_column_after_the_other(widths, bit_weights, rows,
     current = (tables * scales).permute(1, 0, 2).float()
     gradient = torch.einsum("jk,kcr->jcr", sweep.hessian, sweep.weight.unsqueeze(1) - current)
     # As the solver hands them over: transposed views.
-    flat = (tensor.reshape(columns, -1).T.contiguous().T.to(DEVICE) for tensor in (current, gradient))
-    codes = descend(*flat, sweep.hessian.to(DEVICE), sweep.grid).cpu()
+    steps = gradient / sweep.hessian.diagonal().view(-1, 1, 1)
+    flat = (tensor.reshape(columns, -1).T.contiguous().T.to(DEVICE) for tensor in (current, steps))
+    codes = descend(*flat, sweep.descent.to(DEVICE), sweep.grid).cpu()
     assert sweep.follow_descent(start, codes).max() <= TIE
 
 
@@ -104,7 +104,7 @@ def test_a_whole_solve(joined, monkeypatch):
 def test_what_it_refuses(monkeypatch):
     sweep = Sweep((3, 4), (1.0, 1.0), 1, 8, 0)
     with pytest.raises(ValueError, match="parent"):
-        compensate(sweep.weight.to(DEVICE), sweep.upper.to(DEVICE), sweep.grid)
+        compensate(sweep.weight.to(DEVICE), sweep.compensation.to(DEVICE), sweep.grid)
     monkeypatch.setattr(gpu_support, "obstacle", lambda device: "there is none")
     with pytest.raises(ConfigurationError, match="MATGPTQ_SOLVER=triton: there is none"):
-        compensate(sweep.weight.to(DEVICE), sweep.upper.to(DEVICE), sweep.grid)
+        compensate(sweep.weight.to(DEVICE), sweep.compensation.to(DEVICE), sweep.grid)

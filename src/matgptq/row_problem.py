@@ -83,8 +83,9 @@ class RowProblem:
         order: int64 ``[in]``, original column at each processing position.
         raw_hessian: ``[in, in]``, that of the layer, by which errors are told.
         hessian: ``[in, in]``, the same with something on the diagonal of columns that were never excited.
-        ordered_hessian: ``[in, in]``, that in processing order.
-        upper: ``[in, in]``, factor of its inverse, processing order; None: first codes by plain rounding.
+        compensation: ``[in, in]``, ``sweep.compensation_coupling`` in processing order; None: first codes by plain
+            rounding.
+        descent: ``[in, in]``, ``sweep.descent_coupling`` in processing order.
     """
 
     recipe: Recipe
@@ -92,8 +93,8 @@ class RowProblem:
     order: Tensor
     raw_hessian: Tensor
     hessian: Tensor
-    ordered_hessian: Tensor
-    upper: Tensor | None
+    compensation: Tensor | None
+    descent: Tensor
 
     @property
     def has_one_copy(self) -> bool:
@@ -124,12 +125,12 @@ class RowProblem:
         recipe = self.recipe
         start = search_scales(weight, self.hessian.diagonal(), self.group_size, recipe)
         scales = start.repeat(1 if self.has_one_copy else len(recipe.target_bits), 1, 1)
-        if self.upper is None:
+        if self.compensation is None:
             positions = weight / start.repeat_interleave(self.group_size, 1)
             table = shared_table(recipe.target_bits, recipe.bit_weights, weight.device)
             return Draft(round_shared(positions, table)[0], scales)
         moved = None if targets is None else self._by_column(targets - weight)
-        codes = compensate(weight.T[self.order], self.upper, self._grid(scales), moved)
+        codes = compensate(weight.T[self.order], self.compensation, self._grid(scales), moved)
         return Draft(self._restore(codes), scales)
 
     def refit(self, targets: Tensor, draft: Draft) -> tuple[Draft, dict[int, Tensor]]:
@@ -149,9 +150,8 @@ class RowProblem:
     def descend(self, targets: Tensor, draft: Draft) -> Draft:
         """A pass of coordinate descent over all columns; there must be a copy for each width."""
         current = self.values(draft)
-        gradient = (targets - current) @ self.hessian
-        grid = self._grid(draft.scales)
-        codes = descend(self._by_column(current), self._by_column(gradient), self.ordered_hessian, grid)
+        steps = ((targets - current) @ self.hessian).div_(self.hessian.diagonal())
+        codes = descend(self._by_column(current), self._by_column(steps), self.descent, self._grid(draft.scales))
         return Draft(self._restore(codes), draft.scales)
 
     def values(self, draft: Draft) -> Tensor:

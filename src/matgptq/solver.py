@@ -18,6 +18,7 @@ from matgptq.output_hessian import OutputHessian
 from matgptq.recipe import Recipe
 from matgptq.rounding import round_shared, shared_table
 from matgptq.row_problem import RowProblem, SolvedRows, stack_rows
+from matgptq.sweep import compensation_coupling, descent_coupling
 from matgptq.workers import INLINE, Workers
 
 # Floats in one [in, copies * rows] temporary: bounds memory, stays near the caches, gives all threads something to do.
@@ -103,7 +104,8 @@ def solve(
             return Solution(fallback, output_errors(weight, fallback, hessian), dead_columns, rounded_to_nearest=True)
 
     raw = hessian if dead_columns else matrix
-    problem = RowProblem(recipe, group_size, order, raw, matrix, ordered, None if factor is None else factor.upper)
+    compensation = None if factor is None else compensation_coupling(factor.upper)
+    problem = RowProblem(recipe, group_size, order, raw, matrix, compensation, descent_coupling(ordered))
 
     def solve_piece(piece: Tensor) -> SolvedRows:
         # PyTorch's grad mode is each thread's own.

@@ -50,19 +50,36 @@ class SweepGrid:
         return int(self.scales.shape[1])
 
 
-def compensate(weight: Tensor, upper: Tensor, grid: SweepGrid, moved: Tensor | None = None) -> Tensor:
+def compensation_coupling(upper: Tensor) -> Tensor:
+    """``U_jk / U_jj``: by how much of column j's residual each column k behind it is moved in ``compensate``.
+
+    Args:
+        upper: ``[in, in]``, upper factor U of the inverse Hessian in processing order.
+    """
+    return upper / upper.diagonal().unsqueeze(-1)
+
+
+def descent_coupling(hessian: Tensor) -> Tensor:
+    """``H_jk / H_kk``: by how much of a change of column j the minimiser of each column k moves in ``descend``.
+
+    Args:
+        hessian: ``[in, in]`` in processing order, positive diagonal.
+    """
+    return hessian / hessian.diagonal()
+
+
+def compensate(weight: Tensor, coupling: Tensor, grid: SweepGrid, moved: Tensor | None = None) -> Tensor:
     """GPTQ's loop with one compensated copy of the weight per entry of the grid.
 
     Args:
         weight: float32 ``[in, rows]``, transposed, columns of the layer in processing order.
-        upper: float32 ``[in, in]``, upper factor U of the inverse Hessian in the same order.
+        coupling: float32 ``[in, in]``, ``compensation_coupling`` in the same order.
         grid: scales and widths.
         moved: float32 ``[in, C * rows]``, what is added to the copies from the start; may be overwritten.
 
     Returns:
         uint8 codes ``[in, rows]``.
     """
-    coupling = upper / upper.diagonal().unsqueeze(-1)
     chosen = engine(weight)
     if chosen == "native":
         base = weight.T.expand(grid.copies, -1, -1)
@@ -72,7 +89,7 @@ def compensate(weight: Tensor, upper: Tensor, grid: SweepGrid, moved: Tensor | N
     if moved is None:
         moved = weight.new_zeros(columns, grid.copies * rows)
     if chosen == "triton":
-        return _sweep_on_gpu(weight, moved, coupling, upper.diagonal(), grid, compensating=True)
+        return _sweep_on_gpu(weight, moved, coupling, grid, compensating=True)
     rounder = _Rounder(grid)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     residuals = torch.empty(_STRETCH, grid.copies * rows, device=weight.device)
@@ -88,38 +105,38 @@ def compensate(weight: Tensor, upper: Tensor, grid: SweepGrid, moved: Tensor | N
     return codes
 
 
-def descend(current: Tensor, gradient: Tensor, hessian: Tensor, grid: SweepGrid) -> Tensor:
+def descend(current: Tensor, steps: Tensor, coupling: Tensor, grid: SweepGrid) -> Tensor:
     """One pass of exact coordinate descent on ``sum_r lambda_r (w - w_r) H (w - w_r)^T``.
 
     Args:
         current: float32 ``[in, C * rows]``, the weights ``w_r`` that the present codes stand for, processing order.
-        gradient: float32 ``[in, C * rows]``, ``((w - w_r) H)^T`` for them; may be overwritten.
-        hessian: float32 ``[in, in]`` in the same order, positive diagonal.
+        steps: float32 ``[in, C * rows]``, how far each is from its minimiser while the others stay what they are:
+            ``((w - w_r) H)^T`` over the diagonal of H; may be overwritten.
+        coupling: float32 ``[in, in]``, ``descent_coupling`` in the same order.
         grid: scales and widths.
 
     Returns:
         uint8 codes ``[in, rows]``; with the exact Hessian the objective never grows.
     """
-    diagonal = hessian.diagonal()
     columns, copies, rows = len(current), grid.copies, grid.scales.shape[2]
     chosen = engine(current)
     if chosen == "native":
-        base, trail = (t.view(columns, copies, rows).permute(1, 2, 0) for t in (current, gradient))
-        return _sweep_natively(base, trail / diagonal, hessian / diagonal, grid, compensating=False)
+        base, trail = (t.view(columns, copies, rows).permute(1, 2, 0) for t in (current, steps))
+        return _sweep_natively(base, trail, coupling, grid, compensating=False)
     if chosen == "triton":
-        return _sweep_on_gpu(current, gradient, hessian, diagonal, grid, compensating=False)
+        return _sweep_on_gpu(current, steps, coupling, grid, compensating=False)
     rounder = _Rounder(grid)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=current.device)
     changes = torch.empty(_STRETCH, copies * rows, device=current.device)
     for first in range(0, columns, _STRETCH):
         last = min(first + _STRETCH, columns)
         for j in range(first, last):
-            target = torch.add(current[j], gradient[j] / diagonal[j]).view(copies, rows)
+            target = torch.add(current[j], steps[j]).view(copies, rows)
             codes[j], rounded = rounder.round(target, j)
             change = rounded.view(-1) - current[j]
             changes[j - first] = change
-            gradient[j + 1 : last].addr_(hessian[j, j + 1 : last], change, alpha=-1)
-        gradient[last:].addmm_(hessian[first:last, last:].T, changes[: last - first], alpha=-1)
+            steps[j + 1 : last].addr_(coupling[j, j + 1 : last], change, alpha=-1)
+        steps[last:].addmm_(coupling[first:last, last:].T, changes[: last - first], alpha=-1)
     return codes
 
 
@@ -153,9 +170,7 @@ class _Rounder:
         return chosen.to(torch.uint8), self._cells.levels.index_select(1, chosen).mul_(scales)
 
 
-def _sweep_on_gpu(
-    base: Tensor, trail: Tensor, coupling: Tensor, diagonal: Tensor, grid: SweepGrid, *, compensating: bool
-) -> Tensor:
+def _sweep_on_gpu(base: Tensor, trail: Tensor, coupling: Tensor, grid: SweepGrid, *, compensating: bool) -> Tensor:
     from matgptq.gpu import sweep as gpu_sweep
 
     widths = grid.target_bits
@@ -165,7 +180,6 @@ def _sweep_on_gpu(
         base,
         trail,
         coupling,
-        diagonal.contiguous(),
         grid.scales,
         torch.tensor(grid.group_of, dtype=torch.int32, device=base.device),
         widths,

@@ -21,7 +21,6 @@ def sweep(
     base: Tensor,
     trail: Tensor,
     coupling: Tensor,
-    diagonal: Tensor,
     scales: Tensor,
     group_of: Tensor,
     widths: tuple[int, ...],
@@ -36,7 +35,6 @@ def sweep(
         base: float32 ``[in, rows]`` (compensating) or ``[in, C * rows]``.
         trail: float32 ``[in, C * rows]``; may be overwritten.
         coupling: float32 ``[in, in]``: what column j passes on to column k stands in row j.
-        diagonal: float32 ``[in]``, divides the trail when descending.
         scales: float32 ``[groups, C, rows]``.
         group_of: int32 ``[in]``.
         widths: R ascending widths; the last is 8 unless there is one copy.
@@ -65,7 +63,6 @@ def sweep(
             base,
             trail,
             pulled,
-            diagonal,
             scales,
             group_of,
             breakpoints,

@@ -29,7 +29,6 @@ def sweep_stretch(
     base,
     trail,
     coupling,
-    diagonal,
     scales,
     group_of,
     breakpoints,
@@ -72,8 +71,6 @@ def sweep_stretch(
             value = tl.load(base + (column if COMPENSATES else column * COPIES + c) * rows + row, mask=live, other=0.0)
             moved = tl.load(trail + (column * COPIES + c) * rows + row, mask=live, other=0.0)
             moved -= tl.sum(past[c] * pull, 0)
-            if not COMPENSATES:
-                moved /= tl.load(diagonal + column)
             values = values + (value,)
             targets = targets + (value + moved,)
             steps = steps + (tl.load(scales + (group * COPIES + c) * rows + row, mask=live, other=1.0),)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from matgptq.devices import fast_products, multiplies_bfloat16
+from matgptq import native
+from matgptq.devices import exact_products, fast_products, multiplies_bfloat16
 
 CPU = torch.device("cpu")
 
@@ -36,6 +37,37 @@ def test_fast_products_end_with_an_error(monkeypatch):
         fail()
     assert torch.get_float32_matmul_precision() == before
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_exact_products_are_float32() -> None:
+    left, right = (torch.randn(128, 128, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    with exact_products(CPU):
+        found = torch.mm(left, right)
+    expected = left.double() @ right.double()
+    # bfloat16 factors would be off by 2^-9.
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "tiles", "asks_onednn"),
+    [
+        ("amd", "AVX512", False, True),
+        ("intel", "AVX512", False, False),
+        ("amd", "AVX2", False, False),
+        ("amd", "AVX512", True, False),  # oneDNN would round to bfloat16 there
+    ],
+)
+def test_exact_products_ask_onednn_where_it_is_exact_and_faster(vendor, capability, tiles, asks_onednn, monkeypatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("matgptq.devices._supports", lambda name: tiles)
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native, "cpu_vendor", lambda: vendor)
+    before = torch.get_float32_matmul_precision()
+    with exact_products(CPU), exact_products(CPU):
+        assert torch.get_float32_matmul_precision() == ("medium" if asks_onednn else before)
+    with exact_products(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == before
+    assert torch.get_float32_matmul_precision() == before
 
 
 @pytest.mark.parametrize("supported", [True, False])

@@ -15,7 +15,7 @@ from torch import Tensor
 from matgptq.allocation_scales import has_own_scales
 from matgptq.allocation_store import allocation_file, find_allocation, is_stored, stored_allocations
 from matgptq.checkpoint import Checkpoint, open_checkpoint
-from matgptq.devices import resolve_device
+from matgptq.devices import exact_products, resolve_device
 from matgptq.errors import ConfigurationError
 from matgptq.evaluation_results import Evaluation, Result
 from matgptq.loading import load, load_config
@@ -136,7 +136,7 @@ def evaluate(
     sums = [Divergence() for _ in candidates]
     full_sum = Divergence()
     progress.start("evaluate", len(tokens.tokens) * (len(candidates) + (full is not None)))
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_products(run_device):
         for number, window in enumerate(tokens.tokens.to(run_device)):
             scored = tokens.stride if tokens.stride is not None and number else len(window) - 1
             targets = window[-scored:]

@@ -160,7 +160,7 @@ class _Blocks:
             others = matrix[rows]
             own = others[:, rows]
             others[:, rows] = 0
-            pulls.append(torch.linalg.solve(own, others))
+            pulls.append(torch.linalg.inv(own) @ others)
         return torch.stack(pulls)
 
     def _in_pieces(

@@ -135,8 +135,8 @@ class OutputHessian:
         found = torch.full((len(self.matrix),), least)
         if self.fourth_powers is None:
             return found
-        # One block after the other: in float64 they are large.
-        squares = torch.stack([block.double().square().sum() for block in self.matrix])
+        # Row by row in float32: a whole block would be large in float64.
+        squares = torch.stack([torch.linalg.vecdot(block, block).double().sum() for block in self.matrix])
         spread = squares - self._traces().square() / self.matrix.shape[1]
         noise = self.fourth_powers.to(spread.device)
         asked = torch.where(noise < spread, noise / (spread - noise), _MOST_DAMPING).clamp(max=_MOST_DAMPING)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from matgptq.checkpoint import open_checkpoint
-from matgptq.devices import resolve_device
+from matgptq.devices import exact_products, resolve_device
 from matgptq.errors import ConfigurationError
 from matgptq.progress import Progress, Silent
 from matgptq.reference_model import find_reference, load_reference, reference_dtype
@@ -105,7 +105,7 @@ def refine(
             "reference": model_fingerprint(full),
         }
         workspace.begin(goals, options)
-        with one_thread_each(run_device) as workers:
+        with one_thread_each(run_device) as workers, exact_products(run_device):
             job = TuningJob(checkpoint, workspace, text, run_device, run_dtype, trust_remote_code, progress, workers)
             run = TUNINGS[scope](full, job)
             del full  # the run keeps what it needs of it

@@ -150,7 +150,9 @@ class RowProblem:
     def descend(self, targets: Tensor, draft: Draft) -> Draft:
         """A pass of coordinate descent over all columns; there must be a copy for each width."""
         current = self.values(draft)
-        steps = ((targets - current) @ self.hessian).div_(self.hessian.diagonal())
+        # One product: of a batch, PyTorch's libraries may copy the Hessian for each copy of the weight.
+        slope = (targets - current).reshape(-1, current.shape[2]) @ self.hessian
+        steps = slope.div_(self.hessian.diagonal()).view_as(current)
         codes = descend(self._by_column(current), self._by_column(steps), self.descent, self._grid(draft.scales))
         return Draft(self._restore(codes), draft.scales)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from matgptq.devices import exact_products
 from matgptq.errors import ConfigurationError
 from matgptq.finiteness import all_finite
 from matgptq.grid import initial_scales
@@ -82,16 +83,28 @@ def solve(
         raise ConfigurationError(f"Hessian {tuple(hessian.shape)} does not fit a weight {tuple(weight.shape)}")
     if not all_finite(hessian):
         return Solution(_round_to_nearest(weight, recipe, group_size), rounded_to_nearest=True)
-    hessian = hessian.to(torch.float32)
+    if outputs is not None and sum(outputs.layers.values()) != len(weight):
+        rows = sum(outputs.layers.values())
+        raise ConfigurationError(f"an output Hessian of {rows} rows does not fit a weight {tuple(weight.shape)}")
+    with exact_products(weight.device):
+        return _solve(weight, hessian.to(torch.float32), recipe, group_size, workers, outputs)
+
+
+def _solve(
+    weight: Tensor,
+    hessian: Tensor,
+    recipe: Recipe,
+    group_size: int,
+    workers: Workers,
+    outputs: OutputHessian | None,
+) -> Solution:
+    """``solve`` of what fits together, float32, by a finite Hessian."""
+    in_features = weight.shape[1]
     prepared = prepare_hessian(hessian)
     matrix, dead_columns = prepared.matrix, int(prepared.dead.sum())
     copies = 1 if recipe.compensation == "mean" else len(recipe.target_bits)
     elements = _SWEEP_ELEMENTS if weight.device.type == "cpu" else _SWEEP_ELEMENTS_ON_GPU
     pieces = torch.split(weight, max(1, elements // (in_features * copies)))
-    if outputs is not None and sum(outputs.layers.values()) != len(weight):
-        rows = sum(outputs.layers.values())
-        raise ConfigurationError(f"an output Hessian of {rows} rows does not fit a weight {tuple(weight.shape)}")
-
     order = torch.arange(in_features, device=weight.device)
     if recipe.column_order == "hessian":
         order = matrix.diagonal().argsort(descending=True, stable=True)

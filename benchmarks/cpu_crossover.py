@@ -3,8 +3,9 @@
     python benchmarks/cpu_crossover.py [-o benchmarks/results/cpu_crossover.json]
 
 Exact activations of each dtype: the fused native kernel, tiles that are dequantized and multiplied by PyTorch, and
-PyTorch with weights that are dense already, which leaves out the work of unpacking and is no contestant. Medians of
-interleaved repetitions, in GFLOP/s.
+PyTorch with weights that are dense already, which leaves out the work of unpacking and is no contestant; the latter
+once more inside `matgptq.devices.exact_products`, which makes a difference to float32 where oneDNN is faster than MKL.
+Medians of interleaved repetitions, in GFLOP/s.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 
 import torch
 from machine import describe_machine
+from torch import Tensor
 
 from matgptq import native
+from matgptq.devices import exact_products
 from matgptq.kernel_choice import _run_tiled, fused_rows
 
 SHAPES = [(4096, 4096), (2048, 8192), (1536, 576)]
@@ -36,6 +39,12 @@ def rates(ways: dict[str, Callable[[], object]], operations: float, repetitions:
             way()
             seconds[name].append(time.perf_counter() - started)
     return {name: round(operations / statistics.median(taken) / 1e9, 1) for name, taken in seconds.items()}
+
+
+def exact(x: Tensor, weight: Tensor) -> Tensor:
+    """A product as a model is evaluated with and a layer solved."""
+    with exact_products(x.device):
+        return torch.mm(x, weight)
 
 
 def main() -> None:
@@ -63,6 +72,7 @@ def main() -> None:
                         "fused": partial(native.matmul, x, weight, BITS),
                         "tiled": partial(_run_tiled, x, weight, BITS, None, "exact"),
                         "dense": partial(torch.mm, x, dense.T),
+                        "dense_exact_products": partial(exact, x, dense.T),
                     }
                     found = rates(ways, 2.0 * rows * in_features * out_features, 3 if rows > 500 else 9)
                     record = {

@@ -118,11 +118,50 @@ def test_output_hessians_are_there_before_token_weights(activations, source, who
     assert what_counts(out) == whole
 
 
-def test_nothing_finished_nothing_left(source, tmp_path, monkeypatch):
-    stop_after(monkeypatch, 3)
+def test_what_gradients_say_is_kept_before_the_first_block_is_finished(source, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for solves in (3, 0):  # the second time it stops before anything was looked at
+        with monkeypatch.context() as patch:
+            stop_after(patch, solves)
+            if not solves:
+                patch.setattr("matgptq.quantization.prepare", lambda *_, **__: (_ for _ in ()).throw(Stop))
+            with pytest.raises(Stop):
+                quantize(source, out)
+        assert (work_path(out) / "token_weights.safetensors").is_file()
+    monkeypatch.setattr("matgptq.calibration_gradients.token_saliency", lambda *_, **__: pytest.fail("was found again"))
+    quantize(source, out)
+    assert what_counts(out) == whole
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_text_that_the_model_wrote_is_kept(source, tmp_path, monkeypatch):
+    options = {"nsamples": 2, "seqlen": 16, "group_size": GROUP_SIZE, "quality": "fast"}
+    matgptq.quantize(source, tmp_path / "whole", dataset="self", **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)
+        with pytest.raises(Stop):
+            matgptq.quantize(source, tmp_path / "out", dataset="self", **options)
+    monkeypatch.setattr(
+        "matgptq.quantization_run.calibration_windows", lambda *_, **__: pytest.fail("was written again")
+    )
+    matgptq.quantize(source, tmp_path / "out", dataset="self", **options)
+    assert what_counts(tmp_path / "out") == what_counts(tmp_path / "whole")
+
+
+def test_nothing_found_nothing_left(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("matgptq.calibration_gradients.token_saliency", lambda *_, **__: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
         quantize(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_other_arguments_than_those_of_gradients_begin_anew(source, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)
+        with pytest.raises(Stop):
+            quantize(source, tmp_path / "out", seed=1)
+    quantize(source, tmp_path / "out")
+    assert what_counts(tmp_path / "out") == whole
 
 
 def test_other_arguments_are_refused_by_name(source, whole, tmp_path, monkeypatch):

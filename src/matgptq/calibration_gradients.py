@@ -21,7 +21,7 @@ from matgptq.progress import Progress
 from matgptq.recipe import Recipe
 from matgptq.saliency import token_saliency, token_weights
 from matgptq.stored_tensors import read_header, read_tensor
-from matgptq.work_directory import WorkDirectory
+from matgptq.work_directory import TOKEN_WEIGHTS, WorkDirectory
 from matgptq.workers import Workers
 
 
@@ -45,7 +45,7 @@ class CalibrationGradients:
             Those of ``saliency.token_weights``, of the windows of all processes.
         """
         make = partial(self._find, windows, workers)
-        return self._work.kept_or_made("token_weights.safetensors", make, together=True)
+        return self._work.kept_or_made(TOKEN_WEIGHTS, make, together=True)
 
     def output_hessians(self, block: Block, index: int) -> list[OutputHessian]:
         """Of the layers of a block, as they were kept."""

@@ -40,7 +40,7 @@ from matgptq.stored_layers import layer_tensors, read_layer
 from matgptq.stored_tensors import read_header, read_tensor
 from matgptq.text.packing import first_tokens
 from matgptq.text.windows import Windows, calibration_windows, takes_self, text_names
-from matgptq.work_directory import WorkDirectory
+from matgptq.work_directory import WRITTEN_WINDOWS, WorkDirectory
 from matgptq.workers import Workers, one_thread_each
 
 # One-token sequences for the weight of first positions; as one batch they cost half as much as one window.
@@ -140,7 +140,7 @@ class QuantizationRun:
             # One file, so that there are both or neither.
             return {"tokens": windows.tokens, "protocol": torch.tensor([*windows.protocol.encode()], dtype=torch.uint8)}
 
-        kept = self.work.kept_or_made("windows.safetensors", make)
+        kept = self.work.kept_or_made(WRITTEN_WINDOWS if takes_self(dataset) else "windows.safetensors", make)
         record = {
             "dataset": "token ids" if isinstance(dataset, Tensor) else _found_again(dataset),
             "nsamples": plan.nsamples,

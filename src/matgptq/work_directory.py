@@ -3,7 +3,7 @@
     .OUT.unfinished/
         run.json                 what the run is: model, text, arguments, version
         lock                     held while a process works here
-        windows.safetensors      calibration token ids
+        windows.safetensors      calibration token ids; written_windows.safetensors if the model wrote them itself
         outputs-00000.safetensors  output Hessians of a block
         token_weights.safetensors  written after all of these
         block-00000.safetensors  codes, scales and everything else of a block, with
@@ -41,6 +41,8 @@ from matgptq.errors import CheckpointError, ConfigurationError, SourceError
 from matgptq.format import REPORT_NAME
 from matgptq.json_files import read_json
 
+# What takes minutes to find, and is kept though no block is finished yet.
+TOKEN_WEIGHTS, WRITTEN_WINDOWS = "token_weights.safetensors", "written_windows.safetensors"
 _RUN = "run.json"
 _COMMITTED = "committed"
 
@@ -48,8 +50,8 @@ _COMMITTED = "committed"
 class WorkDirectory:
     """The work directory of one destination.
 
-    Use as a context manager. Leaving it with an exception keeps what is finished, if anything is; leaving it normally
-    leaves nothing.
+    Use as a context manager. Leaving it with an exception keeps what is finished, if anything that takes long is;
+    leaving it normally leaves nothing.
 
     Args:
         destination: the checkpoint that will be made.
@@ -102,7 +104,7 @@ class WorkDirectory:
         if self._lock is None:
             return
         shutil.rmtree(self.staging, ignore_errors=True)
-        if kind is None or not (self.finished_blocks or (self.path / _COMMITTED).exists()):
+        if kind is None or not (self._has_found or self.finished_blocks or (self.path / _COMMITTED).exists()):
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()  # last, so that nobody begins in a directory that is about to go
 
@@ -208,9 +210,14 @@ class WorkDirectory:
     def kept(self) -> str:
         """What a message says about the state of the work."""
         count = self.finished_blocks
-        if not count:
+        if not count and not self._has_found:
             return "nothing was left behind"
-        return f"{count} finished blocks are kept in {self.path}; the same command goes on from there"
+        finished = f"{count} finished blocks are" if count else "what was found out before the first block is"
+        return f"{finished} kept in {self.path}; the same command goes on from there"
+
+    @property
+    def _has_found(self) -> bool:
+        return any((self.path / name).is_file() for name in (TOKEN_WEIGHTS, WRITTEN_WINDOWS))
 
     def _record(self, index: int) -> Path:
         return self.path / f"block-{index:05d}.json"

@@ -97,8 +97,8 @@ def quantize(
         What was done to each layer; the same record lies in the checkpoint as ``report.json``.
 
     Raises:
-        MatGPTQError: a subclass that says what is wrong; nothing is left at ``out``. Finished blocks are kept in
-            ``.OUT.unfinished`` beside it.
+        MatGPTQError: a subclass that says what is wrong; nothing is left at ``out``. Finished blocks, and what took
+            long before the first, are kept in ``.OUT.unfinished`` beside it.
     """
     progress = progress or Silent()
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)

@@ -54,6 +54,10 @@ class Stop(Exception):
     """Something that goes wrong."""
 
 
+def stop(*_: object, **__: object) -> None:
+    raise Stop
+
+
 def stop_after(monkeypatch, solves: int) -> None:
     import matgptq.block_quantizer as block_quantizer
 
@@ -124,7 +128,7 @@ def test_what_gradients_say_is_kept_before_the_first_block_is_finished(source, w
         with monkeypatch.context() as patch:
             stop_after(patch, solves)
             if not solves:
-                patch.setattr("matgptq.quantization.prepare", lambda *_, **__: (_ for _ in ()).throw(Stop))
+                patch.setattr("matgptq.quantization.prepare", stop)
             with pytest.raises(Stop):
                 quantize(source, out)
         assert (work_path(out) / "token_weights.safetensors").is_file()
@@ -149,7 +153,7 @@ def test_a_text_that_the_model_wrote_is_kept(source, tmp_path, monkeypatch):
 
 
 def test_nothing_found_nothing_left(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("matgptq.calibration_gradients.token_saliency", lambda *_, **__: (_ for _ in ()).throw(Stop))
+    monkeypatch.setattr("matgptq.calibration_gradients.token_saliency", stop)
     with pytest.raises(Stop):
         quantize(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())

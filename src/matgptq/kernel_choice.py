@@ -31,10 +31,12 @@ from matgptq.native import Activations
 from matgptq.packed_weight import AnyWeight, Form, dequantize
 
 # Above so many rows PyTorch's matrix product on dequantized tiles wins (benchmarks/cpu_crossover.py), by the dtype in
-# which tiles are multiplied. For bfloat16 Intel's processors have matrix units. For float32 the library that PyTorch
-# calls has AVX-512 code, but for Intel's only: on others it never wins against ours.
+# which tiles are multiplied. For bfloat16 some of Intel's processors have matrix units; the numbers with those are from
+# before exact products became integer ones. For float32 the library that PyTorch calls has AVX-512 code, but for
+# Intel's only: on others it never wins against ours.
 _FUSED_ROWS = {torch.float32: 32, torch.bfloat16: 16}
-_FUSED_ROWS_ELSEWHERE = {torch.float32: sys.maxsize, torch.bfloat16: 40}
+_FUSED_ROWS_AVX512 = {torch.float32: 128}
+_FUSED_ROWS_AVX512_ELSEWHERE = {torch.float32: sys.maxsize, torch.bfloat16: 40}
 # AVX2 has neither dot products nor registers for many sums.
 _FUSED_ROWS_AVX2 = {torch.float32: 12}
 _FUSED_ROWS_AVX_VNNI = {torch.float32: 48}
@@ -137,7 +139,9 @@ def fused_rows(dtype: torch.dtype) -> int:
     elif isa == "avx_vnni":
         by_dtype = _FUSED_ROWS_AVX_VNNI
     elif isa == "avx512" and native.cpu_vendor() != "intel":
-        by_dtype = _FUSED_ROWS_ELSEWHERE
+        by_dtype = _FUSED_ROWS_AVX512_ELSEWHERE
+    elif isa == "avx512" and not multiplies_bfloat16(torch.device("cpu")):
+        by_dtype = _FUSED_ROWS_AVX512
     return by_dtype.get(_tile_dtype(dtype), by_dtype[torch.float32])
 
 

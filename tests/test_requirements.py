@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,17 +16,27 @@ from matgptq.plan import CalibrationRequest, output_hessian_bytes
 from matgptq.preparation import prepare
 from matgptq.recipe import make_recipe
 from matgptq.requirements import available_memory, check_requirements
+from matgptq.residency import build_empty
 from matgptq.source import open_source
+from matgptq.stage_memory import BLOCKS, GRADIENTS, TEXT, TUNING, states_bytes, windows_at_a_time
 from matgptq.text import self_text
 
 
-def needs_of(source, dataset=None, activations="auto", **options):
+def prepared(source, dataset=None, activations="auto", **options):
     request = CalibrationRequest(token_ids() if dataset is None else dataset, None, None)
     recipe = make_recipe(group_size=GROUP_SIZE, **options)
     return prepare(
         open_source(source), recipe, request, ignore=("lm_head",), device=torch.device("cpu"), dtype=torch.float32,
         activations=activations,
-    ).needs  # fmt: skip
+    )  # fmt: skip
+
+
+def needs_of(source, dataset=None, activations="auto", **options):
+    return prepared(source, dataset, activations, **options).needs
+
+
+def plan_of(source, dataset=None, **options):
+    return prepared(source, dataset, **options).plan
 
 
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
@@ -33,34 +44,69 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
         needs_of(save_model("llama", tmp_path / str(count), num_hidden_layers=count), activations="disk")
         for count in (2, 6)
     )
-    assert few.memory == many.memory
+    assert few.stages[BLOCKS] == many.stages[BLOCKS]
+    # but for what windows leave between the blocks, of which there is so much as there is room for
+    states = "states between blocks"
+    assert few.stages[GRADIENTS][states] < many.stages[GRADIENTS][states]
+    assert {**few.stages[GRADIENTS], states: 0} == {**many.stages[GRADIENTS], states: 0}
     assert many.disk["finished blocks"] > 1.5 * few.disk["finished blocks"]
 
 
-def test_text_of_its_own_takes_the_whole_model(tmp_path):
+def test_stages_are_those_that_the_recipe_has(tmp_path):
     source = save_model("llama", tmp_path / "source")
-    assert "model" in needs_of(source, dataset="self").memory
-    assert "model" not in needs_of(source).memory
-    assert "model" not in needs_of(source, dataset="self", method="rtn").memory  # which reads no text
+    assert [*needs_of(source, quality="fast").stages] == [BLOCKS]
+    assert [*needs_of(source, quality="balanced").stages] == [GRADIENTS, BLOCKS]
+    tuned = needs_of(source, token_ids(8), quality="best", rotate=False)
+    assert [*tuned.stages] == [GRADIENTS, BLOCKS, TUNING]
+    assert [*needs_of(source, dataset="self").stages] == [TEXT, GRADIENTS, BLOCKS]
+    assert [*needs_of(source, dataset="self", method="rtn").stages] == [BLOCKS]  # which reads no text
+    for stage, parts in tuned.stages.items():
+        assert sum(parts.values()) <= sum(tuned.memory.values())
+        assert all(count >= 0 for count in parts.values()), stage
+
+
+def test_text_of_its_own_takes_the_whole_model(tmp_path):
+    needs = needs_of(save_model("llama", tmp_path / "source"), dataset="self")
+    assert "model" in needs.stages[TEXT]
+    assert "model" not in needs.stages[BLOCKS]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_windows_whose_gradients_are_found_at_a_time(streamed, tmp_path):
+    plan = plan_of(save_model("llama", tmp_path / "source"), token_ids(40))
+    network = build_empty(open_source(tmp_path / "source"), torch.float32)
+    of_one = states_bytes(network, plan)
+
+    def at_a_time(threads, room):
+        return windows_at_a_time(network, plan, threads, room, streamed=streamed)
+
+    assert at_a_time(2, None) == 40
+    assert at_a_time(2, 0) == 1
+    assert at_a_time(2, 7 * of_one) == 7
+    assert at_a_time(64, 100 * of_one) == 40
+
+
+def test_blocks_that_stay_in_memory_are_not_run_over_more_windows_than_bring_something(tmp_path, monkeypatch):
+    plan = plan_of(save_model("llama", tmp_path / "source"), token_ids(40))
+    network = build_empty(open_source(tmp_path / "source"), torch.float32)
+    of_one = states_bytes(network, plan)
+    monkeypatch.setattr("matgptq.stage_memory._STATES_BYTES", 5 * of_one)
+    for threads, room, expected in ((2, None, 5), (8, None, 8), (8, 6 * of_one, 6)):
+        assert windows_at_a_time(network, plan, threads, room, streamed=False) == expected
+    assert windows_at_a_time(network, plan, 2, 30 * of_one, streamed=True) == 30
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
-def test_text_in_bfloat16_takes_a_copy_of_what_is_stored_in_more(stored, tmp_path, monkeypatch):
-    """It counts as far as it is larger than what is needed afterwards."""
-    monkeypatch.setattr("matgptq.requirements._SWEEP_BYTES", 0)
-    for vocabulary in (272, 1 << 16):
-        source = save_model("llama", tmp_path / str(vocabulary), shape={"vocab_size": vocabulary})
-        config = json.loads((source / "config.json").read_text())
-        (source / "config.json").write_text(json.dumps({**config, "dtype": stored}))
-        for fast in (True, False):
-            monkeypatch.setattr(self_text, "multiplies_bfloat16", lambda device, fast=fast: fast)
-            needs = needs_of(source, dataset="self", activations="disk")
-            assert needs.writes_text
-            more = needs.memory.get("more while it writes the text", 0)
-            if fast and stored == "float32" and vocabulary > 272:
-                assert 0 < more < needs.memory["model"] // 2
-            else:
-                assert more == 0
+@pytest.mark.parametrize("fast", [True, False])
+def test_text_in_bfloat16_takes_a_copy_of_what_is_stored_in_more(fast, stored, tmp_path, monkeypatch):
+    source = save_model("llama", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": stored}))
+    monkeypatch.setattr(self_text, "multiplies_bfloat16", lambda device: fast)
+    needs = needs_of(source, dataset="self")
+    assert needs.writes_text
+    rounded = needs.stages[TEXT].get("the same in 16 bits", 0)
+    assert rounded == (needs.stages[TEXT]["model"] // 2 if fast and stored == "float32" else 0)
 
 
 def test_where_activations_go(tmp_path, monkeypatch):
@@ -77,37 +123,30 @@ def test_where_output_hessians_go(tmp_path, monkeypatch):
     source = save_model("llama", tmp_path / "source")
     needs = needs_of(source)
     assert needs.output_hessians == "memory"
-    size = needs.memory["output Hessians"]
+    size = needs.stages[GRADIENTS]["output Hessians"]
     assert size == needs.disk["output Hessians"] > 0
     assert needs_of(source, activations="disk").output_hessians == "disk"
     monkeypatch.setattr("matgptq.requirements.available_memory", lambda: 4 * size)
     elsewhere = needs_of(source, activations="memory")
     assert elsewhere.output_hessians == "disk"
-    assert "output Hessians" not in elsewhere.memory
+    assert "output Hessians" not in elsewhere.stages[GRADIENTS]
     assert elsewhere.disk["output Hessians"] == 2 * size  # those that are summed, and those that are kept
-    assert "output Hessians" not in needs_of(source, rows_together=0).memory
+    alone = needs_of(source, rows_together=0)
+    assert not any("output Hessians" in parts for parts in alone.stages.values())
 
 
 def test_fewer_rows_are_solved_together_where_their_matrices_would_be_large(tmp_path, monkeypatch):
     source = save_model("llama", tmp_path / "source")
-    request = CalibrationRequest(token_ids(), None, None)
-
-    def plan_of(**options):
-        recipe = make_recipe(group_size=GROUP_SIZE, **options)
-        return prepare(
-            open_source(source), recipe, request, ignore=("lm_head",), device=torch.device("cpu"), dtype=torch.float32
-        ).plan
-
-    whole = plan_of()
+    whole = plan_of(source)
     assert whole.rows_together == 4096
     assert not any("together" in note for note in whole.notes)
     monkeypatch.setattr("matgptq.plan._OUTPUT_HESSIAN_BYTES", output_hessian_bytes(whole.blocks, 4096) - 1)
-    fewer = plan_of()
+    fewer = plan_of(source)
     assert 1 < fewer.rows_together < 256
     assert output_hessian_bytes(fewer.blocks, fewer.rows_together) < output_hessian_bytes(whole.blocks, 4096)
     assert f"at most {fewer.rows_together} rows are solved together" in " ".join(fewer.notes)
     monkeypatch.setattr("matgptq.plan._OUTPUT_HESSIAN_BYTES", 0)
-    assert plan_of(rows_together=0).rows_together == 0
+    assert plan_of(source, rows_together=0).rows_together == 0
     matgptq.quantize(source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE)
     assert torch.isfinite(matgptq.load(tmp_path / "out", bits=4)(token_ids()).logits).all()
 
@@ -116,11 +155,27 @@ def test_too_little_memory_is_refused_before_the_first_token(tmp_path, monkeypat
     source = save_model("llama", tmp_path / "source")
     monkeypatch.setattr("matgptq.requirements.available_memory", lambda: 500_000_000)
     monkeypatch.setattr("matgptq.quantization_run.calibration_windows", lambda *_, **__: pytest.fail("text was read"))
-    with pytest.raises(ConfigurationError, match=r"about 0\.\d GB of memory, 0\.5 GB are free: --activations disk, or"):
-        matgptq.quantize(source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE, activations="memory")
-    with pytest.raises(ConfigurationError, match=r"a text of your own \(--dataset\)"):
-        matgptq.quantize(source, tmp_path / "out", dataset="self", group_size=GROUP_SIZE)
+    message = r"about 0\.\d GB of memory while blocks are solved, 0\.5 GB are free: --activations disk, or fewer"
+    with pytest.raises(ConfigurationError, match=message):
+        matgptq.quantize(
+            source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE, activations="memory", quality="fast"
+        )
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "advice"),
+    [
+        (TEXT, r"a text of your own \(--dataset\)"),
+        (GRADIENTS, "--activations disk, or fewer or shorter windows"),
+        (TUNING, "--quality balanced, which tunes nothing"),
+    ],
+)
+def test_what_would_take_less_memory_depends_on_the_stage(stage, advice, tmp_path):
+    needs = needs_of(save_model("llama", tmp_path / "source"), activations="memory")
+    needs = replace(needs, stages={**needs.stages, stage: {"something large": 1 << 60}})
+    with pytest.raises(ConfigurationError, match=f"while {stage}, .* are free: {advice}"):
+        check_requirements(needs, tmp_path / "out")
 
 
 def test_too_little_disk(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_output_hessians_do_not_depend_on_how_windows_are_shared_out():
     token_saliency(Whole(model), blocks, windows, 3, output_hessians=with_workers, exponent=1.0, workers=workers)
     workers.close()
     in_parts = output_hessians(blocks)
-    token_saliency(Whole(model), blocks, windows, 3, output_hessians=in_parts, exponent=1.0, most_bytes=1)
+    token_saliency(Whole(model), blocks, windows, 3, output_hessians=in_parts, exponent=1.0, windows_together=2)
     by_two = output_hessians(blocks)
     for part in (slice(0, 2), slice(2, 5)):
         token_saliency(

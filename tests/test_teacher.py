@@ -68,7 +68,7 @@ def test_pieces_of_a_window_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         states = last_hidden(other, windows)
     whole = teacher.mean_kl(states.__getitem__, head)
-    monkeypatch.setattr(teacher_module, "_CHUNK_ELEMENTS", 3 * VOCAB)
+    monkeypatch.setattr(teacher_module, "CHUNK_ELEMENTS", 3 * VOCAB)
     assert [piece.stop - piece.start for piece in chunks(16, VOCAB)] == [3, 3, 3, 3, 3, 1]
     assert teacher.mean_kl(states.__getitem__, head) == pytest.approx(whole, rel=1e-5)
 

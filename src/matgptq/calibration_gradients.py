@@ -33,6 +33,7 @@ class CalibrationGradients:
     ) -> None:
         self._residency, self._plan, self._device = prepared.residency, prepared.plan, prepared.device
         self._sums_on_disk = prepared.needs.output_hessians == "disk"
+        self._windows_together = prepared.needs.windows_together
         self._recipe = recipe
         self._work = work
         self._together = together
@@ -67,7 +68,8 @@ class CalibrationGradients:
             self._progress.start("saliency of tokens", 2 * len(own) * len(blocks))
             saliency = token_saliency(
                 self._residency, blocks, own, recipe.seed, tick=self._progress.advance, first_window=mine.start,
-                workers=workers, output_hessians=[*chain.from_iterable(sums)], exponent=recipe.saliency,
+                windows_together=self._windows_together, workers=workers,
+                output_hessians=[*chain.from_iterable(sums)], exponent=recipe.saliency,
             )  # fmt: skip
             for index, of_block in enumerate(sums):
                 together.add([*summed_tensors(of_block).values()])

@@ -112,7 +112,7 @@ def plan_table(plan: Plan, needs: Requirements, stored_bytes: int) -> Table:
         "group sizes": ", ".join(map(str, sizes)),
         "calibration": f"{plan.nsamples} windows of {plan.seqlen} tokens" if plan.nsamples else "none",
         "codes and scales on disk": megabytes(stored_bytes),
-        "memory, about": _parts(needs.memory),
+        "memory, about": f"while {needs.fullest} {_parts(needs.memory)}",
         "disk while it runs, about": _parts(needs.disk),
         "activations": f"in {needs.activations}" if needs.activations == "memory" else "on disk",
         "weights": "read one block at a time" if needs.streamed else "in memory as a whole",

@@ -23,7 +23,7 @@ _ROWS, _STEPS, _STEPS_ON_GPU = 32, 16, 8
 _PIECES = 4  # of at least so many rows, into which these are cut for threads
 _COLUMNS = 1024  # of all copies, in which a thread moves rows
 _FINISHED = 128  # that are finished at a time on a CPU
-_ELEMENTS = 1 << 26  # floats by which the rows of some blocks are moved; one block is always solved
+MOVED_ELEMENTS = 1 << 26  # floats by which the rows of some blocks are moved; one block is always solved
 
 
 def solve_joined(problem: RowProblem, weight: Tensor, outputs: OutputHessian, workers: Workers) -> SolvedRows:
@@ -46,7 +46,7 @@ def solve_joined(problem: RowProblem, weight: Tensor, outputs: OutputHessian, wo
 
     of_a_block = matrix.shape[1] * len(problem.recipe.target_bits) * weight.shape[1]
     solved: list[SolvedRows] = []
-    for some in torch.split(torch.arange(len(matrix)), max(1, _ELEMENTS // of_a_block)):
+    for some in torch.split(torch.arange(len(matrix)), max(1, MOVED_ELEMENTS // of_a_block)):
         ordered = torch.stack([matrix[block][ranks[block].unsqueeze(1), ranks[block]] for block in some])
         own = weight[rows[some].flatten()]
         draft = _Blocks(problem, own, damp_outputs(ordered, dampings[some], workers), workers).solve()

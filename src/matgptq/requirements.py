@@ -14,19 +14,14 @@ from typing import Any
 import torch
 
 from matgptq.activations import Placement
-from matgptq.blocks import Block
 from matgptq.devices import fast_products
 from matgptq.errors import ConfigurationError
-from matgptq.output_hessian import count_parts
 from matgptq.plan import Plan, output_hessian_bytes
 from matgptq.recipe import Recipe
+from matgptq.stage_memory import TEXT, TUNING, StageMemory, states_bytes, windows_at_a_time
 from matgptq.text.self_text import writes_in_bfloat16
 
-_PROGRAM_BYTES = 700_000_000  # Python, PyTorch and its workspaces
-_HESSIAN_COPIES = 7  # as collected, prepared, in processing order, factored, and what a factorization works in
-_SWEEP_BYTES = 60_000_000  # of one piece of rows
-_JOINED_BYTES = 1 << 28  # of rows that are moved together, if more than one block of them is
-_MEMORY_SHARE = 4  # activations stay in memory up to a quarter of it
+_MEMORY_SHARE = 4  # activations, output Hessians and states between blocks stay in memory up to a quarter of it, each
 # CPU-seconds for each weight and copy of a sweep; measured on one core of a Xeon with AVX-512 (docs/scale.md).
 _SWEEP_SECONDS = 3e-8
 _JOINED_FACTOR = 4.0  # where rows are solved together: in smaller pieces, and all move each other in every pass
@@ -38,23 +33,35 @@ class Requirements:
     """Estimates.
 
     Attributes:
-        memory: bytes by what they are for; they are needed together.
+        stages: bytes of memory by stage and by what they are for; those of a stage are needed together.
         disk: bytes by what they are for, while the run goes on.
         activations: where they will be kept.
         output_hessians: where they will be summed.
+        windows_together: whose gradients will be found at a time.
         seconds: of all stages after the text is there; None where there is no measurement to go by: on GPUs, and where
             scales are tuned.
         streamed: whether blocks are read one by one.
         writes_text: whether the model writes its own text first, as far as it is not there yet.
     """
 
-    memory: Mapping[str, int]
+    stages: Mapping[str, Mapping[str, int]]
     disk: Mapping[str, int]
     activations: Placement
     output_hessians: Placement
+    windows_together: int
     seconds: float | None
     streamed: bool
     writes_text: bool
+
+    @property
+    def fullest(self) -> str:
+        """The stage that takes most memory."""
+        return max(self.stages, key=lambda name: sum(self.stages[name].values()))
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        """Bytes of that stage by what they are for."""
+        return self.stages[self.fullest]
 
 
 def estimate_requirements(
@@ -69,7 +76,7 @@ def estimate_requirements(
     stored_dtype: str | None,
     whole_for_text: bool,
 ) -> Requirements:
-    """Add up what a run holds at the same time.
+    """Add up what each stage of a run holds at the same time.
 
     Args:
         network: the model; may be without weights.
@@ -82,44 +89,29 @@ def estimate_requirements(
         stored_dtype: of the model's weights in their files, if that is known.
         whole_for_text: the model writes its own text, for which it must be in memory as a whole.
     """
-    of_blocks = [sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in plan.blocks]
-    everything = {id(p): p.numel() * p.element_size() for p in network.parameters()}
-    whole = sum(everything.values())
-    states = plan.nsamples * plan.seqlen * _width(network) * network.dtype.itemsize
+    states = plan.nsamples * states_bytes(network, plan) // (len(plan.blocks) + 1)
     outputs = output_hessian_bytes(plan.blocks, plan.rows_together) if plan.rows_together else 0
     free = available_memory()
+    room = None if free is None else free // _MEMORY_SHARE
     if activations == "auto":
-        activations = "memory" if free is None or states < free // _MEMORY_SHARE else "disk"
-    output_hessians = activations if free is None or outputs < free // _MEMORY_SHARE else "disk"
-    memory = {"program": _PROGRAM_BYTES}
-    if streamed and not whole_for_text:
-        memory["largest block"] = max(of_blocks)
-        memory["around the blocks"] = whole - sum(of_blocks)
-    else:
-        memory["model"] = whole
-    if plan.nsamples:
-        memory["Hessians"] = max(map(_hessian_bytes, plan.blocks))
-        threads = torch.get_num_threads() if device.type == "cpu" else 1
-        of_window = plan.seqlen * _widest(plan) * 4 * 6
-        memory["working memory"] = threads * _SWEEP_BYTES + min(threads, plan.nsamples) * of_window
-        if outputs:
-            memory["working memory"] += max(_joined_bytes(block, plan, recipe) for block in plan.blocks)
-            if output_hessians == "memory":
-                memory["output Hessians"] = outputs
-        memory["activations"] = states if activations == "memory" else states // plan.nsamples * 2
-    if whole_for_text and device.type == "cpu" and writes_in_bfloat16(network) and stored_dtype != "bfloat16":
-        # A copy, which is gone before the rest is needed.
-        later = sum(memory[name] for name in ("Hessians", "working memory", "activations"))
-        if whole // 2 > later:
-            memory["more while it writes the text"] = whole // 2 - later
+        activations = "memory" if room is None or states < room else "disk"
+    output_hessians = activations if room is None or outputs < room else "disk"
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    together = windows_at_a_time(network, plan, threads, room, streamed=streamed)
+    rounded = device.type == "cpu" and writes_in_bfloat16(network) and stored_dtype != "bfloat16"
+    memory = StageMemory(
+        network, plan, recipe, streamed=streamed, activations=activations, output_hessians=output_hessians,
+        windows_together=together, threads=threads, writes_text=whole_for_text, writes_in_a_copy=rounded,
+    )  # fmt: skip
     output = plan.stored_bytes(recipe) + kept_bytes
     disk = {"finished blocks": output, "checkpoint": output}
     if plan.nsamples:
         disk["activations"] = 2 * states
     if outputs:
         disk["output Hessians"] = outputs if output_hessians == "memory" else 2 * outputs
+    seconds = _seconds(plan, recipe, device)
     return Requirements(
-        memory, disk, activations, output_hessians, _seconds(plan, recipe, device), streamed, whole_for_text
+        memory.stages(), disk, activations, output_hessians, together, seconds, streamed, whole_for_text
     )
 
 
@@ -137,13 +129,9 @@ def check_requirements(needs: Requirements, destination: Path, present: int = 0)
     free = available_memory()
     wanted = sum(needs.memory.values())
     if free is not None and wanted > free:
-        advice = "fewer or shorter windows (--nsamples, --seqlen)"
-        if needs.activations == "memory":
-            advice = "--activations disk, or " + advice
-        if "model" in needs.memory and needs.streamed:
-            advice = "a text of your own (--dataset) instead of self, for which the whole model must be in memory"
         raise ConfigurationError(
-            f"this needs about {_gigabytes(wanted)} of memory, {_gigabytes(free)} are free: {advice}"
+            f"this needs about {_gigabytes(wanted)} of memory while {needs.fullest}, {_gigabytes(free)} are free: "
+            f"{_advice(needs)}"
         )
     place = Path(os.path.abspath(destination)).parent
     while not place.exists():
@@ -176,27 +164,14 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
-def _hessian_bytes(block: Block) -> int:
-    sizes = [group[0][1].in_features ** 2 * 4 for group in block.inputs]
-    return sum(sizes) + max(sizes, default=0) * (_HESSIAN_COPIES - 1)
-
-
-def _joined_bytes(block: Block, plan: Plan, recipe: Recipe) -> int:
-    """By how much rows that are solved together move each other."""
-    most = [0]
-    for group in block.ordinary_inputs():
-        rows = [layer.out_features for _, layer in group]
-        of_all = sum(rows) * group[0][1].in_features * len(recipe.target_bits) * 4
-        most.append(max(of_all // count_parts(rows, plan.rows_together), min(of_all, _JOINED_BYTES)))
-    return max(most)
-
-
-def _width(network: Any) -> int:
-    return int(network.get_input_embeddings().weight.shape[1])
-
-
-def _widest(plan: Plan) -> int:
-    return max(max(layer.in_features, layer.out_features) for layer in plan.layers.values())
+def _advice(needs: Requirements) -> str:
+    """What would take less memory."""
+    if needs.fullest == TEXT:
+        return "a text of your own (--dataset) instead of self, for which the whole model must be in memory"
+    if needs.fullest == TUNING:
+        return "--quality balanced, which tunes nothing (`matgptq refine --scope block` takes less)"
+    advice = "fewer or shorter windows (--nsamples, --seqlen)"
+    return f"--activations disk, or {advice}" if needs.activations == "memory" else advice
 
 
 def _seconds(plan: Plan, recipe: Recipe, device: torch.device) -> float | None:

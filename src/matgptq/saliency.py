@@ -43,7 +43,7 @@ def token_saliency(
     seed: int,
     tick: Callable[[], None] = lambda: None,
     *,
-    most_bytes: int = 1 << 29,
+    windows_together: int | None = None,
     first_window: int = 0,
     workers: Workers = INLINE,
     output_hessians: Sequence[OutputHessian] = (),
@@ -63,7 +63,7 @@ def token_saliency(
         seed: of the drawn tokens.
         tick: called for each window after each block, there and back.
         first_window: number of the first of these windows among all; each draws its tokens by a seed of its own.
-        most_bytes: of what is kept of some windows between the blocks; at least one window is taken for each worker.
+        windows_together: how many go through the blocks at a time, by default all; results do not depend on it.
         workers: among which windows are shared out.
         output_hessians: of some layers by their full names; what the windows say is added to them.
         exponent: by which tokens count in these, see ``OutputHessian.add``.
@@ -78,9 +78,7 @@ def token_saliency(
     head = output_head(network, blocks)
     if multiplies_bfloat16(network.device):
         head = _in_bfloat16(head)
-    width = network.get_input_embeddings().weight.shape[1]
-    of_one_window = windows.shape[1] * width * network.dtype.itemsize * (len(blocks) + 1)
-    together = max(workers.count, most_bytes // of_one_window)
+    together = max(1, len(windows)) if windows_together is None else windows_together
     with _without_parameter_gradients(network):
         for first in range(0, len(windows), together):
             part = windows[first : first + together]

@@ -22,7 +22,7 @@ from matgptq.blocks import Block, skipped
 from matgptq.errors import UnsupportedModelError
 from matgptq.workers import INLINE, Workers
 
-_CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MB in float32 for each temporary
+CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MB in float32 for each temporary
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,6 @@ def observe(model: Any, windows: Tensor, tick: Callable[[], None] = lambda: None
 
 def chunks(positions: int, vocabulary: int) -> Iterator[slice]:
     """Pieces of a window whose logits are small enough to be held in memory."""
-    size = max(1, _CHUNK_ELEMENTS // vocabulary)
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
     for first in range(0, positions, size):
         yield slice(first, min(first + size, positions))

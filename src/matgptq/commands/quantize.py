@@ -202,5 +202,7 @@ def _dry_run(
         "seqlen": plan.seqlen,
         "stored_bytes": plan.stored_bytes(recipe),
         **asdict(needs),
+        "memory": dict(needs.memory),
+        "fullest": needs.fullest,
     }
     write_json(json_file, record)

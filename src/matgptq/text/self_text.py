@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+# Sampled side by side, if nothing else is said, and tokens in each.
+BATCH_SIZE, DOCUMENT_TOKENS = 32, 512
 # Part of the cache key: raise it when the same arguments would generate other tokens.
 _GENERATION_VERSION = 3
 
@@ -43,8 +45,8 @@ def generate_windows(
     nsamples: int,
     seqlen: int,
     seed: int,
-    document_tokens: int = 512,
-    batch_size: int = 32,
+    document_tokens: int = DOCUMENT_TOKENS,
+    batch_size: int = BATCH_SIZE,
     temperature: float = 1.0,
     cache_dir: str | Path | None = None,
     progress: Counted | None = None,

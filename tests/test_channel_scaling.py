@@ -19,9 +19,14 @@ from matgptq.output_hessian import OutputHessian
 from matgptq.recipe import make_recipe
 from matgptq.residency import Whole
 from matgptq.saliency import token_saliency
+from matgptq.source import open_source
 from matgptq.stored_tensors import read_headers, read_tensor
 
 SCALABLE = [name for name, (kind, _) in MODELS.items() if find_family(kind).channels is not None]
+
+
+def open_model(source: Path) -> Any:
+    return open_source(source).load_model(torch.float32, torch.device("cpu"))
 
 
 def sites_of(model: Any) -> Any:
@@ -150,6 +155,14 @@ def test_what_is_stored(dtype: torch.dtype, tmp_path: Path) -> None:
     assert all(plain[name].dtype == dtype for name in other if plain[name].numel())
 
 
+@torch.no_grad()
+def median_kl(source: Path, out: Path) -> float:
+    """Of a token. A router that chooses another expert for one token costs more than all that rounding does to others."""
+    windows = token_ids(2, 24, seed=9)
+    full, served = (model(windows).logits.log_softmax(-1) for model in (open_model(source), matgptq.load(out, 8)))
+    return float((full.exp() * (full - served)).sum(-1).median())
+
+
 @pytest.mark.parametrize("name", SCALABLE)
 def test_a_checkpoint_of_every_family_is_as_good(name: str, tmp_path: Path) -> None:
     source = save_model(name, tmp_path / "source")
@@ -157,8 +170,8 @@ def test_a_checkpoint_of_every_family_is_as_good(name: str, tmp_path: Path) -> N
     for exponent in (0.0, 0.5):
         out = tmp_path / f"out-{exponent}"
         matgptq.quantize(source, out, dataset=token_ids(8, 24), group_size=32, channel_scaling=exponent)
-        found[exponent] = matgptq.evaluate(out, (8,), text=token_ids(2, 24, seed=9)).results[0].kl
-    assert 0 < found[0.5] < 3 * found[0.0] < 0.1, found
+        found[exponent] = median_kl(source, out)
+    assert 0 < found[0.5] < 2 * found[0.0] < 0.05, found
     matgptq.export(tmp_path / "out-0.5", tmp_path / "slice", format="matgptq-slice", bits=3)
     one, other = (matgptq.load(tmp_path / each, 3)(token_ids(1, 12)).logits for each in ("slice", "out-0.5"))
     assert torch.equal(one, other)

@@ -157,7 +157,7 @@ def test_what_is_stored(dtype: torch.dtype, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def median_kl(source: Path, out: Path) -> float:
-    """Of a token. A router that chooses another expert for one token costs more than all that rounding does to others."""
+    """Of a token; one that a router sends to another expert costs more than what rounding does to all others."""
     windows = token_ids(2, 24, seed=9)
     full, served = (model(windows).logits.log_softmax(-1) for model in (open_model(source), matgptq.load(out, 8)))
     return float((full.exp() * (full - served)).sum(-1).median())

@@ -15,7 +15,7 @@ from matgptq.errors import ConfigurationError, MatGPTQError
 from matgptq.plan import CalibrationRequest, output_hessian_bytes
 from matgptq.preparation import prepare
 from matgptq.recipe import make_recipe
-from matgptq.requirements import available_memory, check_requirements
+from matgptq.requirements import available_memory, check_requirements, estimate_requirements
 from matgptq.residency import build_empty
 from matgptq.source import open_source
 from matgptq.stage_memory import BLOCKS, GRADIENTS, TEXT, TUNING, states_bytes, windows_at_a_time
@@ -69,6 +69,19 @@ def test_text_of_its_own_takes_the_whole_model(tmp_path):
     needs = needs_of(save_model("llama", tmp_path / "source"), dataset="self")
     assert "model" in needs.stages[TEXT]
     assert "model" not in needs.stages[BLOCKS]
+
+
+def test_states_on_a_gpu_do_not_follow_the_memory_of_the_cpu(tmp_path):
+    source, windows = save_model("llama", tmp_path / "source"), token_ids(40)
+    plan, network = plan_of(source, windows), build_empty(open_source(source), torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matgptq.requirements.available_memory", lambda: 8 * states_bytes(network, plan))
+        assert needs_of(source, windows).windows_together == 2
+        on_gpu = estimate_requirements(
+            network, plan, make_recipe(group_size=GROUP_SIZE), 0, streamed=True, activations="auto",
+            device=torch.device("cuda"), stored_dtype=None, whole_for_text=False,
+        )  # fmt: skip
+    assert on_gpu.windows_together == 40
 
 
 @pytest.mark.parametrize("streamed", [True, False])

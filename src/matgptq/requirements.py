@@ -97,7 +97,9 @@ def estimate_requirements(
         activations = "memory" if room is None or states < room else "disk"
     output_hessians = activations if room is None or outputs < room else "disk"
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    together = windows_at_a_time(network, plan, threads, room, streamed=streamed)
+    # states lie where blocks are run, and what that device has free is not known here
+    room_there = room if device.type == "cpu" else None
+    together = windows_at_a_time(network, plan, threads, room_there, streamed=streamed)
     rounded = device.type == "cpu" and writes_in_bfloat16(network) and stored_dtype != "bfloat16"
     memory = StageMemory(
         network, plan, recipe, streamed=streamed, activations=activations, output_hessians=output_hessians,

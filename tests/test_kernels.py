@@ -111,7 +111,7 @@ def test_the_choice_of_a_kernel(monkeypatch):
     ("vendor", "isa", "multiplies_bfloat16", "rows"),
     [
         ("intel", "avx512", True, (32, 16)),
-        ("intel", "avx512", False, (32, 32)),
+        ("intel", "avx512", False, (128, 128)),
         ("amd", "avx512", True, (None, 40)),
         ("amd", "avx512", False, (None, None)),
         ("intel", "avx_vnni", False, (48, 48)),

@@ -17,6 +17,7 @@ from matgptq.preparation import prepare
 from matgptq.recipe import make_recipe
 from matgptq.requirements import available_memory, check_requirements, estimate_requirements
 from matgptq.residency import build_empty
+from matgptq.run_time import estimate_seconds
 from matgptq.source import open_source
 from matgptq.stage_memory import BLOCKS, GRADIENTS, TEXT, TUNING, states_bytes, windows_at_a_time
 from matgptq.text import self_text
@@ -209,10 +210,32 @@ def test_what_this_machine_has():
     assert free is None or free > 0
 
 
-def test_no_time_is_said_where_tuning_takes_most_of_it(tmp_path):
+def test_time_is_said_where_there_is_something_to_go_by(tmp_path):
     source = save_model("llama", tmp_path / "source")
-    assert needs_of(source, quality="balanced").seconds > 0
-    assert needs_of(source, token_ids(8), quality="best", rotate=False).seconds is None
+
+    def seconds(device="cpu", text=None, **options):
+        recipe = make_recipe(group_size=GROUP_SIZE, **options)
+        return estimate_seconds(plan_of(source, text, **options), recipe, torch.device(device))
+
+    assert seconds(quality="balanced") > 0
+    assert seconds(method="rtn") == 0
+    assert seconds(text=token_ids(8), quality="best", rotate=False) is None  # tuning takes most of it
+    assert seconds("cuda", quality="balanced") is None
+
+
+def test_time_grows_with_the_square_of_columns_and_with_what_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr("matgptq.run_time._products_per_second", lambda: 1e11)
+    monkeypatch.setattr("matgptq.run_time._seconds_per_square", lambda recipe, device: 1e-9)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    plan = plan_of(save_model("llama", tmp_path / "source"))
+    squares = sum(layer.out_features * layer.in_features**2 for layer in plan.layers.values())
+
+    def seconds(**options):
+        recipe = make_recipe(group_size=GROUP_SIZE, **options)
+        return estimate_seconds(plan_of(tmp_path / "source", **options), recipe, torch.device("cpu"))
+
+    alone, joined = seconds(quality="balanced", rows_together=0), seconds(quality="balanced")
+    assert squares * 1e-9 < alone < joined < 4 * alone
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

@@ -100,8 +100,8 @@ class ProgressBars:
             self._task = None
 
 
-def plan_table(plan: Plan, needs: Requirements, stored_bytes: int) -> Table:
-    """What a run would do, and what it would need."""
+def plan_table(plan: Plan, needs: Requirements, seconds: float | None, stored_bytes: int) -> Table:
+    """What a run would do, what it would need, and how long it would take if that is known."""
     table = Table(title="plan", show_header=False)
     sizes = sorted({layer.group_size for layer in plan.layers.values()})
     rows = {
@@ -117,8 +117,8 @@ def plan_table(plan: Plan, needs: Requirements, stored_bytes: int) -> Table:
         "activations": f"in {needs.activations}" if needs.activations == "memory" else "on disk",
         "weights": "read one block at a time" if needs.streamed else "in memory as a whole",
     }
-    if needs.seconds is not None:
-        time = "under a minute" if needs.seconds < 60 else f"{needs.seconds / 60:.0f} min"
+    if seconds is not None:
+        time = "under a minute" if seconds < 60 else f"{seconds / 60:.0f} min"
         rows["time, roughly"] = time + (", and what it takes the model to write its text" if needs.writes_text else "")
     for name, value in rows.items():
         table.add_row(name, str(value))

@@ -1,11 +1,9 @@
-"""What a run will need, computed before it starts: memory, disk, and on a CPU a rough time."""
+"""What a run will need, computed before it starts: memory and disk."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 import torch
 
 from matgptq.activations import Placement
-from matgptq.devices import fast_products
 from matgptq.errors import ConfigurationError
 from matgptq.plan import Plan, output_hessian_bytes
 from matgptq.recipe import Recipe
@@ -22,10 +19,6 @@ from matgptq.stage_memory import TEXT, TUNING, StageMemory, states_bytes, window
 from matgptq.text.self_text import writes_in_bfloat16
 
 _MEMORY_SHARE = 4  # activations, output Hessians and states between blocks stay in memory up to a quarter of it, each
-# CPU-seconds for each weight and copy of a sweep; measured on one core of a Xeon with AVX-512 (docs/scale.md).
-_SWEEP_SECONDS = 3e-8
-_JOINED_FACTOR = 4.0  # where rows are solved together: in smaller pieces, and all move each other in every pass
-_FORWARD_PASSES, _SALIENCY_PASSES = 2, 5
 
 
 @dataclass(frozen=True)
@@ -38,8 +31,6 @@ class Requirements:
         activations: where they will be kept.
         output_hessians: where they will be summed.
         windows_together: whose gradients will be found at a time.
-        seconds: of all stages after the text is there; None where there is no measurement to go by: on GPUs, and where
-            scales are tuned.
         streamed: whether blocks are read one by one.
         writes_text: whether the model writes its own text first, as far as it is not there yet.
     """
@@ -49,7 +40,6 @@ class Requirements:
     activations: Placement
     output_hessians: Placement
     windows_together: int
-    seconds: float | None
     streamed: bool
     writes_text: bool
 
@@ -111,10 +101,7 @@ def estimate_requirements(
         disk["activations"] = 2 * states
     if outputs:
         disk["output Hessians"] = outputs if output_hessians == "memory" else 2 * outputs
-    seconds = _seconds(plan, recipe, device)
-    return Requirements(
-        memory.stages(), disk, activations, output_hessians, together, seconds, streamed, whole_for_text
-    )
+    return Requirements(memory.stages(), disk, activations, output_hessians, together, streamed, whole_for_text)
 
 
 def check_requirements(needs: Requirements, destination: Path, present: int = 0) -> None:
@@ -174,35 +161,6 @@ def _advice(needs: Requirements) -> str:
         return "--quality balanced, which tunes nothing (`matgptq refine --scope block` takes less)"
     advice = "fewer or shorter windows (--nsamples, --seqlen)"
     return f"--activations disk, or {advice}" if needs.activations == "memory" else advice
-
-
-def _seconds(plan: Plan, recipe: Recipe, device: torch.device) -> float | None:
-    if device.type != "cpu" or recipe.tuned_bits:  # tuning takes most of the time, and is not in the formula
-        return None
-    weights = sum(layer.in_features * layer.out_features for layer in plan.layers.values())
-    inputs = sum(group[0][1].in_features ** 2 for block in plan.blocks for group in block.inputs)
-    tokens = plan.nsamples * plan.seqlen
-    passes = _FORWARD_PASSES + (_SALIENCY_PASSES if recipe.saliency else 0)
-    outputs = output_hessian_bytes(plan.blocks, plan.rows_together) / 4 if plan.rows_together else 0
-    products = 2.0 * tokens * (passes * weights + inputs + outputs)
-    sweeps = (1 + 2 * recipe.coordinate_passes) * (_JOINED_FACTOR if plan.rows_together else 1)
-    copies = len(recipe.target_bits) if recipe.compensation == "per-width" else 1
-    solving = weights * copies * sweeps * _SWEEP_SECONDS / torch.get_num_threads()
-    return products / _products_per_second(device) + (solving if plan.nsamples else 0.0)
-
-
-def _products_per_second(device: torch.device) -> float:
-    """Floating-point operations a second of a product as calibration computes them."""
-    size = 512
-    one = torch.ones(size, size)
-    with fast_products(device), torch.no_grad():
-        torch.mm(one, one)
-        fastest = math.inf  # a moment in which something else has the processor says nothing
-        for _ in range(8):
-            started = time.perf_counter()
-            torch.mm(one, one)
-            fastest = min(fastest, time.perf_counter() - started)
-    return 2 * size**3 / fastest
 
 
 def _gigabytes(count: int) -> str:

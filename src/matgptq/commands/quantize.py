@@ -168,6 +168,7 @@ def _dry_run(
     from matgptq.preparation import check_text, prepare
     from matgptq.requirements import check_requirements
     from matgptq.run_log import check_wandb
+    from matgptq.run_time import estimate_seconds
     from matgptq.source import open_source
     from matgptq.work_directory import WorkDirectory, kept_bytes
 
@@ -192,7 +193,8 @@ def _dry_run(
         progress.start("look at the text", 1)
         check_text(prepared, request, recipe.seed)
     plan, needs = prepared.plan, prepared.needs
-    out_console.print(plan_table(plan, needs, plan.stored_bytes(recipe)))
+    seconds = estimate_seconds(plan, recipe, run_device)
+    out_console.print(plan_table(plan, needs, seconds, plan.stored_bytes(recipe)))
     check_requirements(needs, out, kept_bytes(out))
     record = {
         "recipe": recipe.to_dict(),
@@ -202,6 +204,7 @@ def _dry_run(
         "seqlen": plan.seqlen,
         "stored_bytes": plan.stored_bytes(recipe),
         **asdict(needs),
+        "seconds": seconds,
         "memory": dict(needs.memory),
         "fullest": needs.fullest,
     }

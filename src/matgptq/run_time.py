@@ -1,0 +1,100 @@
+"""How long a run will take on a CPU, roughly: what it computes, at the speed at which a little of it is computed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from matgptq.devices import exact_products, fast_products
+from matgptq.output_hessian import count_parts
+from matgptq.plan import Plan, output_hessian_bytes
+from matgptq.recipe import Recipe
+from matgptq.solver import solve
+from matgptq.workers import one_thread_each
+
+_FORWARD_PASSES, _SALIENCY_PASSES = 2, 5
+# Rows that are solved together come in smaller pieces: SmolLM2's take 1.4 to 2.2 times as long as each row alone, and
+# move each other besides.
+_JOINED_FACTOR = 2.0
+_SAMPLE_ROWS, _SAMPLE_COLUMNS, _SAMPLE_GROUP = 192, 512, 64
+
+
+def estimate_seconds(plan: Plan, recipe: Recipe, device: torch.device) -> float | None:
+    """Of all stages after the text is there.
+
+    Takes a second itself.
+
+    Args:
+        plan: of the run.
+        recipe: of the run.
+        device: where it runs.
+
+    Returns:
+        None where there is no measurement to go by: on GPUs, and where scales are tuned, which takes most of the time.
+    """
+    if device.type != "cpu" or recipe.tuned_bits:
+        return None
+    if not plan.nsamples:
+        return 0.0
+    weights = sum(layer.in_features * layer.out_features for layer in plan.layers.values())
+    inputs = sum(group[0][1].in_features ** 2 for block in plan.blocks for group in block.inputs)
+    passes = _FORWARD_PASSES + (_SALIENCY_PASSES if recipe.saliency else 0)
+    outputs = output_hessian_bytes(plan.blocks, plan.rows_together) / 4 if plan.rows_together else 0
+    calibration = 2.0 * plan.nsamples * plan.seqlen * (passes * weights + inputs + outputs)
+    with fast_products(device):
+        seconds = calibration / _products_per_second()
+    with exact_products(device):
+        seconds += _moving(plan, recipe) / _products_per_second()
+    return seconds + _solving(plan, recipe, device)
+
+
+def _solving(plan: Plan, recipe: Recipe, device: torch.device) -> float:
+    """A row takes time by the square of its columns, in the sweeps and in the refits."""
+    squares = sum(layer.out_features * layer.in_features**2 for layer in plan.layers.values())
+    factor = _JOINED_FACTOR if plan.rows_together else 1.0
+    return factor * squares * _seconds_per_square(recipe, device) / torch.get_num_threads()
+
+
+def _moving(plan: Plan, recipe: Recipe) -> float:
+    """Floating-point operations by which rows that are solved together move each other."""
+    total = 0.0
+    for block in plan.blocks if plan.rows_together else ():
+        for group in block.ordinary_inputs():
+            rows = [layer.out_features for _, layer in group]
+            total += sum(rows) ** 2 / count_parts(rows, plan.rows_together) * group[0][1].in_features
+    # the sweep moves rows behind only, half of them
+    return 2 * total * len(recipe.target_bits) * (0.5 + recipe.coordinate_passes)
+
+
+def _seconds_per_square(recipe: Recipe, device: torch.device) -> float:
+    """What one thread takes for a row alone, over the square of its columns."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(_SAMPLE_ROWS, _SAMPLE_COLUMNS, generator=generator)
+    inputs = torch.randn(2 * _SAMPLE_COLUMNS, _SAMPLE_COLUMNS, generator=generator)
+    hessian, alone = inputs.T @ inputs, replace(recipe, rows_together=0)
+    with one_thread_each(device):  # which is this one, so that its own time is all, whatever else runs
+        taken = _fastest(lambda: solve(weight, hessian, alone, _SAMPLE_GROUP), 2, time.thread_time)
+    return taken / (_SAMPLE_ROWS * _SAMPLE_COLUMNS**2)
+
+
+def _products_per_second() -> float:
+    """Floating-point operations a second of a product, as products are computed here."""
+    size = 512
+    one = torch.ones(size, size)
+    with torch.no_grad():
+        return 2 * size**3 / _fastest(lambda: torch.mm(one, one), 8)
+
+
+def _fastest(work: Callable[[], object], times: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """A moment in which something else has the processor says nothing, nor does the first time."""
+    work()
+    fastest = math.inf
+    for _ in range(times):
+        started = clock()
+        work()
+        fastest = min(fastest, clock() - started)
+    return fastest

@@ -396,7 +396,7 @@ def test_pieces_and_threads_change_nothing(blocks: int, size: int, elements: int
     outputs = correlated({"a": blocks * size}, size)
     expected = solve(weight, hessian, recipe, 8, outputs=outputs).weight
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(joined_rows, "_ELEMENTS", elements)
+        patch.setattr(joined_rows, "MOVED_ELEMENTS", elements)
         workers = Workers(threads)
         try:
             found = solve(weight, hessian, recipe, 8, workers, outputs).weight

@@ -112,7 +112,7 @@ def plan_table(plan: Plan, needs: Requirements, seconds: float | None, stored_by
         "group sizes": ", ".join(map(str, sizes)),
         "calibration": f"{plan.nsamples} windows of {plan.seqlen} tokens" if plan.nsamples else "none",
         "codes and scales on disk": megabytes(stored_bytes),
-        "memory, about": f"while {needs.fullest} {_parts(needs.memory)}",
+        "memory, about": _parts(needs.memory, f" while {needs.fullest}"),
         "disk while it runs, about": _parts(needs.disk),
         "activations": f"in {needs.activations}" if needs.activations == "memory" else "on disk",
         "weights": "read one block at a time" if needs.streamed else "in memory as a whole",
@@ -125,11 +125,11 @@ def plan_table(plan: Plan, needs: Requirements, seconds: float | None, stored_by
     return table
 
 
-def _parts(parts: Mapping[str, int]) -> str:
+def _parts(parts: Mapping[str, int], when: str = "") -> str:
     """A sum with its parts, the largest first."""
     largest = sorted(parts.items(), key=lambda part: -part[1])
     listed = ", ".join(f"{name} {megabytes(count)}" for name, count in largest)
-    return f"{megabytes(sum(parts.values()))}: {listed}"
+    return f"{megabytes(sum(parts.values()))}{when}: {listed}"
 
 
 def error_table(layers: Sequence[LayerReport], *, every_layer: bool = False) -> Table:

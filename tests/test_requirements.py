@@ -19,7 +19,7 @@ from matgptq.requirements import available_memory, check_requirements, estimate_
 from matgptq.residency import build_empty
 from matgptq.run_time import estimate_seconds
 from matgptq.source import open_source
-from matgptq.stage_memory import BLOCKS, GRADIENTS, TEXT, TUNING, states_bytes, windows_at_a_time
+from matgptq.stage_memory import BLOCKS, GRADIENTS, TEXT, TUNING, StageMemory, states_bytes
 from matgptq.text import self_text
 
 
@@ -72,42 +72,75 @@ def test_text_of_its_own_takes_the_whole_model(tmp_path):
     assert "model" not in needs.stages[BLOCKS]
 
 
-def test_states_on_a_gpu_do_not_follow_the_memory_of_the_cpu(tmp_path):
-    source, windows = save_model("llama", tmp_path / "source"), token_ids(40)
-    plan, network = plan_of(source, windows), build_empty(open_source(source), torch.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matgptq.requirements.available_memory", lambda: 8 * states_bytes(network, plan))
-        assert needs_of(source, windows).windows_together == 2
-        on_gpu = estimate_requirements(
-            network, plan, make_recipe(group_size=GROUP_SIZE), 0, streamed=True, activations="auto",
-            device=torch.device("cuda"), stored_dtype=None, whole_for_text=False,
-        )  # fmt: skip
+def memory_of(source, windows, *, streamed=True, threads=2, **options):
+    """The stages' memory of a run with 40 windows, before it is known what is free."""
+    network, plan = build_empty(open_source(source), torch.float32), plan_of(source, windows, **options)
+    return StageMemory(
+        network, plan, make_recipe(group_size=GROUP_SIZE, **options), streamed=streamed, activations="memory",
+        output_hessians="memory", threads=threads, writes_text=False, writes_in_a_copy=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def many(tmp_path):
+    return save_model("llama", tmp_path / "source"), token_ids(40)
+
+
+def of_one_window(memory):
+    """What one more window takes in the gradients' stage, beyond what each thread works with."""
+    one, two = (
+        sum(replace(memory, threads=1, windows_together=count).stages()[GRADIENTS].values()) for count in (1, 2)
+    )
+    return two - one
+
+
+def test_states_on_a_gpu_do_not_follow_the_memory_of_the_cpu(many, monkeypatch):
+    source, windows = many
+    memory = memory_of(source, windows)
+    free = sum(memory.stages()[GRADIENTS].values())  # of one window
+    monkeypatch.setattr("matgptq.requirements.available_memory", lambda: free)
+    assert needs_of(source, windows).windows_together == 1
+    on_gpu = estimate_requirements(
+        memory.network, memory.plan, memory.recipe, 0, streamed=True, activations="auto",
+        device=torch.device("cuda"), stored_dtype=None, whole_for_text=False,
+    )  # fmt: skip
     assert on_gpu.windows_together == 40
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_windows_whose_gradients_are_found_at_a_time(streamed, tmp_path):
-    plan = plan_of(save_model("llama", tmp_path / "source"), token_ids(40))
-    network = build_empty(open_source(tmp_path / "source"), torch.float32)
-    of_one = states_bytes(network, plan)
+@pytest.mark.parametrize("rows_together", [0, 4096])
+def test_windows_whose_gradients_are_found_at_a_time(streamed, rows_together, many):
+    memory = memory_of(*many, streamed=streamed, rows_together=rows_together)
+    assert memory.with_windows(None).windows_together == 40
+    assert memory.with_windows(0).windows_together == 1
+    assert memory.with_windows(1 << 40).windows_together == 40
+    # no more than what the rest of the stage leaves: what is said to be enough is enough
+    for count in (2, 7, 39):
+        fitting = replace(memory, windows_together=count)
+        free = sum(fitting.stages()[GRADIENTS].values())
+        assert memory.with_windows(free).windows_together == count
+        assert memory.with_windows(free - 1).windows_together == count - 1
 
-    def at_a_time(threads, room):
-        return windows_at_a_time(network, plan, threads, room, streamed=streamed)
 
-    assert at_a_time(2, None) == 40
-    assert at_a_time(2, 0) == 1
-    assert at_a_time(2, 7 * of_one) == 7
-    assert at_a_time(64, 100 * of_one) == 40
+def test_no_more_than_a_quarter_of_memory_goes_to_windows(many, monkeypatch):
+    monkeypatch.setattr("matgptq.stage_memory._PROGRAM_BYTES", 0)
+    memory = memory_of(*many)
+    monkeypatch.setattr(StageMemory, "_weights", lambda _: {})
+    monkeypatch.setattr(StageMemory, "_graph", lambda *_: 0)
+    monkeypatch.setattr(StageMemory, "_logits", lambda *_: 0)
+    memory = replace(memory, output_hessians="disk")
+    of_one = of_one_window(memory)
+    assert of_one > states_bytes(memory.network, memory.plan)  # and the gradients that are kept of a block
+    assert memory.with_windows(4 * 7 * of_one).windows_together == 7
 
 
-def test_blocks_that_stay_in_memory_are_not_run_over_more_windows_than_bring_something(tmp_path, monkeypatch):
-    plan = plan_of(save_model("llama", tmp_path / "source"), token_ids(40))
-    network = build_empty(open_source(tmp_path / "source"), torch.float32)
-    of_one = states_bytes(network, plan)
-    monkeypatch.setattr("matgptq.stage_memory._STATES_BYTES", 5 * of_one)
-    for threads, room, expected in ((2, None, 5), (8, None, 8), (8, 6 * of_one, 6)):
-        assert windows_at_a_time(network, plan, threads, room, streamed=False) == expected
-    assert windows_at_a_time(network, plan, 2, 30 * of_one, streamed=True) == 30
+def test_blocks_that_stay_in_memory_are_not_run_over_more_windows_than_bring_something(many, monkeypatch):
+    memory = memory_of(*many, streamed=False)
+    monkeypatch.setattr("matgptq.stage_memory._STATES_BYTES", 5 * states_bytes(memory.network, memory.plan))
+    assert memory.with_windows(None).windows_together == 5
+    assert memory.with_windows(1 << 40).windows_together == 5
+    assert replace(memory, threads=8).with_windows(1 << 40).windows_together == 8
+    assert replace(memory, streamed=True).with_windows(1 << 40).windows_together == 40
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
@@ -174,7 +207,12 @@ def test_too_little_memory_is_refused_before_the_first_token(tmp_path, monkeypat
         matgptq.quantize(
             source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE, activations="memory", quality="fast"
         )
-    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+    # Where the whole model is what takes most: it is written with as a whole, and read block by block otherwise.
+    monkeypatch.setattr("matgptq.stage_memory._SWEEP_BYTES", 0)
+    large = save_model("llama", tmp_path / "large", shape={"vocab_size": 1 << 16})
+    with pytest.raises(ConfigurationError, match=r"while the model writes text, .*a text of your own \(--dataset\)"):
+        matgptq.quantize(large, tmp_path / "out", dataset="self", group_size=GROUP_SIZE, quality="fast")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["large", "source"]
 
 
 @pytest.mark.parametrize(

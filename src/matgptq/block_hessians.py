@@ -29,7 +29,7 @@ from matgptq.workers import INLINE, Workers
 
 # Of what the layers have seen and no sum has taken up yet; one window is always run.
 _SEEN_BYTES = 1 << 30
-_EXPERTS_PER_TOKEN = 8  # of the largest models with experts
+MOST_EXPERTS_PER_TOKEN = 8  # of the largest models with experts
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class _Pass:
         """Batches whose sightings are in memory at the same time; the result does not depend on it."""
         columns = sum(layer.in_features for layer in self.observed.values())
         if self.experts is not None:
-            columns += _EXPERTS_PER_TOKEN * self.experts.columns
+            columns += MOST_EXPERTS_PER_TOKEN * self.experts.columns
         tokens = stream.hidden[0].shape[0] * stream.hidden[0].shape[1]
         return max(1, min(self.workers.count, _SEEN_BYTES // (tokens * max(1, columns) * 4)))
 

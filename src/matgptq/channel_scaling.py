@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from matgptq.blocks import Block, expand_paths
 from matgptq.families import ChannelSites
+from matgptq.model_config import key_value_heads
 from matgptq.output_hessian import OutputHessian
 
 _LARGEST = 16.0  # of all scales and their inverses
@@ -92,8 +93,7 @@ def scale_channels(
         if not bool(torch.isfinite(energy).all()):
             continue
         if producer == sites.values:
-            queries = config.num_attention_heads
-            heads = getattr(config, "num_key_value_heads", None) or queries
+            queries, heads = config.num_attention_heads, key_value_heads(config)
             shape = (heads, queries // heads, len(energy) // queries)
             rows = channel_scales(energy.view(shape).mean(1).flatten(), exponent)
             columns = rows.view(heads, 1, -1).expand(shape).flatten()

@@ -26,10 +26,19 @@ def attention_heads(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
     try:
         complete = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).get_text_config()
-        heads = int(complete.num_attention_heads)
-        return heads, int(getattr(complete, "num_key_value_heads", None) or heads)
+        return int(complete.num_attention_heads), key_value_heads(complete)
     except Exception:  # what a configuration class makes of values that make no sense
         return None
+
+
+def key_value_heads(config: Any) -> int:
+    """Heads of keys and values, by the configuration object of a language model."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def head_dim(config: Any) -> int:
+    """Numbers in a head, by the configuration object of a language model."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def stored_dtype(config: Mapping[str, Any]) -> str | None:

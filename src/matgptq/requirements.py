@@ -15,10 +15,8 @@ from matgptq.activations import Placement
 from matgptq.errors import ConfigurationError
 from matgptq.plan import Plan, output_hessian_bytes
 from matgptq.recipe import Recipe
-from matgptq.stage_memory import TEXT, TUNING, StageMemory, states_bytes, windows_at_a_time
+from matgptq.stage_memory import MEMORY_SHARE, TEXT, TUNING, StageMemory, entering_bytes
 from matgptq.text.self_text import writes_in_bfloat16
-
-_MEMORY_SHARE = 4  # activations, output Hessians and states between blocks stay in memory up to a quarter of it, each
 
 
 @dataclass(frozen=True)
@@ -79,29 +77,30 @@ def estimate_requirements(
         stored_dtype: of the model's weights in their files, if that is known.
         whole_for_text: the model writes its own text, for which it must be in memory as a whole.
     """
-    states = plan.nsamples * states_bytes(network, plan) // (len(plan.blocks) + 1)
+    states = plan.nsamples * entering_bytes(network, plan)
     outputs = output_hessian_bytes(plan.blocks, plan.rows_together) if plan.rows_together else 0
     free = available_memory()
-    room = None if free is None else free // _MEMORY_SHARE
+    room = None if free is None else free // MEMORY_SHARE
     if activations == "auto":
         activations = "memory" if room is None or states < room else "disk"
     output_hessians = activations if room is None or outputs < room else "disk"
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    # states lie where blocks are run, and what that device has free is not known here
-    room_there = room if device.type == "cpu" else None
-    together = windows_at_a_time(network, plan, threads, room_there, streamed=streamed)
     rounded = device.type == "cpu" and writes_in_bfloat16(network) and stored_dtype != "bfloat16"
     memory = StageMemory(
         network, plan, recipe, streamed=streamed, activations=activations, output_hessians=output_hessians,
-        windows_together=together, threads=threads, writes_text=whole_for_text, writes_in_a_copy=rounded,
+        threads=threads, writes_text=whole_for_text, writes_in_a_copy=rounded,
     )  # fmt: skip
+    # What a GPU has free, where blocks and what they leave lie then, is not known here.
+    memory = memory.with_windows(free if device.type == "cpu" else None)
     output = plan.stored_bytes(recipe) + kept_bytes
     disk = {"finished blocks": output, "checkpoint": output}
     if plan.nsamples:
         disk["activations"] = 2 * states
     if outputs:
         disk["output Hessians"] = outputs if output_hessians == "memory" else 2 * outputs
-    return Requirements(memory.stages(), disk, activations, output_hessians, together, streamed, whole_for_text)
+    return Requirements(
+        memory.stages(), disk, activations, output_hessians, memory.windows_together, streamed, whole_for_text
+    )
 
 
 def check_requirements(needs: Requirements, destination: Path, present: int = 0) -> None:

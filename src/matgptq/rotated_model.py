@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from matgptq.blocks import Block, capture_inputs, complete, expand_paths, run_block
 from matgptq.errors import UnsupportedModelError
 from matgptq.families import Family, RotationSites
+from matgptq.model_config import head_dim, key_value_heads
 from matgptq.residency import Residency
 from matgptq.rotation import Rotation, make_factors, random_signs
 from matgptq.teacher import output_head
@@ -50,9 +51,7 @@ class ModelRotation:
 def make_rotation(config: Any, seed: int) -> ModelRotation:
     """The rotation of a model with this ``config``; the same seed gives the same one."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, queries = config.hidden_size, config.num_attention_heads
-    values = getattr(config, "num_key_value_heads", None) or queries
-    width = getattr(config, "head_dim", None) or hidden // queries
+    hidden, values, width = config.hidden_size, key_value_heads(config), head_dim(config)
     residual = Rotation(make_factors(hidden, generator), random_signs(hidden, generator=generator))
     factors = make_factors(width, generator)
     signs = [random_signs(values, 1, width, generator=generator) for _ in range(config.num_hidden_layers)]

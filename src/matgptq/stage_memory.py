@@ -6,15 +6,17 @@ block a backward pass wants again) was measured: docs/scale.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from matgptq.activations import Placement
+from matgptq.block_hessians import MOST_EXPERTS_PER_TOKEN
 from matgptq.blocks import Block
 from matgptq.joined_rows import MOVED_ELEMENTS
+from matgptq.model_config import head_dim, key_value_heads
 from matgptq.output_hessian import count_parts, matrix_bytes
 from matgptq.plan import Plan, output_hessian_bytes
 from matgptq.recipe import Recipe
@@ -41,9 +43,9 @@ _WINDOW_COPIES = 6  # of the widest activations of a window that goes through a 
 # Phi-3 and GPT-NeoX 1.3 to 1.6 are kept.
 _GRAPH_COPIES = 2
 _LOGIT_COPIES = 4
-_EXPERTS_OF_TOKEN = 8  # where the configuration does not say it
 _LEVEL_BYTES = 3  # of a weight whose scales are tuned: its code as it is read and as it is served, and its level
 _STATES_BYTES = 1 << 29  # between all blocks: what more windows at a time gain is little where blocks stay in memory
+MEMORY_SHARE = 4  # what has a choice of its place stays in memory up to a quarter of it, each thing by itself
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ class StageMemory:
         streamed: blocks are read one by one, but for text that the model writes itself and for tuning.
         activations: where those are kept.
         output_hessians: where they are summed.
-        windows_together: whose gradients are found at a time.
         threads: that windows and rows are shared out among.
         writes_text: the model writes its own text first.
         writes_in_a_copy: for that its weights are rounded to 16 bits.
+        windows_together: whose gradients are found at a time, see ``with_windows``.
     """
 
     network: Any
@@ -69,10 +71,10 @@ class StageMemory:
     streamed: bool
     activations: Placement
     output_hessians: Placement
-    windows_together: int
     threads: int
     writes_text: bool
     writes_in_a_copy: bool
+    windows_together: int = 1
 
     def stages(self) -> dict[str, dict[str, int]]:
         """Bytes of each stage by what they are for; those of a stage are needed together."""
@@ -86,12 +88,30 @@ class StageMemory:
             stages[TUNING] = self._of_tuning()
         return {name: {"program": _PROGRAM_BYTES, **parts} for name, parts in stages.items()}
 
+    def with_windows(self, free: int | None) -> StageMemory:
+        """The same with as many windows at a time in the gradients' stage as are good; results do not depend on it.
+
+        As many as half a gigabyte holds the states of, and one for each thread. Where blocks are read from files, which
+        is done anew for every part of the windows: as many as there is room for. There is never room for more than a
+        quarter of memory, or than the rest of the stage leaves, but for one window.
+
+        Args:
+            free: bytes of memory where blocks are run, if that is known.
+        """
+        of_one = max(1, states_bytes(self.network, self.plan) + self._kept_gradients(1))  # without text there are none
+        most = max(self.threads, _STATES_BYTES // max(1, states_bytes(self.network, self.plan)))
+        if free is not None:
+            threads = min(self.threads, self.plan.nsamples)
+            busy = sum(replace(self, windows_together=threads)._of_gradients().values()) - threads * of_one
+            room = min(free // MEMORY_SHARE, free - _PROGRAM_BYTES - busy) // of_one
+            most = room if self.streamed else min(most, room)
+        return replace(self, windows_together=max(1, min(most, self.plan.nsamples)))
+
     def _of_text(self) -> dict[str, int]:
         config = self.network.config.get_text_config()
         tokens = min(DOCUMENT_TOKENS, self.plan.seqlen)
         documents = min(self.threads * BATCH_SIZE, -(-self.plan.nsamples * self.plan.seqlen // tokens))
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        of_token = 2 * key_value_heads(config) * head_dim(config) * len(self.plan.blocks)
         parts = {"model": self._model}
         if self.streamed:
             parts["around the blocks"] = self._weights()["around the blocks"]
@@ -99,30 +119,34 @@ class StageMemory:
         if self.writes_in_a_copy:
             itemsize = 2
             parts["the same in 16 bits"] = self._model // 2
-        parts["keys and values"] = documents * tokens * 2 * heads * head_size * len(self.plan.blocks) * itemsize
+        parts["keys and values"] = documents * tokens * of_token * itemsize
         return parts
 
     def _of_gradients(self) -> dict[str, int]:
         plan, together = self.plan, self.windows_together
-        tokens = together * plan.seqlen
         parts = {
             **self._weights(),
             "states between blocks": together * states_bytes(self.network, plan),
             "working memory": min(self.threads, together) * (self._graph(plan.seqlen) + self._logits(plan.seqlen)),
         }
         if plan.rows_together:
-            # each group's gradients twice: as they are, and weighed
-            rows = max(sum(sum(group.values()) for group in block.joined_rows()) for block in plan.blocks)
-            parts["gradients of a block"] = 2 * tokens * rows * self._itemsize
+            parts["gradients of a block"] = self._kept_gradients(together)
             if self.output_hessians == "memory":
                 parts["output Hessians"] = output_hessian_bytes(plan.blocks, plan.rows_together)
         return parts
+
+    def _kept_gradients(self, windows: int) -> int:
+        """Those in the outputs of a block's layers, where rows are solved together: as they are, and weighed."""
+        if not self.plan.rows_together:
+            return 0
+        rows = max(sum(sum(group.values()) for group in block.joined_rows()) for block in self.plan.blocks)
+        return 2 * windows * self.plan.seqlen * rows * self._itemsize
 
     def _of_blocks(self) -> dict[str, int]:
         plan = self.plan
         parts = dict(self._weights())
         if plan.nsamples:
-            states = plan.nsamples * plan.seqlen * _hidden_size(self.network) * self._itemsize
+            states = plan.nsamples * entering_bytes(self.network, plan)
             of_window = plan.seqlen * self._widest * 4 * _WINDOW_COPIES
             parts["Hessians"] = max(map(_hessian_bytes, plan.blocks))
             parts["working memory"] = self.threads * _SWEEP_BYTES + min(self.threads, plan.nsamples) * of_window
@@ -199,37 +223,18 @@ class StageMemory:
         return max(layer.in_features * layer.out_features for layer in self.plan.layers.values())
 
 
+def entering_bytes(network: Any, plan: Plan) -> int:
+    """What a window leaves before a block."""
+    return plan.seqlen * int(network.get_input_embeddings().weight.shape[1]) * int(network.dtype.itemsize)
+
+
 def states_bytes(network: Any, plan: Plan) -> int:
-    """What a window leaves between all blocks."""
-    return plan.seqlen * _hidden_size(network) * int(network.dtype.itemsize) * (len(plan.blocks) + 1)
-
-
-def windows_at_a_time(network: Any, plan: Plan, threads: int, room: int | None, *, streamed: bool) -> int:
-    """How many windows' gradients are found at a time; results do not depend on it.
-
-    As many as half a gigabyte holds the states of, and one for each thread. Where blocks are read from files, which is
-    done anew for every part of the windows: as many as there is room for.
-
-    Args:
-        network: the model.
-        plan: of the run.
-        threads: that windows are shared out among.
-        room: bytes that their states may take, if that is known; one window may take more.
-        streamed: blocks are read one by one.
-    """
-    of_one = max(1, states_bytes(network, plan))  # a recipe that reads no text has none
-    wanted = max(threads, _STATES_BYTES // of_one)
-    if room is not None:
-        wanted = room // of_one if streamed else min(wanted, room // of_one)
-    return max(1, min(wanted, plan.nsamples))
+    """What a window leaves before all blocks and behind the last."""
+    return entering_bytes(network, plan) * (len(plan.blocks) + 1)
 
 
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def _hidden_size(network: Any) -> int:
-    return int(network.get_input_embeddings().weight.shape[1])
 
 
 def _hessian_bytes(block: Block) -> int:
@@ -244,5 +249,5 @@ def _outputs_of_token(block: Block, config: Any) -> int:
     if not experts:
         return ordinary
     every = sum(layer.out_features for _, layer in block.layers())
-    of_token = getattr(config, "num_experts_per_tok", None) or _EXPERTS_OF_TOKEN
+    of_token = getattr(config, "num_experts_per_tok", None) or MOST_EXPERTS_PER_TOKEN
     return ordinary + (every - ordinary) // len(experts) * int(of_token)

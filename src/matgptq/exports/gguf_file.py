@@ -25,6 +25,7 @@ from matgptq.directories import disk_errors
 from matgptq.errors import ExportError
 from matgptq.exports.gguf_tokenizer import add_tokenizer
 from matgptq.exports.target import Export, Target, check_untied
+from matgptq.model_config import head_dim
 from matgptq.sliced_weight import SlicedWeight
 from matgptq.source import load_tokenizer
 from matgptq.stored_tensors import TensorInfo
@@ -222,8 +223,7 @@ class GGUF(Export):
 
     @property
     def _head_dim(self) -> int:
-        config = self.config
-        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        return head_dim(self.config)
 
     def _check_computation(self) -> None:
         """Refuse what llama.cpp would compute in another way without saying so."""
@@ -316,8 +316,8 @@ def frequency_factors(config: Any) -> Tensor:
     The formula is that of transformers (``rope_type: llama3``), where it is applied to the frequencies themselves.
     """
     rope = config.rope_parameters
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    frequencies = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    size = head_dim(config)
+    frequencies = rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the frequency that stays as it is

@@ -77,7 +77,7 @@ def _seconds_per_square(recipe: Recipe, device: torch.device) -> float:
     inputs = torch.randn(2 * _SAMPLE_COLUMNS, _SAMPLE_COLUMNS, generator=generator)
     hessian, alone = inputs.T @ inputs, replace(recipe, rows_together=0)
     with one_thread_each(device):  # which is this one, so that its own time is all, whatever else runs
-        taken = _fastest(lambda: solve(weight, hessian, alone, _SAMPLE_GROUP), 2, time.thread_time)
+        taken = _fastest(lambda: solve(weight, hessian, alone, _SAMPLE_GROUP), 4, time.thread_time)
     return taken / (_SAMPLE_ROWS * _SAMPLE_COLUMNS**2)
 
 

@@ -157,7 +157,7 @@ struct Kernels {
     SweepKernel sweep;
     int sweep_lanes;  // rows per vector of the sweep
     RefitKernel refit, forms;
-    int refit_lanes, refit_vectors;  // rows per vector, vectors of a tile at most
+    int refit_lanes;  // rows per vector
 };
 
 const Kernels* scalar_kernels();

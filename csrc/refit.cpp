@@ -40,10 +40,10 @@ extern "C" int matgptq_refit(const matgptq_refit_job* job) {
         return MATGPTQ_E_ARGUMENT;
     const Kernels& table = kernels();
     const int64_t in = job->in_features, groups = in / job->group_size;
-    const int64_t most = table.refit_vectors * table.refit_lanes, sums = groups * groups + groups + 1;
+    const int64_t most = kRefitVectors * table.refit_lanes, sums = groups * groups + groups + 1;
     try {
         parallel_for(ceil_div(job->rows, most), 1, job->num_threads, [&](int64_t begin, int64_t end) {
-            const Buffer<float> memory = allocate<float>((2 * in + sums) * most + in * kRefitStrip);
+            const Buffer<float> memory = allocate<float>((2 * in + sums) * most);
             for (int64_t first = begin * most; first < std::min(end * most, job->rows); first += most) {
                 const int64_t count = std::min(most, job->rows - first);
                 RefitTile tile;
@@ -55,10 +55,9 @@ extern "C" int matgptq_refit(const matgptq_refit_job* job) {
                 tile.system = tile.difference + in * lanes;
                 tile.slope = tile.system + groups * groups * lanes;
                 tile.errors = tile.slope + groups * lanes;
-                tile.strip = tile.errors + lanes;
                 if (all) into_lanes(job->current + first * in, count, in, lanes, tile.current);
                 into_lanes(job->difference + first * in, count, in, lanes, tile.difference);
-                std::fill(tile.system, tile.strip, 0.0f);
+                std::fill(tile.system, tile.errors + lanes, 0.0f);
                 (all ? table.refit : table.forms)(tile);
                 if (all) out_of_lanes(*job, tile, first, count, lanes);
                 std::copy(tile.errors, tile.errors + count, job->errors + first);

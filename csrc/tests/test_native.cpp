@@ -776,11 +776,12 @@ void test_attend(const std::vector<std::string>& sets) {
     std::printf("attend: 224 shapes and dtypes\n");
 }
 
-// Against double precision, in units of what a sum of so many products may be off.
+// Against double precision, in units of what a sum of so many products may be off; sets that fuse give the same bits.
 void test_refit(const std::vector<std::string>& sets) {
-    const int64_t shapes[][3] = {{1, 1, 1}, {3, 8, 8}, {17, 15, 5}, {98, 64, 32}, {200, 42, 7}};
+    const int64_t shapes[][3] = {{1, 1, 1}, {3, 8, 8}, {17, 15, 5}, {33, 60, 20}, {98, 64, 32}, {200, 42, 7}};
     for (const auto& shape : shapes) {
         const int64_t rows = shape[0], in = shape[1], size = shape[2], groups = in / size;
+        std::vector<float> fused;  // what the first set that fuses gave
         std::vector<float> current(static_cast<size_t>(rows * in)), difference(current.size()),
             hessian(static_cast<size_t>(in * in));
         for (auto& v : current) v = uniform(-1, 1);
@@ -829,6 +830,11 @@ void test_refit(const std::vector<std::string>& sets) {
             for (size_t r = 0; r < alone.size(); ++r)
                 close &= std::fabs(alone[r] - errors[r]) < 1e-10f * static_cast<float>(in * in);
             check(close, "errors alone are the same");
+            if (set == "scalar") continue;
+            std::vector<float> all;
+            for (const auto* some : {&slope, &errors, &alone, &system}) all.insert(all.end(), some->begin(), some->end());
+            if (fused.empty()) fused = all;
+            check(std::memcmp(fused.data(), all.data(), all.size() * sizeof(float)) == 0, "equal to the bit");
         }
     }
     where = "refit, refusals";
@@ -841,7 +847,7 @@ void test_refit(const std::vector<std::string>& sets) {
     check(matgptq_refit(&job) == MATGPTQ_E_ARGUMENT, "no system");
     job.rows = 0;
     check(matgptq_refit(&job) == MATGPTQ_OK && matgptq_refit(nullptr) == MATGPTQ_E_ARGUMENT, "nothing to do");
-    std::printf("refit: five shapes\n");
+    std::printf("refit: six shapes\n");
 }
 
 void test_row_steps() {

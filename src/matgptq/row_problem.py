@@ -141,11 +141,8 @@ class RowProblem:
             draft: if it has one copy for several widths, each gets scales of its own.
         """
         widths = self.recipe.target_bits
-        scales = draft.scales.expand(len(widths), -1, -1)
-        found = [self._refit(target, draft.codes, own, bits)
-                 for target, own, bits in zip(targets, scales, widths, strict=True)]  # fmt: skip
-        refitted = Draft(draft.codes, torch.stack([each.scales for each in found]))
-        return refitted, {bits: each.errors for bits, each in zip(widths, found, strict=True)}
+        scales, errors = self._refit(targets, draft.codes, draft.scales.expand(len(widths), -1, -1), widths)
+        return Draft(draft.codes, scales), dict(zip(widths, errors, strict=True))
 
     def descend(self, targets: Tensor, draft: Draft) -> Draft:
         """A pass of coordinate descent over all columns; there must be a copy for each width."""
@@ -158,8 +155,7 @@ class RowProblem:
 
     def values(self, draft: Draft) -> Tensor:
         """``[C, rows, in]``, the weights that a draft with a copy for each width stands for."""
-        tables = torch.stack([level_table(bits) for bits in self.recipe.target_bits]).to(draft.codes.device)
-        return code_levels(draft.codes, tables) * draft.scales.repeat_interleave(self.group_size, 2)
+        return _levels(draft.codes, self.recipe.target_bits) * draft.scales.repeat_interleave(self.group_size, 2)
 
     def finish(self, weight: Tensor, draft: Draft, errors: Mapping[int, Tensor]) -> SolvedRows:
         """Scales for the widths that are no targets, and what every width does to the outputs.
@@ -176,17 +172,23 @@ class RowProblem:
         else:
             scales = dict(zip(recipe.target_bits, draft.scales, strict=True))
             source = scale_source(scales)
-            for bits in recipe.refit_bits:
-                if bits not in scales:
-                    scales[bits], known[bits] = self._refit(weight, draft.codes, scales[source[bits]], bits)
+            others = tuple(bits for bits in recipe.refit_bits if bits not in scales)
+            if others:
+                start = torch.stack([scales[source[bits]] for bits in others])
+                found = self._refit(weight.expand(len(others), -1, -1), draft.codes, start, others)
+                scales.update(zip(others, found.scales, strict=True))
+                known.update(zip(others, found.errors, strict=True))
             nested = NestedWeight(draft.codes, scales)
         # What the refit found holds unless dead columns gave it a Hessian that is not the layer's own.
         same = self.raw_hessian is self.hessian
         return SolvedRows(nested, output_errors(weight, nested, self.raw_hessian, known if same else {}))
 
-    def _refit(self, weight: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Refit:
-        levels = code_levels(codes, level_table(bits).to(codes.device).unsqueeze(0))
-        return refit_scales(weight, levels[0], scales, self.hessian)
+    def _refit(self, targets: Tensor, codes: Tensor, scales: Tensor, widths: Sequence[int]) -> Refit:
+        """Of all widths, as rows behind rows: scales ``[widths, rows, groups]`` and errors ``[widths, rows]``."""
+        levels = _levels(codes, widths)
+        rows = (targets.flatten(0, 1), levels.flatten(0, 1), scales.flatten(0, 1))
+        found = refit_scales(*rows, self.hessian)
+        return Refit(found.scales.view_as(scales), found.errors.view(scales.shape[:2]))
 
     def _grid(self, scales: Tensor) -> SweepGrid:
         by_group = scales.permute(2, 0, 1).contiguous()  # [groups, copies, rows]
@@ -202,3 +204,8 @@ class RowProblem:
     def _by_column(self, copies: Tensor) -> Tensor:
         """``[copies, rows, in]`` as ``[in, copies * rows]`` in processing order."""
         return copies[..., self.order].permute(2, 0, 1).reshape(len(self.order), -1)
+
+
+def _levels(codes: Tensor, widths: Sequence[int]) -> Tensor:
+    """Centred levels, float32 ``[widths, rows, in]``."""
+    return code_levels(codes, torch.stack([level_table(bits) for bits in widths]).to(codes.device))

@@ -17,7 +17,7 @@ from matgptq.preparation import prepare
 from matgptq.recipe import make_recipe
 from matgptq.requirements import available_memory, check_requirements, estimate_requirements
 from matgptq.residency import build_empty
-from matgptq.run_time import estimate_seconds
+from matgptq.run_time import _OfLogits, _seconds_of_logits, _seconds_per_gradient, estimate_seconds
 from matgptq.source import open_source
 from matgptq.stage_memory import BLOCKS, GRADIENTS, TEXT, TUNING, StageMemory, states_bytes
 from matgptq.text import self_text
@@ -253,11 +253,10 @@ def test_time_is_said_where_there_is_something_to_go_by(tmp_path):
 
     def seconds(device="cpu", text=None, **options):
         recipe = make_recipe(group_size=GROUP_SIZE, **options)
-        return estimate_seconds(plan_of(source, text, **options), recipe, torch.device(device))
+        return estimate_seconds(plan_of(source, text, **options), recipe, torch.device(device), 256)
 
     assert seconds(quality="balanced") > 0
     assert seconds(method="rtn") == 0
-    assert seconds(text=token_ids(8), quality="best", rotate=False) is None  # tuning takes most of it
     assert seconds("cuda", quality="balanced") is None
 
 
@@ -270,10 +269,38 @@ def test_time_grows_with_the_square_of_columns_and_with_what_is_done(tmp_path, m
 
     def seconds(**options):
         recipe = make_recipe(group_size=GROUP_SIZE, **options)
-        return estimate_seconds(plan_of(tmp_path / "source", **options), recipe, torch.device("cpu"))
+        return estimate_seconds(plan_of(tmp_path / "source", **options), recipe, torch.device("cpu"), 256)
 
     alone, joined = seconds(quality="balanced", rows_together=0), seconds(quality="balanced")
     assert squares * 1e-9 < alone < joined < 4 * alone
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_time_of_tuning_grows_with_steps_and_widths(threads, tmp_path, monkeypatch):
+    monkeypatch.setattr("matgptq.run_time._products_per_second", lambda: 1e15)
+    monkeypatch.setattr("matgptq.run_time._seconds_per_square", lambda recipe, device: 0.0)
+    monkeypatch.setattr("matgptq.run_time._seconds_per_gradient", lambda device: 1e-9)
+    monkeypatch.setattr("matgptq.run_time._seconds_of_logits", lambda hidden: _OfLogits(1e-9, 1e-9))
+    monkeypatch.setattr("matgptq.run_time._TUNING_FACTOR", 1.0)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    plan = plan_of(save_model("llama", tmp_path / "source"))
+    weights = sum(layer.out_features * layer.in_features for layer in plan.layers.values())
+
+    def seconds(vocabulary, **options):
+        return estimate_seconds(plan, make_recipe(group_size=GROUP_SIZE, **options), torch.device("cpu"), vocabulary)
+
+    # a step has two windows of 512 tokens, which two threads share
+    of_a_step = 2 / min(threads, 2) * 512 * (weights + 256) * 1e-9
+    one = seconds(256, tuned_bits=(2,), tuning_steps=100)
+    assert seconds(256, tuned_bits=(2,), tuning_steps=101) - one == pytest.approx(of_a_step, rel=1e-3)
+    assert seconds(256, tuned_bits=(2, 3, 4), tuning_steps=100) == pytest.approx(3 * one, rel=1e-3)
+    assert seconds(512, tuned_bits=(2,), tuning_steps=100) > one > 100 * of_a_step
+
+
+def test_samples_take_time():
+    assert _seconds_per_gradient(torch.device("cpu")) > 0
+    assert min(_seconds_of_logits(64)) > 0
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

@@ -6,14 +6,19 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-from matgptq.devices import exact_products, fast_products
+from matgptq.devices import MEDIUM_PRECISION, exact_products, fast_products
 from matgptq.output_hessian import count_parts
 from matgptq.plan import Plan, output_hessian_bytes
 from matgptq.recipe import Recipe
 from matgptq.solver import solve
+from matgptq.teacher import OutputHead, Teacher
+from matgptq.tuning.scales import Schedule, TunedLinear, fast_dtype, head_gradient
+from matgptq.tuning.text import DEFAULT_NSAMPLES, DEFAULT_SEQLEN, HELD_OUT
 from matgptq.workers import one_thread_each
 
 _FORWARD_PASSES, _SALIENCY_PASSES = 2, 5
@@ -21,22 +26,27 @@ _FORWARD_PASSES, _SALIENCY_PASSES = 2, 5
 # move each other besides.
 _JOINED_FACTOR = 2.0
 _SAMPLE_ROWS, _SAMPLE_COLUMNS, _SAMPLE_GROUP = 192, 512, 64
+_SAMPLE_TOKENS, _SAMPLE_VOCABULARY = 256, 4096
+# Attention, norms and activations, forwards and back, beside the products; SmolLM2's take 1.25 to 1.35 times as long.
+_TUNING_FACTOR = 1.3
 
 
-def estimate_seconds(plan: Plan, recipe: Recipe, device: torch.device) -> float | None:
+def estimate_seconds(plan: Plan, recipe: Recipe, device: torch.device, vocabulary: int) -> float | None:
     """Of all stages after the text is there.
 
-    Takes a second itself.
+    Takes a second or two itself.
 
     Args:
         plan: of the run.
         recipe: of the run.
         device: where it runs.
+        vocabulary: of the model.
 
     Returns:
-        None where there is no measurement to go by: on GPUs, and where scales are tuned, which takes most of the time.
+        None on GPUs, where there is no measurement to go by. Tuning counts with all of its steps, as many windows as
+        a long text has, and gradients through the whole model.
     """
-    if device.type != "cpu" or recipe.tuned_bits:
+    if device.type != "cpu":
         return None
     if not plan.nsamples:
         return 0.0
@@ -49,7 +59,8 @@ def estimate_seconds(plan: Plan, recipe: Recipe, device: torch.device) -> float 
         seconds = calibration / _products_per_second()
     with exact_products(device):
         seconds += _moving(plan, recipe) / _products_per_second()
-    return seconds + _solving(plan, recipe, device)
+    seconds += _solving(plan, recipe, device)
+    return seconds + _tuning(plan, recipe, device, vocabulary) if recipe.tuned_bits else seconds
 
 
 def _solving(plan: Plan, recipe: Recipe, device: torch.device) -> float:
@@ -79,6 +90,58 @@ def _seconds_per_square(recipe: Recipe, device: torch.device) -> float:
     with one_thread_each(device):  # which is this one, so that its own time is all, whatever else runs
         taken = _fastest(lambda: solve(weight, hessian, alone, _SAMPLE_GROUP), 4, time.thread_time)
     return taken / (_SAMPLE_ROWS * _SAMPLE_COLUMNS**2)
+
+
+def _tuning(plan: Plan, recipe: Recipe, device: torch.device, vocabulary: int) -> float:
+    """What the full model says about the text, and for each width steps and looks at what is held out."""
+    weights = sum(layer.in_features * layer.out_features for layer in plan.layers.values())
+    hidden = next(iter(plan.layers.values())).in_features
+    threads, schedule = torch.get_num_threads(), Schedule(recipe.tuning_steps, 1.0)
+    with one_thread_each(device), exact_products(device):
+        forward = 2 * weights / _products_per_second()  # of a token
+        logits = _seconds_of_logits(hidden)
+        step = weights * _seconds_per_gradient(device) + vocabulary * logits.gradient
+        look = forward + vocabulary * logits.kl
+    of_width = recipe.tuning_steps * schedule.windows_per_step / min(threads, schedule.windows_per_step) * step
+    of_width += (schedule.evaluations + 1) * HELD_OUT / min(threads, HELD_OUT) * look
+    asked = (DEFAULT_NSAMPLES + HELD_OUT) / threads * forward
+    return _TUNING_FACTOR * DEFAULT_SEQLEN * (asked + len(recipe.tuned_bits) * of_width)
+
+
+def _seconds_per_gradient(device: torch.device) -> float:
+    """Of a weight and a token, there and back through a layer whose scales are tuned, with one thread."""
+    levels = torch.ones(_SAMPLE_COLUMNS, _SAMPLE_COLUMNS, dtype=torch.int8)
+    scales = torch.ones(_SAMPLE_COLUMNS, _SAMPLE_COLUMNS // _SAMPLE_GROUP).requires_grad_()
+    layer = TunedLinear(levels, scales, None, fast_dtype(device, torch.float32))
+    inputs = torch.ones(DEFAULT_SEQLEN, _SAMPLE_COLUMNS, requires_grad=True)
+
+    @torch.enable_grad()
+    def work() -> None:
+        outputs = layer(inputs)
+        torch.autograd.grad(outputs, (inputs, layer.scales), outputs)
+
+    return _fastest(work, 4, time.thread_time) / (DEFAULT_SEQLEN * levels.numel())
+
+
+class _OfLogits(NamedTuple):
+    """Seconds of one logit of one token, with one thread."""
+
+    gradient: float
+    kl: float
+
+
+def _seconds_of_logits(hidden: int) -> _OfLogits:
+    head = OutputHead(nn.Linear(hidden, _SAMPLE_VOCABULARY, bias=False).requires_grad_(False), None)
+    states = torch.randn(_SAMPLE_TOKENS, hidden, generator=torch.Generator().manual_seed(0))
+    teacher = Teacher(torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.int64), states.unsqueeze(0), head)
+
+    def kl() -> Tensor:
+        return teacher.kl(0, head(states))
+
+    count = _SAMPLE_TOKENS * _SAMPLE_VOCABULARY
+    with MEDIUM_PRECISION:
+        gradient = _fastest(lambda: head_gradient(head, teacher, 0, states.clone()), 4, time.thread_time)
+    return _OfLogits(gradient / count, _fastest(kl, 4, time.thread_time) / count)
 
 
 def _products_per_second() -> float:

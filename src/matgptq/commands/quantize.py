@@ -193,7 +193,8 @@ def _dry_run(
         progress.start("look at the text", 1)
         check_text(prepared, request, recipe.seed)
     plan, needs = prepared.plan, prepared.needs
-    seconds = estimate_seconds(plan, recipe, run_device)
+    vocabulary = len(prepared.residency.network.get_input_embeddings().weight)
+    seconds = estimate_seconds(plan, recipe, run_device, vocabulary)
     out_console.print(plan_table(plan, needs, seconds, plan.stored_bytes(recipe)))
     check_requirements(needs, out, kept_bytes(out))
     record = {

@@ -354,6 +354,27 @@ def mean_gradient(workers: Workers, gradient: Callable[[int], Tensor], windows: 
     return total.div_(len(windows))
 
 
+@torch.enable_grad()
+def head_gradient(head: OutputHead, teacher: Teacher, window: int, hidden: Tensor) -> Tensor:
+    """Gradient of the mean KL(teacher || other) of a window in the states that enter the other's head.
+
+    Args:
+        head: of the other model. Logits exist for a piece of the window at a time.
+        teacher: what the full model says.
+        window: which one.
+        hidden: ``[seqlen, hidden]``, detached.
+    """
+    leaf = hidden.requires_grad_()
+    for piece in chunks(len(leaf), teacher.vocabulary):
+        logits = head(leaf[piece])
+        with torch.no_grad():
+            # d KL / d logits = softmax(logits) - teacher's probabilities
+            change = torch.softmax(logits, -1).sub_(teacher.log_probabilities(window, piece).exp_())
+        torch.autograd.backward(logits, change.div_(len(leaf)))
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 class ModelObjective:
     """Mean KL(full || slice) in nats a token, of a whole model.
 
@@ -384,17 +405,9 @@ class ModelObjective:
 
     @torch.enable_grad()
     def _gradient(self, window: int) -> Tensor:
-        """Of one window; its logits exist for a piece of it at a time."""
         tokens = self.training.windows[window : window + 1].to(self.student.device)
         hidden = last_hidden(self.student, tokens)[0]
-        leaf = hidden.detach().requires_grad_()
-        for piece in chunks(len(leaf), self.training.vocabulary):
-            logits = self.head(leaf[piece])
-            with torch.no_grad():
-                # d KL / d logits = softmax(logits) - teacher's probabilities
-                change = torch.softmax(logits, -1).sub_(self.training.log_probabilities(window, piece).exp_())
-            torch.autograd.backward(logits, change.div_(len(leaf)))
-        return self.scales.gradient(hidden, leaf.grad)
+        return self.scales.gradient(hidden, head_gradient(self.head, self.training, window, hidden.detach()))
 
     def held_out_loss(self) -> float:
         """Mean KL over the held-out windows, exact products."""

@@ -141,7 +141,7 @@ def _seconds_of_logits(hidden: int) -> _OfLogits:
 
     count = _SAMPLE_TOKENS * _SAMPLE_VOCABULARY
     with MEDIUM_PRECISION:
-        gradient = _fastest(lambda: head_gradient(head, teacher, 0, states.clone()), 4, time.thread_time)
+        gradient = _fastest(lambda: head_gradient(head, teacher, 0, states), 4, time.thread_time)
     return _OfLogits(gradient / count, _fastest(kl, 4, time.thread_time) / count)
 
 

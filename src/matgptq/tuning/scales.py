@@ -362,9 +362,9 @@ def head_gradient(head: OutputHead, teacher: Teacher, window: int, hidden: Tenso
         head: of the other model. Logits exist for a piece of the window at a time.
         teacher: what the full model says.
         window: which one.
-        hidden: ``[seqlen, hidden]``, detached.
+        hidden: ``[seqlen, hidden]``; the gradient goes no further back.
     """
-    leaf = hidden.requires_grad_()
+    leaf = hidden.detach().requires_grad_()
     for piece in chunks(len(leaf), teacher.vocabulary):
         logits = head(leaf[piece])
         with torch.no_grad():
@@ -407,7 +407,7 @@ class ModelObjective:
     def _gradient(self, window: int) -> Tensor:
         tokens = self.training.windows[window : window + 1].to(self.student.device)
         hidden = last_hidden(self.student, tokens)[0]
-        return self.scales.gradient(hidden, head_gradient(self.head, self.training, window, hidden.detach()))
+        return self.scales.gradient(hidden, head_gradient(self.head, self.training, window, hidden))
 
     def held_out_loss(self) -> float:
         """Mean KL over the held-out windows, exact products."""

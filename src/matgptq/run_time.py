@@ -27,8 +27,8 @@ _FORWARD_PASSES, _SALIENCY_PASSES = 2, 5
 _JOINED_FACTOR = 2.0
 _SAMPLE_ROWS, _SAMPLE_COLUMNS, _SAMPLE_GROUP = 192, 512, 64
 _SAMPLE_TOKENS, _SAMPLE_VOCABULARY = 256, 4096
-# Attention, norms and activations, forwards and back, beside the products: SmolLM2 takes 1.3 times as long as the samples
-# with one thread, and 1.6 times with two that share a core.
+# Attention, norms and activations, forwards and back, beside the products: SmolLM2 takes 1.3 times as long as the
+# samples with one thread, and 1.6 times with two that share a core.
 _TUNING_FACTOR = 1.5
 
 

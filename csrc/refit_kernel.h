@@ -106,6 +106,7 @@ template <class S, int Vectors, int Columns = kRefitColumns<S>>
 void form_columns(const RefitTile& tile, int64_t column, int64_t left) {
     if constexpr (Columns > 1)
         if (left < Columns) return form_columns<S, Vectors, Columns - 1>(tile, column, left);
+    static_assert(kFormColumns % kRefitColumns<S> == 0, "all columns of a step meet the same part of the diagonal");
     const int64_t in = tile.job->in_features, begin = column - column % kFormColumns;
     const float* hessian = tile.job->hessian + column * in;
     RefitSums<S, Columns, Vectors> sums, own;

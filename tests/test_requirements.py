@@ -257,6 +257,8 @@ def test_time_is_said_where_there_is_something_to_go_by(tmp_path):
 
     assert seconds(quality="balanced") > 0
     assert seconds(method="rtn") == 0
+    steps = {"tuned_bits": (2,), "tuning_steps": 10_000}
+    assert seconds(text=token_ids(8), quality="balanced", **steps) > 10 * seconds(text=token_ids(8), quality="balanced")
     assert seconds("cuda", quality="balanced") is None
 
 

@@ -28,14 +28,14 @@ from matgptq.blocks import block_modules
 from matgptq.checkpoint import Checkpoint, open_checkpoint
 from matgptq.devices import multiplies_bfloat16, resolve_device, resolve_dtype
 from matgptq.errors import ConfigurationError
-from matgptq.families import find_family
+from matgptq.families import Family, find_family
 from matgptq.loading import load
 from matgptq.model_config import check_window, longest_window
 from matgptq.progress import Progress, Silent, counting_steps
 from matgptq.reference_model import find_reference, load_reference
 from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.slicing import WIDTHS
-from matgptq.source import load_tokenizer
+from matgptq.source import ModelSource, load_tokenizer
 from matgptq.stage_clock import StageClock
 from matgptq.teacher import observe
 from matgptq.text.windows import SELF, Windows, calibration_windows, check_texts
@@ -168,8 +168,7 @@ def search(
         method=method, fitness=fitness, fuse=fuse, widths=widths, seed=seed, tokens=tokens, seqlen=seqlen,
         generations=generations, offspring=offspring, budgets=len(targets),
     )  # fmt: skip
-    family = find_family(str(checkpoint.config.get("model_type")))
-    groups = group_layers(checkpoint.layers, family, fuse=fuse == "serving")
+    groups = group_layers(checkpoint.layers, _family(checkpoint), fuse=fuse == "serving")
     space = SearchSpace(groups, settings.widths, checkpoint.other_bytes)
     budgets = [bits_budget(space, target) for target in targets]
     if target_size is not None:
@@ -183,27 +182,11 @@ def search(
     check_wandb(wandb_project)
     check_texts(dataset, settings.pool + settings.held_out)
     run_device = resolve_device(device)
-    run_dtype = _scoring_dtype(dtype, run_device, checkpoint)
-    identity: dict[str, Any] = {
-        "checkpoint": checkpoint.identity,
-        "reference": source and source.name,
-        "fitness": fitness,
-        "fuse": fuse,
-        "device": run_device.type,
-        "dtype": str(run_dtype).removeprefix("torch."),
-    }
+    models = _Models(checkpoint, source, run_device, _scoring_dtype(dtype, run_device, checkpoint), trust_remote_code)
+    identity = {**models.identity, "fitness": fitness, "fuse": fuse}
     described = {**dataclasses.asdict(settings), **identity}
     with RunLog(checkpoint.path / DIRECTORY / LOG_NAME, described, wandb_project=wandb_project) as log:
-        progress.start("load the models", 1)
-        model = load(path, space.widths[-1], device=run_device, dtype=run_dtype, trust_remote_code=trust_remote_code)
-        full = None if source is None else load_reference(source, checkpoint, run_device, run_dtype)
-        windows = _windows(path, dataset, settings, full or model, trust_remote_code, progress)
-        teacher = None
-        if full is not None:
-            progress.start("run the full model", len(windows.tokens))
-            teacher = observe(full, windows.tokens, progress.advance)
-            del full
-        scorer = Scorer(model, block_modules(model, family), groups, windows.tokens, teacher)
+        scorer, protocol = _scorer(models, space, dataset, settings, progress)
         run = SearchRun(space, settings, scorer, identity, checkpoint.path / DIRECTORY, log, progress)
         clock.lap("load")
         losses = run.table() if method == "sensitivity" else None
@@ -216,10 +199,8 @@ def search(
         found = []
         for budget, name, state, value in zip(budgets, names, states, values, strict=False):
             found.append(_measured(space, state.best, value, name, budget))
-            how = {**described, "text": windows.protocol, "generation": state.generation}
-            shown = math.exp(min(value, 700)) if fitness == "ppl" else value
-            fitness_record = {"measure": fitness, "value": shown, "windows": settings.held_out}
-            save_found(checkpoint, _allocation(checkpoint, space, found[-1], fitness_record, how), progress)
+            how = {**described, "text": protocol, "generation": state.generation}
+            save_found(checkpoint, _allocation(checkpoint, space, found[-1], settings, how), progress)
             log.write("found", **dataclasses.asdict(found[-1]))
     return Search(
         found=found,
@@ -227,12 +208,70 @@ def search(
             _measured(space, space.uniform(bits), value, f"{bits} bits")
             for bits, value in zip(uniform, values[len(budgets) :], strict=True)
         ],
-        groups=[(group.block, group.kind) for group in groups],
+        groups=[(group.block, group.kind) for group in space.groups],
         fitness=fitness,
-        protocol=f"the last {settings.held_out} of {windows.protocol}",
+        protocol=f"the last {settings.held_out} of {protocol}",
         tokens_scored=run.tokens_scored,
         seconds=clock.laps,
     )
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Whose predictions are compared, and where and in what precision they run.
+
+    Attributes:
+        checkpoint: whose widths are searched.
+        source: the full model, where it is asked.
+        device, dtype: of both.
+        trust_remote_code: allow code in their directories to run.
+    """
+
+    checkpoint: Checkpoint
+    source: ModelSource | None
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All of this that a score depends on, JSON-ready."""
+        return {
+            "checkpoint": self.checkpoint.identity,
+            "reference": self.source and self.source.name,
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def quantized(self, bits: int) -> Any:
+        """The checkpoint's model, at a width."""
+        return load(
+            self.checkpoint.path, bits, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+
+    def full(self) -> Any:
+        """The full model, or None."""
+        return self.source and load_reference(self.source, self.checkpoint, self.device, self.dtype)
+
+
+def _scorer(
+    models: _Models, space: SearchSpace, dataset: str | Path | Tensor, settings: SearchSettings, progress: Progress
+) -> tuple[Scorer, str]:
+    """Load the models, ask the full one, which is then let go; what scores candidates, and on what text."""
+    progress.start("load the models", 1)
+    model, full = models.quantized(space.widths[-1]), models.full()
+    windows = _windows(models, dataset, settings, full or model, progress)
+    teacher = None
+    if full is not None:
+        progress.start("run the full model", len(windows.tokens))
+        teacher = observe(full, windows.tokens, progress.advance)
+        del full
+    blocks = block_modules(model, _family(models.checkpoint))
+    return Scorer(model, blocks, space.groups, windows.tokens, teacher), windows.protocol
+
+
+def _family(checkpoint: Checkpoint) -> Family:
+    return find_family(str(checkpoint.config.get("model_type")))
 
 
 def _targets(target_bits: Target | Iterable[Target] | None, target_size: int | str | None) -> list[Target]:
@@ -261,18 +300,17 @@ def _scoring_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: C
 
 
 def _windows(
-    path: str | Path,
-    dataset: str | Path | Tensor,
-    settings: SearchSettings,
-    model: Any,
-    trust_remote_code: bool,
-    progress: Progress,
+    models: _Models, dataset: str | Path | Tensor, settings: SearchSettings, model: Any, progress: Progress
 ) -> Windows:
+    """The pool's windows, and the held-out ones behind them."""
     count = settings.pool + settings.held_out
     progress.start("search text", count)
+    tokenizer = None
+    if not isinstance(dataset, Tensor):
+        tokenizer = load_tokenizer(models.checkpoint.path, trust_remote_code=models.trust_remote_code)
     return calibration_windows(
         dataset,
-        None if isinstance(dataset, Tensor) else load_tokenizer(path, trust_remote_code=trust_remote_code),
+        tokenizer,
         nsamples=count,
         seqlen=settings.seqlen,
         seed=settings.seed + _SEED_OFFSET,
@@ -295,8 +333,9 @@ def _measured(space: SearchSpace, genome: Genome, loss: float, name: str, budget
 
 
 def _allocation(
-    checkpoint: Checkpoint, space: SearchSpace, found: Measured, fitness: Mapping[str, Any], how: Mapping[str, Any]
+    checkpoint: Checkpoint, space: SearchSpace, found: Measured, settings: SearchSettings, how: Mapping[str, Any]
 ) -> Allocation:
+    value = math.exp(min(found.loss, 700)) if settings.fitness == "ppl" else found.loss
     return Allocation(
         name=found.name,
         checkpoint=checkpoint.codes_identity,
@@ -305,7 +344,7 @@ def _allocation(
         bits_per_weight=found.bits_per_weight,
         bytes=found.bytes,
         slack_bits=found.slack_bits,
-        fitness=fitness,
+        fitness={"measure": settings.fitness, "value": value, "windows": settings.held_out},
         found=how,
         layers=space.allocation(found.widths),
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,18 +103,17 @@ def measure_speed(
     if prompt < 1 or new_tokens < 1 or not batches or min(batches) < 1:
         raise ConfigurationError("prompt, new_tokens and batches must be at least 1")
     progress.start("load the models", 1)
-    options: dict[str, Any] = {"dtype": "bfloat16", "activations": activations, "head_bits": head_bits}
-    contestants: dict[float, Callable[[], Any]]
+    load_width = partial(
+        load, path, device=target, resident=resident, dtype="bfloat16", activations=activations, head_bits=head_bits
+    )
     if checkpoint.settings.is_slice and bits is None:
-        model = load(path, device=target, resident=resident, **options)
-        contestants = {checkpoint.average_bits(checkpoint.widths_held[0]): lambda: model}
+        contestants = [_Contestant(checkpoint.average_bits(checkpoint.widths_held[0]), load_width())]
     elif resident:
-        model = load(path, device=target, **options)
-        contestants = {width: _at_width(model, width) for width in widths}
+        parent = load_width()
+        contestants = [_Contestant(width, parent, width) for width in widths]
     else:
-        slices = {width: load(path, width, device=target, resident=False, **options) for width in widths}
-        contestants = {width: _at_width(model, width) for width, model in slices.items()}
-        model = slices[widths[0]]
+        contestants = [_Contestant(width, load_width(width), width) for width in widths]
+    model = contestants[0].model
     longest = longest_window(model.config)
     if longest is not None and prompt + new_tokens > longest:
         raise ConfigurationError(f"{prompt} + {new_tokens} tokens do not fit the model's context of {longest}")
@@ -121,54 +121,72 @@ def measure_speed(
         checkpoint, reference, "it is left out", progress, device=target, dtype=torch.bfloat16
     )
     if full is not None:
-        contestants[REFERENCE_BITS] = lambda: full
+        contestants.append(_Contestant(REFERENCE_BITS, full))
     bandwidth = _read_bandwidth(target)
 
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     tokens = torch.randint(0, vocabulary, (max(batches), prompt), generator=torch.Generator().manual_seed(0)).to(target)
-    decode: dict[tuple[float, int], list[float]] = {}
-    products: dict[tuple[float, int], list[float]] = {}
-    read: dict[float, list[float]] = {}
     progress.start("measure", ROUNDS * len(contestants) * (len(batches) + 1))
     for _ in range(ROUNDS):
-        for width, contestant in contestants.items():
-            network = contestant()
-            read.setdefault(width, []).append(_prompt_seconds(network, tokens[:1]))
-            progress.advance()
-            for batch in batches:
-                # A short context: this is about weights, not about the cache of keys and values.
-                seconds = _step_seconds(network, tokens[:batch, :8], new_tokens)
-                decode.setdefault((width, batch), []).append(seconds)
-                if network is not full:
-                    products.setdefault((width, batch), []).append(_product_seconds(network, batch))
-                progress.advance()
-    results = []
-    for (width, batch), steps in decode.items():
-        network = contestants[width]()
-        step = statistics.median(steps)
-        size = _bytes_per_token(network)
-        spent = statistics.median(products[width, batch]) if (width, batch) in products else None
-        results.append(
-            Speed(
-                bits=width,
-                batch=batch,
-                decode_tokens_per_second=batch / step,
-                prompt_tokens_per_second=prompt / statistics.median(read[width]),
-                bytes_per_token=size,
-                bandwidth_share=size / step / bandwidth,
-                overhead_share=None if spent is None else max(0.0, 1 - spent / step),
-                resident_bytes=_resident_bytes(network),
-            )
-        )
+        for contestant in contestants:
+            contestant.take_turn(tokens, batches, new_tokens, progress.advance)
+    results = [contestant.result(batch, prompt, bandwidth) for contestant in contestants for batch in batches]
     return sorted(results, key=lambda result: (result.batch, result.bits))
 
 
-def _at_width(model: Any, width: int) -> Callable[[], Any]:
-    def switch() -> Any:
-        model.set_bits(width)
-        return model
+@dataclass
+class _Contestant:
+    """A model at a width, and the seconds that its turns took.
 
-    return switch
+    Attributes:
+        bits: as reported.
+        model: perhaps that of other contestants, too.
+        width: to set before a turn; None leaves the model as it is.
+        prompts: of reading the prompt, by round.
+        steps: of decoding a token, by batch and round.
+        products: of the products in that alone; none for the full model.
+    """
+
+    bits: float
+    model: Any
+    width: int | None = None
+    prompts: list[float] = field(default_factory=list)
+    steps: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    products: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def _ready(self) -> Any:
+        if self.width is not None:
+            self.model.set_bits(self.width)
+        return self.model
+
+    def take_turn(self, tokens: Tensor, batches: Sequence[int], new_tokens: int, tick: Callable[[], None]) -> None:
+        """Read one prompt, decode at each batch size; ``tick`` is called after each of these."""
+        model = self._ready()
+        self.prompts.append(_prompt_seconds(model, tokens[:1]))
+        tick()
+        for batch in batches:
+            # A short context: this is about weights, not about the cache of keys and values.
+            self.steps[batch].append(_step_seconds(model, tokens[:batch, :8], new_tokens))
+            if nested_layers(model):
+                self.products[batch].append(_product_seconds(model, batch))
+            tick()
+
+    def result(self, batch: int, prompt: int, bandwidth: float) -> Speed:
+        """Medians over the turns, for a prompt of so many tokens and a machine that reads so many bytes a second."""
+        model = self._ready()
+        step = statistics.median(self.steps[batch])
+        size = _bytes_per_token(model)
+        products = self.products[batch]
+        return Speed(
+            bits=self.bits,
+            batch=batch,
+            decode_tokens_per_second=batch / step,
+            prompt_tokens_per_second=prompt / statistics.median(self.prompts),
+            bytes_per_token=size,
+            bandwidth_share=size / step / bandwidth,
+            overhead_share=max(0.0, 1 - statistics.median(products) / step) if products else None,
+            resident_bytes=_resident_bytes(model),
+        )
 
 
 def _synchronize(device: torch.device) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matgptq.quantization import quantize
     from matgptq.reference_import import import_reference
     from matgptq.refinement import refine
+    from matgptq.run_forecast import forecast
     from matgptq.task_evaluation import evaluate_tasks
     from matgptq.transformers_integration import MatGPTQConfig
     from matgptq.verification import verify
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "forecast",
     "import_reference",
     "load",
     "push",
@@ -42,6 +44,7 @@ __all__ = [
 
 _HOME = {
     "quantize": "matgptq.quantization",
+    "forecast": "matgptq.run_forecast",
     "load": "matgptq.loading",
     "evaluate": "matgptq.evaluation",
     "evaluate_tasks": "matgptq.task_evaluation",

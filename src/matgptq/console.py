@@ -34,9 +34,8 @@ from matgptq.integrity import Integrity
 from matgptq.kernel_choice import Product, choose
 from matgptq.nested_weight import scale_source
 from matgptq.packed_weight import Form, obstacle
-from matgptq.plan import Plan
 from matgptq.report import LayerReport, Refinement, Report
-from matgptq.requirements import Requirements
+from matgptq.run_forecast import Forecast
 from matgptq.slicing import WIDTHS
 from matgptq.speed import Speed
 from matgptq.verification import Verification
@@ -100,8 +99,9 @@ class ProgressBars:
             self._task = None
 
 
-def plan_table(plan: Plan, needs: Requirements, seconds: float | None, stored_bytes: int) -> Table:
+def plan_table(forecast: Forecast) -> Table:
     """What a run would do, what it would need, and how long it would take if that is known."""
+    plan, needs, seconds = forecast.plan, forecast.needs, forecast.seconds
     table = Table(title="plan", show_header=False)
     sizes = sorted({layer.group_size for layer in plan.layers.values()})
     rows = {
@@ -111,7 +111,7 @@ def plan_table(plan: Plan, needs: Requirements, seconds: float | None, stored_by
         "weights to quantize": f"{sum(p.out_features * p.in_features for p in plan.layers.values()):,}",
         "group sizes": ", ".join(map(str, sizes)),
         "calibration": f"{plan.nsamples} windows of {plan.seqlen} tokens" if plan.nsamples else "none",
-        "codes and scales on disk": megabytes(stored_bytes),
+        "codes and scales on disk": megabytes(forecast.stored_bytes),
         "memory, about": _parts(needs.memory, f" while {needs.fullest}"),
         "disk while it runs, about": _parts(needs.disk),
         "activations": f"in {needs.activations}" if needs.activations == "memory" else "on disk",

@@ -58,7 +58,7 @@ def prepare(
     dtype: torch.dtype,
     activations: Placement = "auto",
 ) -> Prepared:
-    """Check everything that can be refused without calibration; ``--dry-run`` ends here.
+    """Check everything that can be refused without calibration.
 
     Of a model in safetensors files only headers and what stands around the blocks are read.
     """
@@ -125,7 +125,8 @@ def check_text(prepared: Prepared, request: CalibrationRequest, seed: int) -> No
     tokenizer = None if isinstance(dataset, Tensor) else prepared.source.load_tokenizer()
     check_texts(dataset, plan.nsamples)
     if not takes_self(dataset):
-        calibration_windows(dataset, tokenizer, nsamples=plan.nsamples, seqlen=plan.seqlen, seed=seed)
+        network = prepared.residency.network
+        calibration_windows(dataset, tokenizer, nsamples=plan.nsamples, seqlen=plan.seqlen, seed=seed, model=network)
 
 
 def _kept_bytes(source: ModelSource, network: Any, kept: KeptTensors) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -22,9 +21,6 @@ from matgptq.commands.options import (
     progress_bars,
     write_json,
 )
-
-if TYPE_CHECKING:
-    from matgptq.recipe import Recipe
 
 EPILOG = examples(
     "matgptq quantize HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2",
@@ -97,53 +93,43 @@ def quantize(
     json_file: JsonOption = None,
 ) -> None:
     """Quantize MODEL once for all widths and write the checkpoint OUT."""
-    widths, weights = parse_widths(bits), parse_bit_weights(bit_weights)
-    chosen: dict[str, Any] = {
-        "sink_weight": sink_weight, "rotate": rotate, "min_expert_tokens": min_expert_tokens, "all_experts": all_experts
-    }  # fmt: skip
-    ingredients = {name: value for name, value in chosen.items() if value is not None}
-    ignored = tuple(filter(None, (part.strip() for part in ignore.split(","))))
-    if dry_run:
-        from matgptq.recipe import make_recipe
-
-        recipe = make_recipe(
-            method, widths, weights, quality, group_size=group_size, damping=damp, seed=seed, **ingredients
-        )
-        _dry_run(
-            model, out, recipe, dataset, nsamples, seqlen, ignored, device, dtype, activations, force,
-            trust_remote_code, wandb, json_file,
-        )  # fmt: skip
-        return
     import matgptq
     from matgptq.activations import check_placement
     from matgptq.checkpoint import open_checkpoint
-    from matgptq.console import error_table, refinement_table, report_summary, size_table
+    from matgptq.console import error_table, plan_table, refinement_table, report_summary, size_table
 
+    ingredients: dict[str, Any] = {
+        "sink_weight": sink_weight, "rotate": rotate, "min_expert_tokens": min_expert_tokens, "all_experts": all_experts
+    }  # fmt: skip
+    options: dict[str, Any] = {
+        "method": method,
+        "bits": parse_widths(bits),
+        "bit_weights": parse_bit_weights(bit_weights),
+        "quality": quality,
+        "group_size": group_size,
+        "dataset": dataset,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "ignore": tuple(filter(None, (part.strip() for part in ignore.split(",")))),
+        "damping": damp,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "force": force,
+        "activations": check_placement(activations),
+        "trust_remote_code": trust_remote_code,
+        "wandb_project": wandb,
+        **{name: value for name, value in ingredients.items() if value is not None},
+    }
+    if dry_run:
+        with progress_bars() as progress:
+            found = matgptq.forecast(model, out, progress=progress, **options)
+        out_console.print(plan_table(found))
+        found.check()
+        write_json(json_file, found.to_dict())
+        return
     with progress_bars() as progress:
-        report = matgptq.quantize(
-            model,
-            out,
-            method=method,
-            bits=widths,
-            bit_weights=weights,
-            quality=quality,
-            group_size=group_size,
-            dataset=dataset,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            ignore=ignored,
-            damping=damp,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            force=force,
-            activations=check_placement(activations),
-            resume=resume,
-            trust_remote_code=trust_remote_code,
-            wandb_project=wandb,
-            progress=progress,
-            **ingredients,
-        )
+        report = matgptq.quantize(model, out, resume=resume, progress=progress, **options)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first speaks
         return
     out_console.print(error_table(report.layers, every_layer=every_layer))
@@ -153,60 +139,3 @@ def quantize(
     out_console.print(report_summary(report), highlight=False)
     out_console.print(f"saved to {out}", markup=False, highlight=False)
     write_json(json_file, report.to_dict())
-
-
-def _dry_run(
-    model: str, out: Path, recipe: Recipe, dataset: str, nsamples: int | None, seqlen: int | None,
-    ignored: tuple[str, ...], device: str, dtype: str, activations: str, force: bool, trust_remote_code: bool,
-    wandb: str | None, json_file: Path | None,
-) -> None:  # fmt: skip
-    from matgptq.activations import check_placement
-    from matgptq.checkpoint_writer import check_destination
-    from matgptq.console import plan_table
-    from matgptq.devices import resolve_device, resolve_dtype
-    from matgptq.plan import CalibrationRequest
-    from matgptq.preparation import check_text, prepare
-    from matgptq.requirements import check_requirements
-    from matgptq.run_log import check_wandb
-    from matgptq.run_time import estimate_seconds
-    from matgptq.source import open_source
-    from matgptq.work_directory import WorkDirectory, kept_bytes
-
-    if not WorkDirectory.is_committed(out):
-        check_destination(out, force=force)
-    check_wandb(wandb)
-    request = CalibrationRequest(dataset, nsamples, seqlen)
-    with progress_bars() as progress:
-        progress.start("look at the model", 1)
-        source, run_device = open_source(model, trust_remote_code=trust_remote_code), resolve_device(device)
-        prepared = prepare(
-            source,
-            recipe,
-            request,
-            ignore=ignored,
-            device=run_device,
-            dtype=resolve_dtype(dtype, run_device, source.stored_dtype),
-            activations=check_placement(activations),
-        )
-        for note in prepared.plan.notes:
-            progress.note(note)
-        progress.start("look at the text", 1)
-        check_text(prepared, request, recipe.seed)
-    plan, needs = prepared.plan, prepared.needs
-    vocabulary = len(prepared.residency.network.get_input_embeddings().weight)
-    seconds = estimate_seconds(plan, recipe, run_device, vocabulary)
-    out_console.print(plan_table(plan, needs, seconds, plan.stored_bytes(recipe)))
-    check_requirements(needs, out, kept_bytes(out))
-    record = {
-        "recipe": recipe.to_dict(),
-        "layers": [asdict(layer) for layer in plan.layers.values()],
-        "kept": list(plan.kept),
-        "nsamples": plan.nsamples,
-        "seqlen": plan.seqlen,
-        "stored_bytes": plan.stored_bytes(recipe),
-        **asdict(needs),
-        "seconds": seconds,
-        "memory": dict(needs.memory),
-        "fullest": needs.fullest,
-    }
-    write_json(json_file, record)

@@ -25,7 +25,7 @@ from matgptq.text import self_text
 
 def prepared(source, dataset=None, activations="auto", **options):
     request = CalibrationRequest(token_ids() if dataset is None else dataset, None, None)
-    recipe = make_recipe(group_size=GROUP_SIZE, **options)
+    recipe = make_recipe(**{"group_size": GROUP_SIZE, **options})
     return prepare(
         open_source(source), recipe, request, ignore=("lm_head",), device=torch.device("cpu"), dtype=torch.float32,
         activations=activations,
@@ -275,6 +275,34 @@ def test_time_grows_with_the_square_of_columns_and_with_what_is_done(tmp_path, m
 
     alone, joined = seconds(quality="balanced", rows_together=0), seconds(quality="balanced")
     assert squares * 1e-9 < alone < joined < 4 * alone
+
+
+def test_experts_take_the_time_of_the_tokens_that_are_given_to_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("matgptq.run_time._products_per_second", lambda: 1.0)
+    monkeypatch.setattr("matgptq.run_time._seconds_per_square", lambda recipe, device: 0.0)
+    source, options = save_model("mixtral", tmp_path / "source"), {"rows_together": 0, "group_size": GROUP_SIZE}
+
+    def seconds(share, **more):
+        plan = replace(prepared(source, **{**options, **more}).plan, expert_share=share)
+        return estimate_seconds(plan, make_recipe(**options, **more), torch.device("cpu"), 256)
+
+    plan = plan_of(source, rows_together=0)
+    assert plan.expert_share == 2 / 4  # of four experts, two for each token
+    assert seconds(0.0) > 0
+    assert seconds(0.5) == pytest.approx((seconds(0.0) + seconds(1.0)) / 2)
+    assert seconds(0.5, all_experts=True) == pytest.approx(seconds(1.0))
+    assert plan_of(save_model("llama", tmp_path / "llama")).expert_share == 1
+
+
+def test_only_rows_that_are_solved_together_take_as_long_as_those(tmp_path, monkeypatch):
+    monkeypatch.setattr("matgptq.run_time._products_per_second", lambda: 1e30)
+    monkeypatch.setattr("matgptq.run_time._seconds_per_square", lambda recipe, device: 1.0)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    plan = plan_of(save_model("mixtral", tmp_path / "source"), quality="balanced")
+    squares = {name: layer.out_features * layer.in_features**2 for name, layer in plan.layers.items()}
+    experts = sum(count for name, count in squares.items() if ".experts." in name)
+    seconds = estimate_seconds(plan, make_recipe(group_size=GROUP_SIZE), torch.device("cpu"), 256)
+    assert seconds == pytest.approx(2 * sum(squares.values()) - experts)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])

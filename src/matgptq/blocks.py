@@ -19,6 +19,8 @@ from matgptq.experts import Experts
 from matgptq.families import Family
 from matgptq.workers import INLINE, Workers
 
+InputGroup = tuple[tuple[str, nn.Linear], ...]  # layers that share an input, with their paths inside the block
+
 
 @dataclass(frozen=True)
 class Block:
@@ -34,7 +36,7 @@ class Block:
 
     name: str
     module: nn.Module
-    inputs: tuple[tuple[tuple[str, nn.Linear], ...], ...]
+    inputs: tuple[InputGroup, ...]
     experts: str | None = None
 
     def layers(self) -> Iterator[tuple[str, nn.Linear]]:
@@ -43,7 +45,7 @@ class Block:
             for path, layer in group:
                 yield f"{self.name}.{path}", layer
 
-    def ordinary_inputs(self) -> Iterator[tuple[tuple[str, nn.Linear], ...]]:
+    def ordinary_inputs(self) -> Iterator[InputGroup]:
         """The groups that every token goes through: all but those of experts."""
         return (group for group in self.inputs if self._expert_of(group) is None)
 
@@ -72,7 +74,7 @@ class Block:
                 found.setdefault(number, {})["down" if layer is expert.down else "inner"] = f"{self.name}.{first}"
         return {number: ExpertLayers(names.get("inner"), names.get("down")) for number, names in found.items()}
 
-    def _expert_of(self, group: tuple[tuple[str, nn.Linear], ...]) -> int | None:
+    def _expert_of(self, group: InputGroup) -> int | None:
         if self.experts is None or not group[0][0].startswith(f"{self.experts}."):
             return None
         return int(group[0][0].removeprefix(f"{self.experts}.").partition(".")[0])

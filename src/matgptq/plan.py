@@ -60,6 +60,7 @@ class Plan:
         nsamples: calibration windows; 0 when the recipe needs none.
         seqlen: tokens in each.
         rows_together: at most in a block of an output Hessian; 0 when the recipe solves each row alone.
+        expert_share: of a block's experts, those that a token is given to; 1 without experts.
         notes: reduced defaults and layers that fell back to smaller groups, for the user.
     """
 
@@ -70,6 +71,7 @@ class Plan:
     nsamples: int
     seqlen: int
     rows_together: int
+    expert_share: float
     notes: tuple[str, ...]
 
     def stored_bytes(self, recipe: Recipe) -> int:
@@ -115,7 +117,8 @@ def make_plan(
     if together < recipe.rows_together and recipe.joins_rows:
         notes += [f"at most {together:,} rows are solved together, or their matrices would be large beside the layers"]
     every_note = (*notes, *_group_notes(layers, recipe))
-    return Plan(blocks, layers, kept, recipe.group_size, nsamples, seqlen, together, every_note)
+    share = _expert_share(network, blocks)
+    return Plan(blocks, layers, kept, recipe.group_size, nsamples, seqlen, together, share, every_note)
 
 
 def output_hessian_bytes(blocks: Sequence[Block], most: int) -> int:
@@ -135,6 +138,14 @@ def _rows_together(blocks: Sequence[Block], recipe: Recipe) -> int:
     while most > 1 and output_hessian_bytes(blocks, most) > room:
         most //= 2
     return most
+
+
+def _expert_share(network: Any, blocks: Sequence[Block]) -> float:
+    for block in blocks:
+        if block.experts is not None:
+            experts: Any = block.module.get_submodule(block.experts)
+            return float(network.config.num_experts_per_tok / len(experts))
+    return 1.0
 
 
 def _check_ignored(network: Any, ignore: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from matgptq.blocks import InputGroup
 from matgptq.devices import MEDIUM_PRECISION, exact_products, fast_products
 from matgptq.output_hessian import count_parts
 from matgptq.plan import Plan, output_hessian_bytes
@@ -51,8 +52,9 @@ def estimate_seconds(plan: Plan, recipe: Recipe, device: torch.device, vocabular
         return None
     if not plan.nsamples:
         return 0.0
-    weights = sum(layer.in_features * layer.out_features for layer in plan.layers.values())
-    inputs = sum(group[0][1].in_features ** 2 for block in plan.blocks for group in block.inputs)
+    share = 1.0 if recipe.all_experts else plan.expert_share
+    weights = _weights_met(plan, share)
+    inputs = _met(plan, lambda group: group[0][1].in_features ** 2, share)
     passes = _FORWARD_PASSES + (_SALIENCY_PASSES if recipe.saliency else 0)
     outputs = output_hessian_bytes(plan.blocks, plan.rows_together) / 4 if plan.rows_together else 0
     calibration = 2.0 * plan.nsamples * plan.seqlen * (passes * weights + inputs + outputs)
@@ -64,10 +66,23 @@ def estimate_seconds(plan: Plan, recipe: Recipe, device: torch.device, vocabular
     return seconds + _tuning(plan, recipe, device, vocabulary) if recipe.tuned_bits else seconds
 
 
+def _met(plan: Plan, cost: Callable[[InputGroup], float], share: float) -> float:
+    """Sum over all groups of layers, of which those of experts count by a share."""
+    total = 0.0
+    for block in plan.blocks:
+        ordinary = sum(map(cost, block.ordinary_inputs()))
+        total += ordinary + share * (sum(map(cost, block.inputs)) - ordinary)
+    return total
+
+
+def _weights_met(plan: Plan, share: float) -> float:
+    return _met(plan, lambda group: sum(layer.weight.numel() for _, layer in group), share)
+
+
 def _solving(plan: Plan, recipe: Recipe, device: torch.device) -> float:
-    """A row takes time by the square of its columns, in the sweeps and in the refits."""
-    squares = sum(layer.out_features * layer.in_features**2 for layer in plan.layers.values())
+    """A row takes time by the square of its columns, in the sweeps and in the refits; experts' rows are alone."""
     factor = _JOINED_FACTOR if plan.rows_together else 1.0
+    squares = _met(plan, lambda group: sum(layer.weight.numel() * layer.in_features for _, layer in group), 1 / factor)
     return factor * squares * _seconds_per_square(recipe, device) / torch.get_num_threads()
 
 
@@ -95,7 +110,7 @@ def _seconds_per_square(recipe: Recipe, device: torch.device) -> float:
 
 def _tuning(plan: Plan, recipe: Recipe, device: torch.device, vocabulary: int) -> float:
     """What the full model says about the text, and for each width steps and looks at what is held out."""
-    weights = sum(layer.in_features * layer.out_features for layer in plan.layers.values())
+    weights = _weights_met(plan, plan.expert_share)
     hidden = next(iter(plan.layers.values())).in_features
     threads, schedule = torch.get_num_threads(), Schedule(recipe.tuning_steps, 1.0)
     with one_thread_each(device), exact_products(device):

@@ -35,7 +35,7 @@ class Prepared:
         residency: the model, its blocks in memory or not.
         plan: what will be quantized and how.
         kept: everything else.
-        needs: memory, disk and time.
+        needs: memory and disk.
         device: where blocks are run.
     """
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from matgptq.activations import Placement
-from matgptq.checkpoint_writer import check_destination
+from matgptq.checkpoint_writer import DEFAULT_SHARD_BYTES, check_destination
 from matgptq.devices import resolve_device, resolve_dtype
 from matgptq.plan import CalibrationRequest, Plan
 from matgptq.preparation import check_text, prepare
@@ -20,6 +20,7 @@ from matgptq.recipe import Recipe, make_recipe
 from matgptq.requirements import Requirements, check_requirements
 from matgptq.run_log import check_wandb
 from matgptq.run_time import estimate_seconds
+from matgptq.slicing import check_bits
 from matgptq.source import open_source
 from matgptq.text.windows import SELF
 from matgptq.work_directory import WorkDirectory, kept_bytes
@@ -89,9 +90,12 @@ def forecast(
     seed: int = 0,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    default_bits: int | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,  # no part of it: a run's arguments can be given as they are
     activations: Placement = "auto",
+    resume: bool = True,
     wandb_project: str | None = None,
     progress: Progress | None = None,
     **ingredients: Any,
@@ -102,8 +106,8 @@ def forecast(
 
     Args:
         model, out, method, bits, bit_weights, quality, group_size, dataset, nsamples, seqlen, ignore, damping, seed,
-            device, dtype, force, trust_remote_code, activations, wandb_project, ingredients: as for
-            ``matgptq.quantize``.
+            device, dtype, default_bits, force, trust_remote_code, shard_bytes, activations, resume, wandb_project,
+            ingredients: as for ``matgptq.quantize``.
         progress: receives stages and notes.
 
     Raises:
@@ -114,8 +118,9 @@ def forecast(
     recipe = make_recipe(
         method, bits, bit_weights, quality, group_size=group_size, damping=damping, seed=seed, **ingredients
     )
+    check_bits(recipe.target_bits[-1] if default_bits is None else default_bits)
     destination = Path(out)
-    if not WorkDirectory.is_committed(destination):
+    if not (resume and WorkDirectory.is_committed(destination)):
         check_destination(destination, force=force)
     check_wandb(wandb_project)
     request = CalibrationRequest(dataset, nsamples, seqlen)

@@ -117,6 +117,7 @@ def quantize(
         "dtype": dtype,
         "force": force,
         "activations": check_placement(activations),
+        "resume": resume,
         "trust_remote_code": trust_remote_code,
         "wandb_project": wandb,
         **{name: value for name, value in ingredients.items() if value is not None},
@@ -129,7 +130,7 @@ def quantize(
         write_json(json_file, found.to_dict())
         return
     with progress_bars() as progress:
-        report = matgptq.quantize(model, out, resume=resume, progress=progress, **options)
+        report = matgptq.quantize(model, out, progress=progress, **options)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first speaks
         return
     out_console.print(error_table(report.layers, every_layer=every_layer))

@@ -31,7 +31,7 @@ KINDS: tuple[Activations, ...] = ("int8", "exact")
 def instruction_sets() -> list[str]:
     """Those of this machine, its best one first."""
     found = [native.isa()]
-    for name in ("avx_vnni", "avx2", "neon"):
+    for name in ("avx512", "avx_vnni", "avx2", "neon"):
         try:
             native.set_isa(name)
         except ConfigurationError:

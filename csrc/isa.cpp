@@ -7,6 +7,10 @@
 #elif defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "layout.h"
 #include "matgptq.h"
@@ -32,6 +36,17 @@ bool cpu_has_avx512() {
     return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
+}
+
+// Linux gives the tile registers to processes that ask for them, to all their threads.
+bool cpu_has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr long ask = 0x1023, tiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return cpu_has_avx512() && cpuid_bit(7, 0, 3, 24) && cpuid_bit(7, 0, 3, 25) &&
+           syscall(SYS_arch_prctl, ask, tiles) == 0;
+#else
+    return false;
+#endif
 }
 
 bool cpu_has_avx_vnni() {
@@ -65,6 +80,7 @@ struct InstructionSet {
 // The best ones first.
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__) || defined(__i386__)
+    {"amx", amx_kernels, cpu_has_amx},
     {"avx512", avx512_kernels, cpu_has_avx512},
     {"avx_vnni", avx_vnni_kernels, cpu_has_avx_vnni},
     {"avx2", avx2_kernels, cpu_has_avx2},

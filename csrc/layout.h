@@ -108,6 +108,42 @@ using DequantizeKernel = void (*)(const WeightView&, int64_t tile, int64_t chunk
 // x [rows, columns] to a panel; columns is a multiple of 32, blocks of `block` columns.
 using QuantizeKernel = void (*)(const float* x, int rows, int64_t columns, int64_t block, int8_t* codes, float* scales,
                                 int32_t* sums);
+
+// Matrix units, where a processor has them, multiply the digits of 16 rows of activations and the codes of the 16 rows of a
+// tile at once, `step` columns at a time: half of an activation block of 128 columns, else the whole.
+constexpr int kMatrixRows = 16;
+// Some blocks of columns of one panel and one tile.
+struct MatrixProduct {
+    const int8_t* activations;       // [blocks, steps, digits, 16, step]
+    const float* activation_scales;  // [blocks, 16]
+    const int8_t* weights;           // [blocks, steps, step/4, 16, 4]: u_r - 2^(r-1)
+    const float* weight_scales;      // [blocks, 16], in which the slice's own factor 2^(8-r) is included
+    int64_t blocks;
+    int step, steps;  // columns, per block
+    float* totals;    // [16 rows of activations, 16 rows of weights]
+    bool first;       // else products are added to totals
+};
+// Where totals go, with `bias` (of the tile, or null).
+struct MatrixTarget {
+    void* y;
+    int64_t row_bytes;  // from row to row
+    int rows, columns;  // that there are
+    const float* bias;
+    bool bfloat16;
+};
+struct MatrixKernels {
+    // Prepares the calling thread for products of that step; finish returns the units to others.
+    void (*begin)(int step);
+    void (*finish)();
+    // Weights and their scales of `blocks` blocks of a tile, as in MatrixProduct.
+    void (*unpack[kWidths][2])(const WeightView&, int64_t tile, int64_t block, int64_t blocks, int8_t* weights,
+                                 float* weight_scales);
+    // x [16, columns], columns a multiple of the block, as in MatrixProduct; [exact ? 1 : 0].
+    void (*quantize[2])(const float* x, int64_t columns, int step, int steps, int8_t* codes, float* scales);
+    void (*multiply[2])(const MatrixProduct&);  // [exact ? 1 : 0]
+    void (*store)(const float* totals, const MatrixTarget&);
+};
+
 // Sum of the 64-bit words of a multiple of 256 bytes.
 using ReadKernel = uint64_t (*)(const uint8_t* memory, int64_t bytes);
 
@@ -150,6 +186,7 @@ struct Kernels {
     ProductKernel product[kWidths][2][2][kPanelSizes];  // [bits - 2][resident ? 1 : 0][exact ? 1 : 0][log2 of rows]
     DequantizeKernel dequantize[kWidths][2];
     QuantizeKernel quantize[2];  // [exact ? 1 : 0]
+    const MatrixKernels* matrix;  // or null
     ReadKernel read;
     DenseKernel dense[2][3];  // [bfloat16 ? 1 : 0][log2 of panel rows]
     SiluKernel silu;
@@ -164,6 +201,7 @@ const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx_vnni_kernels();
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
 const Kernels* neon_kernels();
 const Kernels* neon_dot_kernels();
 

@@ -8,6 +8,7 @@
 #include "buffer.h"
 #include "elements.h"
 #include "matgptq.h"
+#include "matrix_matmul.h"
 #include "threads.h"
 #include "weight.h"
 
@@ -142,6 +143,10 @@ extern "C" int matgptq_matmul(const void* x, int x_dtype, int64_t x_stride, int6
     if (!x) return MATGPTQ_E_ARGUMENT;
     try {
         const bool exact = activations == MATGPTQ_EXACT;
+        if (takes_matrix_units(batch)) {
+            matrix_matmul(x, x_dtype, x_stride, batch, in_features, products, num_products, y_dtype, exact, num_threads);
+            return MATGPTQ_OK;
+        }
         const std::vector<PanelRange> ranges = cut_batch(batch, exact);
         const int64_t columns = products[0].weight->chunks * kChunkColumns;
         std::vector<std::unique_ptr<Activations>> prepared;

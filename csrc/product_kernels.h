@@ -168,69 +168,77 @@ void dequantize_chunk(const WeightView& weight, int64_t tile, int64_t chunk, con
 // One digit: to 8 bits, the largest magnitude of a block being 127. Three: a fixed-point number of 23 bits and sign. Its
 // scale is a power of two, so that nothing is rounded but what lies below the last digit: a bfloat16 from 2^14 below the
 // largest on, a float32 as where float32 adds it to the largest.
+// Of the `count` columns of one block of a row: gives its scale, and each digit's `digits` (of 128) to write(d, digits, the
+// negative of their sum).
+template <int Digits, class Write>
+MATGPTQ_INLINE float block_digits(const float* values, int count, Write&& write) {
+    alignas(64) int32_t number[128];
+    alignas(64) int8_t digits[128];
+    // Magnitudes as integers: they order like the floats, and infinity and NaN come out on top.
+    int32_t top = 0;
+    for (int i = 0; i < count; ++i) {
+        int32_t word;
+        std::memcpy(&word, values + i, 4);
+        word &= 0x7FFFFFFF;
+        top = word > top ? word : top;
+    }
+    float scale;
+    if (top >= 0x7F800000) {
+        // An infinite x leaves sign * infinity for each weight; zeros beside it become NaN as 0 * inf should.
+        for (int i = 0; i < count; ++i) number[i] = __builtin_isinf(values[i]) ? (values[i] > 0 ? 1 : -1) : 0;
+        std::memcpy(&scale, &top, 4);
+    } else if (top < 0x0F800000) {  // 2^-96: scales would be subnormal, or their reciprocals overflow
+        scale = 0.0f;
+        std::memset(number, 0, sizeof number);
+    } else {
+        float inverse;
+        if constexpr (Digits == 1) {
+            float amax;
+            std::memcpy(&amax, &top, 4);
+            inverse = 127.0f / amax;
+            scale = amax / 127.0f;
+        } else {
+            // The highest digit is at most 127, also when those below it are rounded up to it.
+            const int32_t below = (top & 0x7FFFFF) < 0x7EFE00 ? 22 : 21;  // bits behind the leading one
+            const int32_t exponent = (top >> 23) - 127;
+            const int32_t down = (127 + exponent - below) << 23, up = (127 + below - exponent) << 23;
+            std::memcpy(&scale, &down, 4);
+            std::memcpy(&inverse, &up, 4);
+        }
+        for (int i = 0; i < count; ++i) number[i] = static_cast<int32_t>(std::rint(values[i] * inverse));
+    }
+    for (int d = 0; d < Digits; ++d) {
+        int32_t sum = 0;
+        for (int i = 0; i < count; ++i) {
+            digits[i] = static_cast<int8_t>(number[i] & 255);
+            sum -= digits[i];
+            number[i] = (number[i] + 128) >> 8;  // what the digits above it stand for
+        }
+        write(d, digits, sum);
+    }
+    return scale;
+}
+
 template <int Digits>
 void quantize_panel(const float* x, int rows, int64_t columns, int64_t block, int8_t* codes, float* scales,
                     int32_t* sums) {
     const int lines = rows * Digits;
-    alignas(64) int32_t number[128];
-    alignas(64) int8_t digits[128];
     for (int b = 0; b < rows; ++b) {
         const float* row = x + b * columns;
         int64_t index = 0;
         for (int64_t begin = 0; begin < columns; begin += block, ++index) {
             const int count = static_cast<int>(columns - begin < block ? columns - begin : block);
-            const float* values = row + begin;
-            // Magnitudes as integers: they order like the floats, and infinity and NaN come out on top.
-            int32_t top = 0;
-            for (int i = 0; i < count; ++i) {
-                int32_t word;
-                std::memcpy(&word, values + i, 4);
-                word &= 0x7FFFFFFF;
-                top = word > top ? word : top;
-            }
-            float scale;
-            if (top >= 0x7F800000) {
-                // An infinite x leaves sign * infinity for each weight; zeros beside it become NaN as 0 * inf should.
-                for (int i = 0; i < count; ++i)
-                    number[i] = __builtin_isinf(values[i]) ? (values[i] > 0 ? 1 : -1) : 0;
-                std::memcpy(&scale, &top, 4);
-            } else if (top < 0x0F800000) {  // 2^-96: scales would be subnormal, or their reciprocals overflow
-                scale = 0.0f;
-                std::memset(number, 0, sizeof number);
-            } else {
-                float inverse;
-                if constexpr (Digits == 1) {
-                    float amax;
-                    std::memcpy(&amax, &top, 4);
-                    inverse = 127.0f / amax;
-                    scale = amax / 127.0f;
-                } else {
-                    // The highest digit is at most 127, also when those below it are rounded up to it.
-                    const int32_t below = (top & 0x7FFFFF) < 0x7EFE00 ? 22 : 21;  // bits behind the leading one
-                    const int32_t exponent = (top >> 23) - 127;
-                    const int32_t down = (127 + exponent - below) << 23, up = (127 + below - exponent) << 23;
-                    std::memcpy(&scale, &down, 4);
-                    std::memcpy(&inverse, &up, 4);
-                }
-                for (int i = 0; i < count; ++i) number[i] = static_cast<int32_t>(std::rint(values[i] * inverse));
-            }
-            scales[index * rows + b] = scale;
-            for (int d = 0; d < Digits; ++d) {
-                int32_t sum = 0;
-                for (int i = 0; i < count; ++i) {
-                    digits[i] = static_cast<int8_t>(number[i] & 255);
-                    sum -= digits[i];
-                    number[i] = (number[i] + 128) >> 8;  // what the digits above it stand for
-                }
-                const int line = b * Digits + d;
-                sums[index * lines + line] = sum;
-                int8_t* to = codes + begin * lines + line * 4;
-                if (lines == 1) {
-                    std::memcpy(to, digits, static_cast<size_t>(count));
-                } else {
-                    for (int i = 0; i < count; i += 4) std::memcpy(to + i * lines, digits + i, 4);
-                }
-            }
+            scales[index * rows + b] =
+                block_digits<Digits>(row + begin, count, [&](int d, const int8_t* digits, int32_t sum) {
+                    const int line = b * Digits + d;
+                    sums[index * lines + line] = sum;
+                    int8_t* to = codes + begin * lines + line * 4;
+                    if (lines == 1) {
+                        std::memcpy(to, digits, static_cast<size_t>(count));
+                    } else {
+                        for (int i = 0; i < count; i += 4) std::memcpy(to + i * lines, digits + i, 4);
+                    }
+                });
         }
     }
 }

@@ -110,7 +110,8 @@ def test_the_choice_of_a_kernel(monkeypatch):
 @pytest.mark.parametrize(
     ("vendor", "isa", "multiplies_bfloat16", "rows"),
     [
-        ("intel", "avx512", True, (32, 16)),
+        ("intel", "amx", True, (None, 128)),
+        ("intel", "avx512", True, (128, 32)),
         ("intel", "avx512", False, (128, 128)),
         ("amd", "avx512", True, (None, 40)),
         ("amd", "avx512", False, (None, None)),

@@ -28,7 +28,7 @@ BATCHES = [*range(18), 31, 33, 64]
 MODES: tuple[native.SweepMode, ...] = ("residual", "change", "mean")
 
 
-@pytest.fixture(params=["avx512", "avx_vnni", "avx2", "neon_dot", "neon", "scalar"])
+@pytest.fixture(params=["amx", "avx512", "avx_vnni", "avx2", "neon_dot", "neon", "scalar"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     best = native.isa()
     try:
@@ -567,7 +567,7 @@ def test_refit_sums(rows: int, groups: int, size: int, threads: int, seed: int) 
 def test_refit_sums_are_those_of_any_instruction_set(isa: str) -> None:
     problem = refit_problem(101, 3, 19)
     found = native.refit_sums(*problem, 19)
-    native.set_isa({"avx512": "avx2", "avx_vnni": "avx2", "neon_dot": "neon"}.get(isa, isa))
+    native.set_isa({"amx": "avx2", "avx512": "avx2", "avx_vnni": "avx2", "neon_dot": "neon"}.get(isa, isa))
     for one, same in zip(found, native.refit_sums(*problem, 19), strict=True):
         assert torch.equal(one, same)
     native.set_isa("scalar")

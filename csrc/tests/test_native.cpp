@@ -49,7 +49,7 @@ float bfloat16(float value) {
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> found;
-    for (const char* name : {"scalar", "avx2", "avx_vnni", "avx512", "neon", "neon_dot"})
+    for (const char* name : {"scalar", "avx2", "avx_vnni", "avx512", "amx", "neon", "neon_dot"})
         if (matgptq_set_isa(name) == MATGPTQ_OK) found.push_back(name);
     return found;
 }

@@ -31,11 +31,12 @@ from matgptq.native import Activations
 from matgptq.packed_weight import AnyWeight, Form, dequantize
 
 # Above so many rows PyTorch's matrix product on dequantized tiles wins (benchmarks/cpu_crossover.py), by the dtype in
-# which tiles are multiplied. For bfloat16 some of Intel's processors have matrix units; the numbers with those are from
-# before exact products became integer ones. For float32 the library that PyTorch calls has AVX-512 code, but for
-# Intel's only: on others it never wins against ours.
+# which tiles are multiplied. Matrix units multiply our digits as well as PyTorch's bfloat16; one digit of theirs is cheaper
+# than three of ours. For float32 the library that PyTorch calls has AVX-512 code, but for Intel's only: on others it never
+# wins against ours.
 _FUSED_ROWS = {torch.float32: 32, torch.bfloat16: 16}
-_FUSED_ROWS_AVX512 = {torch.float32: 128}
+_FUSED_ROWS_AMX = {torch.float32: sys.maxsize, torch.bfloat16: 128}
+_FUSED_ROWS_AVX512 = {torch.float32: 128, torch.bfloat16: 32}
 _FUSED_ROWS_AVX512_ELSEWHERE = {torch.float32: sys.maxsize, torch.bfloat16: 40}
 # AVX2 has neither dot products nor registers for many sums.
 _FUSED_ROWS_AVX2 = {torch.float32: 12}
@@ -134,14 +135,14 @@ def fused_rows(dtype: torch.dtype) -> int:
     """How many rows of exact activations the fused native kernel is the fastest for, on this machine."""
     isa = native.isa()
     by_dtype = _FUSED_ROWS
-    if isa == "avx2":
+    if isa == "amx":
+        by_dtype = _FUSED_ROWS_AMX
+    elif isa == "avx2":
         by_dtype = _FUSED_ROWS_AVX2
     elif isa == "avx_vnni":
         by_dtype = _FUSED_ROWS_AVX_VNNI
-    elif isa == "avx512" and native.cpu_vendor() != "intel":
-        by_dtype = _FUSED_ROWS_AVX512_ELSEWHERE
-    elif isa == "avx512" and not multiplies_bfloat16(torch.device("cpu")):
-        by_dtype = _FUSED_ROWS_AVX512
+    elif isa == "avx512":
+        by_dtype = _FUSED_ROWS_AVX512 if native.cpu_vendor() == "intel" else _FUSED_ROWS_AVX512_ELSEWHERE
     return by_dtype.get(_tile_dtype(dtype), by_dtype[torch.float32])
 
 

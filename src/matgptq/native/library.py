@@ -241,7 +241,7 @@ def require_library() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set in use: ``avx512``, ``avx_vnni``, ``avx2``, ``neon_dot``, ``neon`` or ``scalar``."""
+    """The instruction set in use: ``amx``, ``avx512``, ``avx_vnni``, ``avx2``, ``neon_dot``, ``neon`` or ``scalar``."""
     name: bytes = require_library().matgptq_isa()
     return name.decode()
 

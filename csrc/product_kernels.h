@@ -243,7 +243,7 @@ void quantize_panel(const float* x, int rows, int64_t columns, int64_t block, in
     }
 }
 
-uint64_t read_words(const uint8_t* memory, int64_t bytes) {
+inline uint64_t read_words(const uint8_t* memory, int64_t bytes) {
     uint64_t sum[32] = {};
     for (int64_t i = 0; i < bytes; i += 256) {
         for (int line = 0; line < 4; ++line) __builtin_prefetch(memory + i + 2048 + 64 * line, 0, 3);

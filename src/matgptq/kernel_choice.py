@@ -31,9 +31,9 @@ from matgptq.native import Activations
 from matgptq.packed_weight import AnyWeight, Form, dequantize
 
 # Above so many rows PyTorch's matrix product on dequantized tiles wins (benchmarks/cpu_crossover.py), by the dtype in
-# which tiles are multiplied. Matrix units multiply our digits as well as PyTorch's bfloat16; one digit of theirs is cheaper
-# than three of ours. For float32 the library that PyTorch calls has AVX-512 code, but for Intel's only: on others it never
-# wins against ours.
+# which tiles are multiplied. Matrix units multiply our digits as well as PyTorch's bfloat16, of which one product is
+# cheaper than three of digits. For float32 the library that PyTorch calls has AVX-512 code, but for Intel's only: on
+# others it never wins against ours.
 _FUSED_ROWS = {torch.float32: 32, torch.bfloat16: 16}
 _FUSED_ROWS_AMX = {torch.float32: sys.maxsize, torch.bfloat16: 128}
 _FUSED_ROWS_AVX512 = {torch.float32: 128, torch.bfloat16: 32}

@@ -158,7 +158,7 @@ def test_what_is_stored(dtype: torch.dtype, tmp_path: Path) -> None:
 @torch.no_grad()
 def median_kl(source: Path, out: Path) -> float:
     """Of a token; one that a router sends to another expert costs more than what rounding does to all others."""
-    windows = token_ids(2, 24, seed=9)
+    windows = token_ids(16, 24, seed=9)
     full, served = (model(windows).logits.log_softmax(-1) for model in (open_model(source), matgptq.load(out, 8)))
     return float((full.exp() * (full - served)).sum(-1).median())
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_every_family_is_as_good(name: str, tmp_path: Path) -> N
         out = tmp_path / f"out-{exponent}"
         matgptq.quantize(source, out, dataset=token_ids(8, 24), group_size=32, channel_scaling=exponent)
         found[exponent] = median_kl(source, out)
-    assert 0 < found[0.5] < 2 * found[0.0] < 0.05, found
+    assert 0 < found[0.5] < 1.5 * found[0.0] < 0.05, found
     matgptq.export(tmp_path / "out-0.5", tmp_path / "slice", format="matgptq-slice", bits=3)
     one, other = (matgptq.load(tmp_path / each, 3)(token_ids(1, 12)).logits for each in ("slice", "out-0.5"))
     assert torch.equal(one, other)

@@ -2,9 +2,10 @@
 
     python benchmarks/cpu_crossover.py [-o benchmarks/results/cpu_crossover.json]
 
-Exact activations of each dtype: the fused native kernel, tiles that are dequantized and multiplied by PyTorch, and
-PyTorch with weights that are dense already, which leaves out the work of unpacking and is no contestant; the latter
-once more inside `matgptq.devices.exact_products`, which makes a difference to float32 where oneDNN is faster than MKL.
+Exact activations of each dtype: the fused native kernel (also with activations rounded to int8, for which there is no
+other way), tiles that are dequantized and multiplied by PyTorch, and PyTorch with weights that are dense already, which
+leaves out the work of unpacking and is no contestant; the latter once more inside `matgptq.devices.exact_products`,
+which makes a difference to float32 where oneDNN is faster than MKL.
 Medians of interleaved repetitions, in GFLOP/s.
 """
 
@@ -27,7 +28,7 @@ from matgptq.devices import exact_products
 from matgptq.kernel_choice import _run_tiled, fused_rows
 
 SHAPES = [(4096, 4096), (2048, 8192), (1536, 576)]
-ROWS = (8, 16, 24, 32, 48, 64, 128, 512, 2048)
+ROWS = (8, 16, 24, 32, 48, 64, 128, 256, 512, 2048)
 BITS, GROUP_SIZE = 4, 64
 
 
@@ -70,6 +71,7 @@ def main() -> None:
                     x = torch.randn(rows, in_features).to(dtype)
                     ways = {
                         "fused": partial(native.matmul, x, weight, BITS),
+                        "fused_int8": partial(native.matmul, x, weight, BITS, activations="int8"),
                         "tiled": partial(_run_tiled, x, weight, BITS, None, "exact"),
                         "dense": partial(torch.mm, x, dense.T),
                         "dense_exact_products": partial(exact, x, dense.T),

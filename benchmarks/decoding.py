@@ -1,6 +1,7 @@
 """Decoding behind a context of some length: in transformers' blocks, in two calls for a block, in one for all blocks.
 
     python benchmarks/decoding.py OUT --bits 4 -o benchmarks/results/decoding.json
+    python benchmarks/decoding.py OUT --batch 1,2,4,8,16 --lengths 128
     python benchmarks/decoding.py OUT --llama-cpp build/llama.cpp/package/bins/linux-x64 --gguf MODEL.gguf
 
     transformers   the blocks' own code, their products ours
@@ -8,8 +9,8 @@
     stack          one call for all blocks
     llama_cpp      a GGUF file of the same model in llama.cpp, as `llama_library.py` runs it
 
-A step is greedy decoding of one token behind a prompt of the given length, with our head at 8 bits. All ways take turns
-in one run; medians of the rounds, and the medians of the rounds' own ratios.
+A step is greedy decoding of one token of each sequence of a batch, behind prompts of the given length, with our head at
+8 bits. All ways take turns in one run; medians of the rounds, and the medians of the rounds' own ratios.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import statistics
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,8 +38,10 @@ WAYS = ("transformers", "blocks", "stack")
 HEAD_BITS = 8
 
 
-def measure(model: Any, theirs: Model | None, length: int, steps: int, rounds: int, threads: int) -> dict[str, Any]:
-    prompt = torch.randint(100, 10_000, (1, length), generator=torch.Generator().manual_seed(0))
+def measure(
+    model: Any, theirs: Model | None, batch: int, length: int, steps: int, rounds: int, threads: int
+) -> dict[str, Any]:
+    prompt = torch.randint(100, 10_000, (batch, length), generator=torch.Generator().manual_seed(0))
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
@@ -48,7 +52,7 @@ def measure(model: Any, theirs: Model | None, length: int, steps: int, rounds: i
                     changes.enter_context(patch.object(RowBlock, "takes", lambda *_: False))
                 seconds[way].append(_step_seconds(model, prompt, steps))
         if theirs is not None:
-            seconds.setdefault("llama_cpp", []).append(theirs.step_seconds(prompt[0].tolist(), steps, threads))
+            seconds.setdefault("llama_cpp", []).append(theirs.batch_step_seconds(prompt.tolist(), steps, threads))
     result = {f"{way}_ms": round(statistics.median(taken) * 1e3, 2) for way, taken in seconds.items()}
     for other in seconds.keys() - {"stack"}:
         ratios = [a / b for a, b in zip(seconds[other], seconds["stack"], strict=True)]
@@ -60,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--batch", default="1", help="sequences decoded at once")
     parser.add_argument("--lengths", default="16,128,512,2048")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=3)
@@ -70,9 +75,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if not native.available():
         raise SystemExit(f"no native kernels: {native.reason()}")
+    batches = [int(batch) for batch in arguments.batch.split(",")]
     theirs = None
     if arguments.llama_cpp is not None and arguments.gguf is not None:
-        theirs = Model(Library(arguments.llama_cpp), arguments.gguf)
+        theirs = Model(Library(arguments.llama_cpp), arguments.gguf, sequences=max(batches))
     records = []
     for dtype in ("float32", "bfloat16"):
         model = matgptq.load(
@@ -80,9 +86,9 @@ def main() -> None:
         )
         for threads in map(int, arguments.threads.split(",")):
             torch.set_num_threads(threads)
-            for length in map(int, arguments.lengths.split(",")):
-                found = measure(model, theirs, length, arguments.steps, arguments.rounds, threads)
-                records.append({"dtype": dtype, "threads": threads, "context": length, **found})
+            for length, batch in product(map(int, arguments.lengths.split(",")), batches):
+                found = measure(model, theirs, batch, length, arguments.steps, arguments.rounds, threads)
+                records.append({"dtype": dtype, "threads": threads, "context": length, "batch": batch, **found})
                 print(records[-1], flush=True)
     if arguments.output:
         machine = describe_machine() | {"threads": None, "native": native.isa()}

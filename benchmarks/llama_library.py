@@ -222,11 +222,16 @@ class Library:
 class Model:
     """A GGUF file, loaded.
 
+    Args:
+        library: that runs it.
+        file: GGUF.
+        sequences: most that are decoded at once.
+
     Attributes:
         buffers: where llama.cpp put the weights; ``CPU_REPACK`` and ``AMX`` are its rearranged, fast forms.
     """
 
-    def __init__(self, library: Library, file: Path) -> None:
+    def __init__(self, library: Library, file: Path, sequences: int = 1) -> None:
         self._library = library
         c = library.c
         said = len(library.log)
@@ -238,7 +243,7 @@ class Model:
             for name, size in re.findall(r"(\S+) model buffer size =\s*([\d.]+) MiB", "".join(library.log[said:]))
         }
         parameters = c.llama_context_default_params()
-        parameters.n_ctx = CONTEXT
+        parameters.n_ctx, parameters.n_seq_max = CONTEXT * sequences, sequences
         self.vocabulary: int = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
         self._context = c.llama_init_from_model(model, parameters)
         if not self._context:
@@ -270,6 +275,24 @@ class Model:
             for _ in range(steps):
                 started = time.perf_counter()
                 token = self._decode([token])
+                seconds.append(time.perf_counter() - started)
+            return statistics.median(seconds)
+
+        return self._run(decode, threads)
+
+    def batch_step_seconds(self, prompts: Sequence[Sequence[int]], steps: int, threads: int) -> float:
+        """Median time of a greedy decoding step of several sequences at once, behind prompts of one length."""
+
+        def decode() -> float:
+            tokens = []
+            for sequence, prompt in enumerate(prompts):
+                places = [(token, position, sequence) for position, token in enumerate(prompt)]
+                tokens += self._decode_at(places, [False] * (len(prompt) - 1) + [True])
+            seconds = []
+            for position in range(len(prompts[0]), len(prompts[0]) + steps):
+                started = time.perf_counter()
+                places = [(token, position, sequence) for sequence, token in enumerate(tokens)]
+                tokens = self._decode_at(places, [True] * len(places))
                 seconds.append(time.perf_counter() - started)
             return statistics.median(seconds)
 
@@ -313,7 +336,26 @@ class Model:
         array = (ctypes.c_int32 * len(tokens))(*tokens)
         if c.llama_decode(self._context, c.llama_batch_get_one(array, len(tokens))):
             raise SystemExit(f"llama_decode failed:\n{''.join(self._library.log[-5:])}")
-        logits = np.ctypeslib.as_array(c.llama_get_logits_ith(self._context, -1), (self.vocabulary,))
+        return self._best(-1)
+
+    def _decode_at(self, places: Sequence[tuple[int, int, int]], wanted: Sequence[bool]) -> list[int]:
+        """The tokens most likely behind the wanted ones of ``(token, position, sequence)``."""
+        count = len(places)
+        tokens, positions, owners = ((_int * count)(*column) for column in zip(*places, strict=True))
+        lists = (_pointer * count)(*(ctypes.addressof(owners) + 4 * place for place in range(count)))
+        owned, outputs = (_int * count)(*[1] * count), (ctypes.c_int8 * count)(*wanted)
+        arrays = (tokens, None, positions, owned, lists, outputs)
+        batch = _Batch(count, *(None if array is None else ctypes.addressof(array) for array in arrays))
+        if self._library.c.llama_decode(self._context, batch):
+            raise SystemExit(f"llama_decode failed:\n{''.join(self._library.log[-5:])}")
+        return [self._best(place) for place in range(count) if wanted[place]]
+
+    def _best(self, place: int) -> int:
+        """The likeliest token by the logits of a place."""
+        found = self._library.c.llama_get_logits_ith(self._context, place)
+        if not found:
+            raise SystemExit(f"llama.cpp has no logits there:\n{''.join(self._library.log[-5:])}")
+        logits = np.ctypeslib.as_array(found, (self.vocabulary,))
         token = int(logits.argmax())
         if not np.isfinite(logits[token]):
             raise SystemExit("llama.cpp computed logits that are not finite")

@@ -1,4 +1,4 @@
-// Drives attention of one token: heads of keys over threads.
+// Drives attention of tokens that are the last of their sequences: sequences and heads of keys over threads.
 #include <new>
 
 #include "buffer.h"
@@ -16,28 +16,39 @@ constexpr int64_t kBytesPerPiece = 64 << 10;
 
 }  // namespace
 
-extern "C" int matgptq_attend(const void* query, const void* keys, const void* values, void* out, int64_t heads,
-                              int64_t key_heads, int64_t size, int64_t length, int64_t key_head_stride,
-                              int64_t key_stride, int64_t value_head_stride, int64_t value_stride, float scale, int dtype,
-                              int num_threads) {
+extern "C" int matgptq_attend(const void* query, int64_t query_stride, int64_t sequences, const matgptq_kv_cache* cache,
+                              int64_t length, const int64_t* first, void* out, int64_t heads, int64_t key_heads,
+                              int64_t size, float scale, int dtype, int num_threads) {
     if (dtype != MATGPTQ_FLOAT32 && dtype != MATGPTQ_BFLOAT16) return MATGPTQ_E_ARGUMENT;
-    if (heads < 1 || key_heads < 1 || heads % key_heads || length < 1 || size < 1 || size % MATGPTQ_ATTEND_UNIT)
-        return MATGPTQ_E_ARGUMENT;
-    if (!query || !keys || !values || !out) return MATGPTQ_E_ARGUMENT;
+    if (sequences < 1 || heads < 1 || key_heads < 1 || heads % key_heads) return MATGPTQ_E_ARGUMENT;
+    if (length < 1 || size < 1 || size % MATGPTQ_ATTEND_UNIT) return MATGPTQ_E_ARGUMENT;
+    if (!query || !cache || !cache->keys || !cache->values || !out) return MATGPTQ_E_ARGUMENT;
+    if (first)
+        for (int64_t i = 0; i < sequences; ++i)
+            if (first[i] < 0 || first[i] >= length) return MATGPTQ_E_ARGUMENT;
+    const int64_t bytes = element_bytes(dtype), queries = heads / key_heads;
+    const int64_t grain = 1 + kBytesPerPiece / (2 * length * size * bytes);
+    const auto attend = [&](int64_t begin, int64_t end) {
+        const Buffer<float> scores = allocate<float>(queries * (ceil_div(length, 16) * 16 + size));
+        const Buffer<float> result = allocate<float>(queries * size);
+        for (int64_t piece = begin; piece < end; ++piece) {
+            const int64_t sequence = piece / key_heads, head = piece % key_heads;
+            const int64_t hidden = first ? first[sequence] : 0, seen = length - hidden;
+            const AttentionGroup group{
+                static_cast<const uint8_t*>(query) + sequence * query_stride * bytes,
+                static_cast<const uint8_t*>(cache->keys) +
+                    (sequence * cache->key_sequence_stride + hidden * cache->key_stride) * bytes,
+                static_cast<const uint8_t*>(cache->values) +
+                    (sequence * cache->value_sequence_stride + hidden * cache->value_stride) * bytes,
+                result.get(), scores.get(), queries, size, seen, ceil_div(seen, 16) * 16, cache->key_head_stride * bytes,
+                cache->key_stride * bytes, cache->value_head_stride * bytes, cache->value_stride * bytes, scale};
+            kernels().attend[dtype == MATGPTQ_BFLOAT16](group, head);
+            const int64_t at = piece * queries * size;
+            for (int64_t i = 0; i < queries * size; ++i) write_float(out, dtype, at + i, result[static_cast<size_t>(i)]);
+        }
+    };
     try {
-        const int64_t bytes = element_bytes(dtype), queries = heads / key_heads;
-        const int64_t span = ceil_div(length, 16) * 16;
-        const Buffer<float> scores = allocate<float>(heads * (span + size));
-        const Buffer<float> result = allocate<float>(heads * size);
-        const AttentionGroup group{static_cast<const uint8_t*>(query), static_cast<const uint8_t*>(keys),
-                                   static_cast<const uint8_t*>(values), result.get(), scores.get(), queries, size, length,
-                                   span, key_head_stride * bytes, key_stride * bytes, value_head_stride * bytes,
-                                   value_stride * bytes, scale};
-        const int64_t grain = 1 + kBytesPerPiece / (2 * length * size * bytes);
-        parallel_for(key_heads, grain, num_threads, [&](int64_t begin, int64_t end) {
-            for (int64_t head = begin; head < end; ++head) kernels().attend[dtype == MATGPTQ_BFLOAT16](group, head);
-        });
-        for (int64_t i = 0; i < heads * size; ++i) write_float(out, dtype, i, result[static_cast<size_t>(i)]);
+        parallel_for(sequences * key_heads, grain, num_threads, attend);
         return MATGPTQ_OK;
     } catch (const std::bad_alloc&) {
         return MATGPTQ_E_MEMORY;

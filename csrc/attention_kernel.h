@@ -20,8 +20,8 @@ void attend_group(const AttentionGroup& group, int64_t head) {
     const uint8_t* const keys = group.keys + head * group.key_head_bytes;
     const uint8_t* const values = group.values + head * group.value_head_bytes;
     const int64_t span = group.span;
-    float* const scores = group.scores + head * queries * (span + size);  // [queries, span]
-    float* const sums = scores + queries * span;                          // [queries, size], in the order of vectors
+    float* const scores = group.scores;           // [queries, span]
+    float* const sums = scores + queries * span;  // [queries, size], in the order of vectors
     for (int64_t t = 0; t < length; ++t) {
         const uint8_t* key = keys + t * group.key_bytes;
         for (int64_t q = 0; q < queries; ++q) {
@@ -70,7 +70,7 @@ void attend_group(const AttentionGroup& group, int64_t head) {
         for (int64_t i = 0; i < size; ++i) {
             const int64_t within = i % step;
             const int64_t place = Half ? within / 2 + within % 2 * S::kLanes : within;
-            group.out[(head * queries + q) * size + i] = sums[q * size + i - within + place];
+            group.out[q * size + i] = sums[q * size + i - within + place];
         }
 }
 

@@ -162,8 +162,8 @@ using DenseKernel = void (*)(const DenseWeight&, int64_t row_begin, int64_t row_
 // One token's attention; see matgptq_attend. Distances in bytes.
 struct AttentionGroup {
     const uint8_t *query, *keys, *values;
-    float* out;     // [heads, size]
-    float* scores;    // room for [heads, span + size]
+    float* out;       // [queries, size]
+    float* scores;    // room for [queries, span + size]
     int64_t queries;  // heads that share a head of keys
     int64_t size, length;
     int64_t span;  // length, as a multiple of 16

@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a signature or struct below changes. */
-#define MATGPTQ_ABI_VERSION 8
+#define MATGPTQ_ABI_VERSION 9
 
 enum matgptq_status {
     MATGPTQ_OK = 0,
@@ -213,20 +213,28 @@ typedef struct {
 
 MATGPTQ_API int matgptq_refit(const matgptq_refit_job *job);
 
-/* ---- a token through a transformer block ---------------------------------------------------------------------------
+/* ---- tokens through a transformer block ----------------------------------------------------------------------------
  * Between the products of a block there are some thirty small operations, which for one token take an interpreter longer
- * than the products of a small model. Here a block is two calls, between which the key and the value join a cache; or all
- * blocks are one call, which writes them into it. */
+ * than the products of a small model. Here a block is two calls, between which keys and values join a cache; or all
+ * blocks are one call, which writes them into it. One token of each of `sequences` sequences (1 or more) goes through,
+ * x [sequences, hidden]; sequences are independent of one another, to the bit. */
 
-/* out = softmax(scale * query * keys^T) * values for one token. query, out: [heads, size], contiguous. keys, values: of
- * key_heads heads and `length` positions, distances in elements, rows of `size` adjacent ones. heads is a multiple of
- * key_heads, neighbouring heads share one of them; size is a multiple of MATGPTQ_ATTEND_UNIT. Computed in float32 and
- * rounded once; the order of sums depends on the instruction set. */
+/* Keys and values of a layer: sequences x key heads x positions, distances in elements, rows of `size` adjacent ones. */
+typedef struct {
+    void *keys, *values;
+    int64_t key_sequence_stride, key_head_stride, key_stride;
+    int64_t value_sequence_stride, value_head_stride, value_stride;
+} matgptq_kv_cache;
+
+/* out = softmax(scale * query * keys^T) * values for one token of each sequence. query: [sequences, heads, size], sequences
+ * query_stride elements apart; out: the same, contiguous. The cache has key_heads heads and `length` positions; heads is a
+ * multiple of key_heads, neighbouring heads share one of them; size is a multiple of MATGPTQ_ATTEND_UNIT. first
+ * [sequences]: the position (below length) before which a sequence sees nothing, or NULL: it sees all. Computed in float32
+ * and rounded once; the order of sums depends on the instruction set. */
 #define MATGPTQ_ATTEND_UNIT 32
-MATGPTQ_API int matgptq_attend(const void *query, const void *keys, const void *values, void *out, int64_t heads,
-                               int64_t key_heads, int64_t size, int64_t length, int64_t key_head_stride,
-                               int64_t key_stride, int64_t value_head_stride, int64_t value_stride, float scale,
-                               int dtype, int num_threads);
+MATGPTQ_API int matgptq_attend(const void *query, int64_t query_stride, int64_t sequences,
+                               const matgptq_kv_cache *cache, int64_t length, const int64_t *first, void *out,
+                               int64_t heads, int64_t key_heads, int64_t size, float scale, int dtype, int num_threads);
 
 /* A block of the plain kind:  x += output(attention(rotary(query, key), value));  x += down(silu(gate) * up),  both from
  * an RMS norm of x. Vectors are of `dtype` and rounded to it where transformers rounds them; products sum in float32.
@@ -244,26 +252,22 @@ typedef struct {
     matgptq_product products[7];          /* y and y_stride are not read */
 } matgptq_block;
 
-/* qkv = query, key and value of x [hidden], side by side, the first two normed (if they have norms) and rotated by cosine
- * and sine [size]. */
-MATGPTQ_API int matgptq_block_start(const matgptq_block *block, const void *x, const void *cosine, const void *sine,
-                                    void *qkv, int num_threads);
+/* qkv [sequences, heads + 2 * key heads, size] = query, key and value of x, side by side, the first two normed (if they
+ * have norms) and rotated by cosine and sine [sequences, size]. */
+MATGPTQ_API int matgptq_block_start(const matgptq_block *block, const void *x, int64_t sequences, const void *cosine,
+                                    const void *sine, void *qkv, int num_threads);
 
-/* Keys and values of a layer, as for matgptq_attend. */
-typedef struct {
-    void *keys, *values;
-    int64_t key_head_stride, key_stride, value_head_stride, value_stride;
-} matgptq_kv_cache;
-
-/* The rest of the block: x [hidden] in place. query: as for matgptq_attend, of `length` positions. If `key` is not NULL, it
- * and `value` [key heads, size], contiguous, are written to the last of the positions first. Where cache is NULL, `query` is
- * what attention gave. */
-MATGPTQ_API int matgptq_block_finish(const matgptq_block *block, void *x, const void *query, const void *key,
-                                     const void *value, const matgptq_kv_cache *cache, int64_t length, int num_threads);
-/* x [hidden] through blocks of one dtype and hidden size, one after the other, in place. caches: of each of them, `length`
- * positions of which the last is written. After an error x and these positions are undefined. */
-MATGPTQ_API int matgptq_blocks(const matgptq_block *const *blocks, int count, void *x, const void *cosine,
-                               const void *sine, const matgptq_kv_cache *caches, int64_t length, int num_threads);
+/* The rest of the block: x in place. With a cache of `length` positions, `from` is what matgptq_block_start gave: its query
+ * attends (first: as for matgptq_attend), and if `append` is not 0 its keys and values are written to the last of the
+ * positions before. Where cache is NULL, `from` [sequences, heads, size] is what attention gave. */
+MATGPTQ_API int matgptq_block_finish(const matgptq_block *block, void *x, int64_t sequences, const void *from,
+                                     int append, const matgptq_kv_cache *cache, int64_t length, const int64_t *first,
+                                     int num_threads);
+/* x through blocks of one dtype and hidden size, one after the other, in place. caches: of each of them, `length` positions
+ * of which the last is written. After an error x and these positions are undefined. */
+MATGPTQ_API int matgptq_blocks(const matgptq_block *const *blocks, int count, void *x, int64_t sequences,
+                               const void *cosine, const void *sine, const matgptq_kv_cache *caches, int64_t length,
+                               const int64_t *first, int num_threads);
 
 #ifdef __cplusplus
 }

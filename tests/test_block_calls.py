@@ -101,14 +101,21 @@ def test_attention_of_a_token(heads, key_heads, size, dtype):
     calls = block.calls(block.ungated)
     assert native.attends(size)
     for length in (*range(1, 18), 31, 33, 64, 500):
-        qkv = normal(1, heads + 2 * key_heads, 1, size)
-        store = normal(2, key_heads, length + 3, size + 5)
-        keys, values = store[:, None, :, 1 : length + 1, :size]
+        sequences = 1 + length % 4
+        qkv = normal(sequences, heads + 2 * key_heads, 1, size)
+        store = normal(2, sequences, key_heads, length + 3, size + 5)
+        keys, values = store[..., 1 : length + 1, :size]
         assert all(map(calls.reads, (keys, values)))
-        found, appended = torch.zeros(1, hidden, dtype=dtype), torch.zeros(1, hidden, dtype=dtype)
-        calls.finish(found, qkv, keys, values)
+        found, appended = torch.zeros(2, sequences, hidden, dtype=dtype)
+        calls.attend(found, qkv, keys, values)
         check_attention(found, qkv[:, :heads], keys, values)
-        calls.finish(appended, qkv, keys, values, append=True)
+        first = [number * (length - 1) // 3 for number in range(sequences)]
+        padded = torch.zeros_like(found)
+        calls.attend(padded, qkv, keys, values, first=first)
+        for sequence, begin in enumerate(first):
+            one = slice(sequence, sequence + 1)
+            check_attention(padded[one], qkv[one, :heads], keys[one, :, begin:], values[one, :, begin:])
+        calls.attend(appended, qkv, keys, values, append=True)
         for held, last in zip((keys, values), qkv[:, heads:].split(key_heads, 1), strict=True):
             assert torch.equal(held[:, :, -1:], last)
         check_attention(appended, qkv[:, :heads], keys, values)
@@ -121,7 +128,7 @@ def check_attention(found: Tensor, query: Tensor, keys: Tensor, values: Tensor) 
         query.double(), keys.double(), values.double(), scale=SCALE, enable_gqa=True
     )
     tolerance = 1e-5 if found.dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(found.double(), wanted.reshape(1, -1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.double(), wanted.flatten(1), rtol=tolerance, atol=tolerance)
 
 
 def test_what_the_library_refuses():
@@ -130,4 +137,4 @@ def test_what_the_library_refuses():
     assert not native.attends(16)
     held = torch.zeros(1, 1, 3, 16)
     with pytest.raises(ConfigurationError, match="null, negative or not a known value"):
-        calls.finish(torch.zeros(1, 32), torch.zeros(1, 4, 1, 16), held, held)
+        calls.attend(torch.zeros(1, 32), torch.zeros(1, 4, 1, 16), held, held)

@@ -1,4 +1,4 @@
-"""The short ways of a single token, through a block and through all of them, against transformers' own code."""
+"""The short ways of the next token, through a block and through all of them, against transformers' own code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 import matgptq
-from matgptq import native
+from matgptq import kernel_choice, native
 from matgptq.block_stack import BlockStack, DecodesTokens, decode_in_one_call
 from matgptq.decoding import DecodesRows, RowBlock, decode_in_rows
 from matgptq.kv_cache import CACHE_ARGUMENT
@@ -73,15 +73,17 @@ def calls(way: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def decode(model: nn.Module, steps: int = 6, cache: object = None, **options: object) -> Tensor:
-    """Logits ``[steps, vocabulary]`` of one token after the other, always the same tokens."""
+def decode(
+    model: nn.Module, steps: int = 6, cache: object = None, context: Tensor = CONTEXT, **options: object
+) -> Tensor:
+    """Logits ``[steps, sequences, vocabulary]`` of one token after the other, always the same tokens."""
     cache = DynamicCache(config=model.config) if cache is None else cache
     logits = []
     with torch.inference_mode():
-        model(CONTEXT, **{CACHE_ARGUMENT: cache}, use_cache=True)
-        for token in token_ids(1, steps)[0]:
-            output = model(token.view(1, 1), **{CACHE_ARGUMENT: cache}, use_cache=True, **options)
-            logits.append(output.logits[0, -1].float())
+        model(context, **{CACHE_ARGUMENT: cache}, use_cache=True)
+        for tokens in token_ids(len(context), steps).T:
+            output = model(tokens[:, None], **{CACHE_ARGUMENT: cache}, use_cache=True, **options)
+            logits.append(output.logits[:, -1].float())
     return torch.stack(logits)
 
 
@@ -297,12 +299,91 @@ def test_gradients_go_the_long_way(checkpoint, calls):
     assert not calls
 
 
-def test_several_sequences_and_padding_go_the_long_way(checkpoint, calls):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [16, 32])
+@pytest.mark.parametrize("name", PLAIN)
+def test_tokens_of_several_sequences(name, head_dim, dtype, checkpoint, way, calls, monkeypatch):
+    model = matgptq.load(checkpoint(name, head_dim), 4, device="cpu", dtype=dtype)
+    for sequences in (2, 3, 9, 16):
+        context = token_ids(sequences, 5, seed=1)
+        short = decode(model, 2, context=context)
+        assert calls == ["blocks" if head_dim == 16 else way] * 2 * model.config.num_hidden_layers
+        calls.clear()
+        long = the_long_way(model, monkeypatch, steps=2, context=context)
+        tolerance = 1e-5 if dtype == "float32" else 0.03
+        torch.testing.assert_close(short, long, rtol=tolerance, atol=tolerance * float(long.abs().max()))
+
+
+def test_padded_sequences(checkpoint, way, calls, monkeypatch):
+    """All blocks in one call pass over the padding; a block by itself is given a mask and leaves it to PyTorch."""
+    model = matgptq.load(checkpoint("qwen3"), 8, device="cpu")
+    context, mask = token_ids(3, 12), torch.ones(3, 12, dtype=torch.int64)
+    mask[0, :4] = mask[2, :11] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    more = {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+
+    def generate(chosen: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        found = model.generate(chosen, attention_mask=seen, **options, **more)
+        return found.sequences[:, -6:], torch.stack(found.logits, 1)
+
+    tokens, logits = generate(context, mask)
+    assert calls == (["stack"] * 5 * model.config.num_hidden_layers if way == "stack" else [])
+    with monkeypatch.context() as patch:
+        close_short_ways(patch)
+        expected_tokens, expected = generate(context, mask)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    for number in range(3):
+        seen = mask[number].bool()
+        alone_tokens, alone = generate(context[number : number + 1, seen], torch.ones(1, int(seen.sum())))
+        assert torch.equal(tokens[number], alone_tokens[0])
+        torch.testing.assert_close(logits[number], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [[0, 5], [12], [3, 4, 12], list(range(13))], ids=str)
+def test_masks_that_hide_others_than_the_first_go_the_long_way(hidden, checkpoint, calls, monkeypatch):
     model = matgptq.load(checkpoint("llama"), 8, device="cpu")
-    prompts, mask = torch.cat([CONTEXT, CONTEXT]), torch.ones(2, 12, dtype=torch.int64)
-    mask[1, :4] = 0
-    model.generate(prompts, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    mask = torch.ones(2, 13, dtype=torch.int64)
+    mask[1, hidden] = 0
+    context = torch.cat([CONTEXT, CONTEXT])
+    found = decode(model, 1, context=context, attention_mask=mask)
     assert not calls
+    expected = the_long_way(model, monkeypatch, steps=1, context=context, attention_mask=mask)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_beams(checkpoint, calls, monkeypatch):
+    model = matgptq.load(checkpoint("qwen2"), 8, device="cpu")
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    short = model.generate(torch.cat([CONTEXT, CONTEXT + 1]), **options)
+    assert calls
+    with monkeypatch.context() as patch:
+        close_short_ways(patch)
+        assert torch.equal(short, model.generate(torch.cat([CONTEXT, CONTEXT + 1]), **options))
+
+
+def test_more_sequences_than_are_fused_go_the_long_way(checkpoint, way, calls, monkeypatch):
+    model = matgptq.load(checkpoint("llama"), 8, device="cpu")
+    monkeypatch.setattr(kernel_choice, "fused_rows", lambda _: 3)
+    kernel_choice._choose.cache_clear()
+    taken: list[bool] = []
+    run = RowBlock.run
+    monkeypatch.setattr(RowBlock, "run", lambda *given: (row := run(*given), taken.append(row is not None))[0])
+    try:
+        for sequences in (3, 4, 3):
+            calls.clear()
+            taken.clear()
+            context = token_ids(sequences, 5)
+            found = decode(model, 1, context=context)
+            blocks = model.config.num_hidden_layers
+            if way == "stack":
+                assert calls.count("stack") == (blocks if sequences == 3 else 0)
+            assert taken == [True] * (blocks * (way == "blocks")) if sequences == 3 else [False] * blocks
+            torch.testing.assert_close(
+                found, the_long_way(model, monkeypatch, steps=1, context=context), rtol=1e-5, atol=1e-5
+            )
+    finally:
+        kernel_choice._choose.cache_clear()
 
 
 def test_a_copy_is_a_model_of_its_own(checkpoint, calls):
@@ -409,7 +490,8 @@ def test_a_model_whose_forward_is_replaced(llama, monkeypatch):
     [
         ({"attention_mask": torch.ones(1, 13, dtype=torch.int64)}, True),
         ({"attention_mask": torch.ones(1, 13, dtype=torch.bool)}, True),
-        ({"attention_mask": torch.arange(13)[None] > 2}, False),
+        ({"attention_mask": torch.arange(13)[None] > 2}, True),
+        ({"attention_mask": torch.arange(13)[None] != 2}, False),
         ({"attention_mask": torch.zeros(1, 1, 1, 13)}, False),
         ({"position_ids": torch.tensor([[12]])}, True),
         ({"position_ids": torch.tensor([[40]])}, True),
@@ -455,7 +537,7 @@ def test_short_and_long_steps_share_a_cache(llama, monkeypatch):
             with monkeypatch.context() as patch:
                 if step % 2:
                     close_short_ways(patch)
-                logits.append(llama(token.view(1, 1), **{CACHE_ARGUMENT: cache}).logits[0, -1])
+                logits.append(llama(token.view(1, 1), **{CACHE_ARGUMENT: cache}).logits[:, -1])
     torch.testing.assert_close(torch.stack(logits), the_long_way(llama, monkeypatch), rtol=1e-5, atol=1e-5)
 
 

@@ -31,9 +31,14 @@ def filled(length: int = 5) -> DynamicCache:
 
 
 def room(
-    cache: object, *layers: int, heads: int = HEADS, size: int = SIZE, dtype: torch.dtype = torch.float32
+    cache: object,
+    *layers: int,
+    sequences: int = 1,
+    heads: int = HEADS,
+    size: int = SIZE,
+    dtype: torch.dtype = torch.float32,
 ) -> list[tuple[Tensor, Tensor]] | None:
-    return append_positions(cache, layers, heads, size, dtype)
+    return append_positions(cache, layers, sequences, heads, size, dtype)
 
 
 def append(cache: DynamicCache, seed: int, layer: int = 1) -> tuple[Tensor, Tensor]:
@@ -106,11 +111,29 @@ def test_other_operations_of_a_cache():
     cache.batch_repeat_interleave(2)
     assert cache.layers[1].keys.shape[0] == 2
     assert room(cache, 1) is None
+    assert room(cache, 1, sequences=3) is None
     cache.batch_select_indices(torch.tensor([1]))
     append(cache, 1)
     check(cache, [0, 1])
     cache.reset()
     assert room(cache, 1) is None
+
+
+def test_several_sequences_have_room_of_their_own():
+    cache = filled()
+    cache.batch_repeat_interleave(3)
+    before = cache.layers[1].keys.clone()
+    written = [torch.randn(3, HEADS, 1, SIZE, generator=torch.Generator().manual_seed(seed)) for seed in range(300)]
+    for key in written:
+        held = room(cache, 1, sequences=3)
+        assert held is not None
+        held[0][0][:, :, -1:], held[0][1][:, :, -1:] = key, -key
+    assert torch.equal(cache.layers[1].keys, torch.cat([before, *written], 2))
+    assert torch.equal(cache.layers[1].values, -cache.layers[1].keys)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))  # as beams do
+    held = room(cache, 1, sequences=3)
+    assert held is not None
+    assert torch.equal(held[0][0][:, :, :-1], torch.cat([before, *written], 2)[[2, 0, 0]])
 
 
 def test_other_caches_are_left_alone():

@@ -749,37 +749,43 @@ void test_attend(const std::vector<std::string>& sets) {
             for (const int64_t size : {32, 64, 96, 128})
                 for (const int64_t length : {1, 2, 15, 16, 17, 33, 100}) {
                     const int64_t heads = shape.first, key_heads = shape.second, stride = size + 3;
-                    const int64_t head_stride = (length + 2) * stride;
-                    Vector query(heads * size, half, -2, 2), keys(key_heads * head_stride, half, -2, 2);
-                    Vector values(key_heads * head_stride, half, -1, 1);
+                    const int64_t head_stride = (length + 2) * stride, sequence_stride = key_heads * head_stride + 5;
+                    const int64_t sequences = 1 + (length + size / 32) % 3, query_stride = heads * size + 7;
+                    Vector query(sequences * query_stride, half, -2, 2), keys(sequences * sequence_stride, half, -2, 2);
+                    Vector values(sequences * sequence_stride, half, -1, 1);
+                    const matgptq_kv_cache cache{keys.data(),     values.data(), sequence_stride, head_stride, stride,
+                                                 sequence_stride, head_stride,   stride};
+                    const int64_t firsts[3] = {length / 3, 0, length - 1};
+                    const int64_t* const first = length % 2 ? nullptr : firsts;
                     const float scale = 1 / std::sqrt(static_cast<float>(size));
-                    std::vector<double> expected(at(heads * size));
-                    for (int64_t h = 0; h < heads; ++h) {
-                        const int64_t first = h / (heads / key_heads) * head_stride;
+                    std::vector<double> expected(at(sequences * heads * size));
+                    for (int64_t h = 0; h < sequences * heads; ++h) {
+                        const int64_t sequence = h / heads, head = h % heads, begin = first ? first[sequence] : 0;
+                        const int64_t from = sequence * sequence_stride + head / (heads / key_heads) * head_stride;
+                        const int64_t asked = sequence * query_stride + head * size;
                         std::vector<double> weights(at(length));
                         double top = -1e300, total = 0;
-                        for (int64_t t = 0; t < length; ++t) {
+                        for (int64_t t = begin; t < length; ++t) {
                             double& score = weights[at(t)];
                             for (int64_t i = 0; i < size; ++i)
-                                score += static_cast<double>(query.values[at(h * size + i)]) *
-                                         keys.values[at(first + t * stride + i)];
+                                score += static_cast<double>(query.values[at(asked + i)]) *
+                                         keys.values[at(from + t * stride + i)];
                             score *= scale;
                             top = std::max(top, score);
                         }
-                        for (double& weight : weights) total += weight = std::exp(weight - top);
-                        for (int64_t t = 0; t < length; ++t)
+                        for (int64_t t = begin; t < length; ++t) total += weights[at(t)] = std::exp(weights[at(t)] - top);
+                        for (int64_t t = begin; t < length; ++t)
                             for (int64_t i = 0; i < size; ++i)
                                 expected[at(h * size + i)] +=
-                                    weights[at(t)] / total * values.values[at(first + t * stride + i)];
+                                    weights[at(t)] / total * values.values[at(from + t * stride + i)];
                     }
                     for (const std::string& set : sets) {
                         matgptq_set_isa(set.c_str());
                         where = set + ", attend, heads " + std::to_string(heads) + " size " + std::to_string(size) +
                                 " length " + std::to_string(length) + (half ? ", bfloat16" : "");
-                        Vector out(heads * size, half, 7, 7);
-                        check(!matgptq_attend(query.data(), keys.data(), values.data(), out.data(), heads, key_heads,
-                                              size, length, head_stride, stride, head_stride, stride, scale, out.dtype(),
-                                              static_cast<int>(length % 3 + 1)),
+                        Vector out(sequences * heads * size, half, 7, 7);
+                        check(!matgptq_attend(query.data(), query_stride, sequences, &cache, length, first, out.data(), heads,
+                                              key_heads, size, scale, out.dtype(), static_cast<int>(length % 3 + 1)),
                               "attend runs");
                         out.read();
                         bool near = true;
@@ -791,10 +797,11 @@ void test_attend(const std::vector<std::string>& sets) {
                 }
     const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
     std::vector<float> query(32, 1.0f), keys(20 * 32, 1.0f), values(20 * 32, 1.0f), out(32);
-    const auto run = [&](int64_t size) {
-        return matgptq_attend(query.data(), keys.data(), values.data(), out.data(), 1, 1, size, 20, 0, 32, 0, 32, 1.0f, 0,
-                              1);
+    const matgptq_kv_cache cache{keys.data(), values.data(), 0, 0, 32, 0, 0, 32};
+    const auto attend = [&](const void* from, int64_t heads, int64_t key_heads, int64_t size, const int64_t* first) {
+        return matgptq_attend(from, 0, 1, &cache, 20, first, out.data(), heads, key_heads, size, 1.0f, 0, 1);
     };
+    const auto run = [&](int64_t size) { return attend(query.data(), 1, 1, size, nullptr); };
     for (const std::string& set : sets) {
         matgptq_set_isa(set.c_str());
         where = set + ", attend, values that are not finite";
@@ -807,6 +814,11 @@ void test_attend(const std::vector<std::string>& sets) {
                 check(!run(32) && !std::isfinite(out[5]) && std::fabs(out[6] - 1) < 1e-6f, "values propagate");
                 values[place * 32 + 5] = 1;
             }
+        const int64_t second = 1;
+        keys[5] = values[6] = nan;
+        check(!attend(query.data(), 1, 1, 32, &second) && std::fabs(out[5] - 1) < 1e-6f && std::fabs(out[6] - 1) < 1e-6f,
+              "what is not seen does not count");
+        keys[5] = values[6] = 1;
         where = set + ", attend, scores far apart";
         keys.assign(keys.size(), -300.0f);
         for (size_t i = 0; i < 32; ++i) keys[7 * 32 + i] = 300;
@@ -817,10 +829,11 @@ void test_attend(const std::vector<std::string>& sets) {
     }
     where = "attend, refusals";
     check(run(16) == MATGPTQ_E_ARGUMENT && run(0) == MATGPTQ_E_ARGUMENT, "size");
-    check(matgptq_attend(query.data(), keys.data(), values.data(), out.data(), 3, 2, 32, 1, 0, 32, 0, 32, 1, 0, 1) ==
-              MATGPTQ_E_ARGUMENT, "heads");
-    check(matgptq_attend(nullptr, keys.data(), values.data(), out.data(), 1, 1, 32, 1, 0, 32, 0, 32, 1, 0, 1) ==
-              MATGPTQ_E_ARGUMENT, "no query");
+    check(attend(query.data(), 3, 2, 32, nullptr) == MATGPTQ_E_ARGUMENT, "heads");
+    check(attend(nullptr, 1, 1, 32, nullptr) == MATGPTQ_E_ARGUMENT, "no query");
+    for (const int64_t first : {-1, 20}) check(attend(query.data(), 1, 1, 32, &first) == MATGPTQ_E_ARGUMENT, "first");
+    check(matgptq_attend(query.data(), 0, 0, &cache, 20, nullptr, out.data(), 1, 1, 32, 1.0f, 0, 1) == MATGPTQ_E_ARGUMENT,
+          "no sequences");
     std::printf("attend: 224 shapes and dtypes\n");
 }
 
@@ -1030,7 +1043,7 @@ void test_block(const std::vector<std::string>& sets) {
                 matgptq::rms_norm(part(expected, key_at), nullptr, key_norm.data(), 1e-5f, part(expected, key_at), key_heads,
                                   size, dtype);
                 matgptq::rotate(expected.data(), cosine.data(), sine.data(), heads + key_heads, size, dtype);
-                check(matgptq_block_start(&block, x.data(), cosine.data(), sine.data(), found.data(), 2) == MATGPTQ_OK,
+                check(matgptq_block_start(&block, x.data(), 1, cosine.data(), sine.data(), found.data(), 2) == MATGPTQ_OK,
                       "start runs");
                 expected.read();
                 found.read();
@@ -1038,8 +1051,9 @@ void test_block(const std::vector<std::string>& sets) {
 
                 Vector attended(heads * size, half, 0, 0), update(hidden, half, 0, 0), gate(mlp, half, 0, 0);
                 Vector up(mlp, half, 0, 0), product(mlp, half, 0, 0), wanted = x;
-                check(matgptq_attend(found.data(), keys.data(), values.data(), attended.data(), heads, key_heads, size,
-                                     length, length * size, size, length * size, size, 0.2f, dtype, 1) == MATGPTQ_OK,
+                const matgptq_kv_cache cache{keys.data(), values.data(), 0, length * size, size, 0, length * size, size};
+                check(matgptq_attend(found.data(), 0, 1, &cache, length, nullptr, attended.data(), heads, key_heads, size,
+                                     0.2f, dtype, 1) == MATGPTQ_OK,
                       "attend runs");
                 multiply(3, attended.data(), update.data());
                 matgptq::rms_norm(wanted.data(), update.data(), second.data(), 1e-5f, normed.data(), 1, hidden, dtype);
@@ -1051,33 +1065,33 @@ void test_block(const std::vector<std::string>& sets) {
                 wanted.read();
                 Vector again = x;
                 const Vector given = x;
-                const matgptq_kv_cache cache{keys.data(), values.data(), length * size, size, length * size, size};
-                check(matgptq_block_finish(&block, x.data(), found.data(), nullptr, nullptr, &cache, length, 2) == MATGPTQ_OK,
+                check(matgptq_block_finish(&block, x.data(), 1, found.data(), 0, &cache, length, nullptr, 2) == MATGPTQ_OK,
                       "finish runs");
-                check(matgptq_block_finish(&block, again.data(), attended.data(), nullptr, nullptr, nullptr, 0, 1) ==
+                check(matgptq_block_finish(&block, again.data(), 1, attended.data(), 0, nullptr, 0, nullptr, 1) ==
                           MATGPTQ_OK, "finish after another attention runs");
                 x.read();
                 again.read();
                 check(x.values == wanted.values && again.values == wanted.values, "finish is its parts");
                 // The last position comes from elsewhere: positions before heads, and gaps between them.
                 const int64_t gap = size + 3, row = key_heads * gap;
-                Vector key(key_heads * size, half, -1, 1), value(key_heads * size, half, -1, 1);
+                const auto key = [&](int64_t h) { return part(found, key_at + h * size); };
+                const auto value = [&](int64_t h) { return key(key_heads + h); };
                 Vector apart(length * row, half, -1, 1), values_apart(length * row, half, -1, 1);
                 Vector appended = again, before = again;
                 for (int64_t h = 0; h < key_heads; ++h) {
-                    std::memcpy(part(keys, (h * length + length - 1) * size), part(key, h * size), size * (half ? 2 : 4));
-                    std::memcpy(part(values, (h * length + length - 1) * size), part(value, h * size), size * (half ? 2 : 4));
+                    std::memcpy(part(keys, (h * length + length - 1) * size), key(h), size * (half ? 2 : 4));
+                    std::memcpy(part(values, (h * length + length - 1) * size), value(h), size * (half ? 2 : 4));
                     for (int64_t t = 0; t + 1 < length; ++t) {
                         std::memcpy(part(apart, t * row + h * gap), part(keys, (h * length + t) * size), size * (half ? 2 : 4));
                         std::memcpy(part(values_apart, t * row + h * gap), part(values, (h * length + t) * size),
                                     size * (half ? 2 : 4));
                     }
                 }
-                const matgptq_kv_cache cache_apart{apart.data(), values_apart.data(), gap, row, gap, row};
-                check(matgptq_block_finish(&block, before.data(), found.data(), nullptr, nullptr, &cache, length, 1) ==
+                const matgptq_kv_cache cache_apart{apart.data(), values_apart.data(), 0, gap, row, 0, gap, row};
+                check(matgptq_block_finish(&block, before.data(), 1, found.data(), 0, &cache, length, nullptr, 1) ==
                               MATGPTQ_OK &&
-                          matgptq_block_finish(&block, appended.data(), found.data(), key.data(), value.data(), &cache_apart,
-                                               length, 1) == MATGPTQ_OK,
+                          matgptq_block_finish(&block, appended.data(), 1, found.data(), 1, &cache_apart, length, nullptr,
+                                               1) == MATGPTQ_OK,
                       "finish appends");
                 before.read();
                 appended.read();
@@ -1090,25 +1104,60 @@ void test_block(const std::vector<std::string>& sets) {
                 const matgptq_kv_cache caches[2] = {cache, cache_apart};
                 Vector stepped = given, together = given;
                 for (int i = 0; i < 2; ++i) {
-                    check(matgptq_block_start(both[i], stepped.data(), cosine.data(), sine.data(), found.data(), 1) ==
+                    check(matgptq_block_start(both[i], stepped.data(), 1, cosine.data(), sine.data(), found.data(), 1) ==
                                   MATGPTQ_OK &&
-                              matgptq_block_finish(both[i], stepped.data(), found.data(), part(found, key_at),
-                                                   part(found, key_at + key_heads * size), caches + i, length, 1) == MATGPTQ_OK,
+                              matgptq_block_finish(both[i], stepped.data(), 1, found.data(), 1, caches + i, length, nullptr,
+                                                   1) == MATGPTQ_OK,
                           "a block runs");
                 }
                 keys.read();
                 apart.read();
                 const Vector keys_before = keys, apart_before = apart;
-                check(matgptq_blocks(both, 2, together.data(), cosine.data(), sine.data(), caches, length, 2) == MATGPTQ_OK,
-                      "blocks run");
+                check(matgptq_blocks(both, 2, together.data(), 1, cosine.data(), sine.data(), caches, length, nullptr, 2) ==
+                          MATGPTQ_OK, "blocks run");
                 for (Vector* v : {&stepped, &together, &keys, &apart}) v->read();
                 check(stepped.values == together.values, "blocks are one after the other");
                 check(keys.values == keys_before.values && apart.values == apart_before.values, "blocks append");
+
+                // Several sequences at once are each of them by itself, whatever they see.
+                for (const int64_t sequences : {2, 3, 9, 17}) {
+                    const int64_t each = key_heads * length * size, bytes = half ? 2 : 4;
+                    Vector rows(sequences * hidden, half, -1, 1), cosines(sequences * size, half, -1, 1);
+                    Vector sines(sequences * size, half, -1, 1), all_keys(2 * sequences * each, half, -1, 1);
+                    Vector all_values(2 * sequences * each, half, -1, 1);
+                    std::vector<int64_t> seen(static_cast<size_t>(sequences));
+                    for (size_t i = 0; i < seen.size(); ++i) seen[i] = static_cast<int64_t>(i) % length;
+                    const auto caches_from = [&](int64_t sequence, Vector& k, Vector& v) {
+                        std::vector<matgptq_kv_cache> found_caches;
+                        for (int64_t i = 0; i < 2; ++i) {
+                            const int64_t begin = (i * sequences + sequence) * each;
+                            found_caches.push_back({part(k, begin), part(v, begin), each, length * size, size, each,
+                                                    length * size, size});
+                        }
+                        return found_caches;
+                    };
+                    Vector single = rows, single_keys = all_keys, single_values = all_values;
+                    bool runs = true;
+                    for (int64_t i = 0; i < sequences; ++i)
+                        runs &= matgptq_blocks(both, 2, part(single, i * hidden), 1, part(cosines, i * size),
+                                               part(sines, i * size), caches_from(i, single_keys, single_values).data(), length,
+                                               &seen[static_cast<size_t>(i)], 1) == MATGPTQ_OK;
+                    check(runs && matgptq_blocks(both, 2, rows.data(), sequences, cosines.data(), sines.data(),
+                                                 caches_from(0, all_keys, all_values).data(), length, seen.data(), 2) == MATGPTQ_OK,
+                          "blocks of several sequences run");
+                    const auto same = [&](Vector& one, Vector& two, int64_t count) {
+                        return !std::memcmp(one.data(), two.data(), static_cast<size_t>(count * bytes));
+                    };
+                    check(same(rows, single, sequences * hidden), "sequences are independent");
+                    check(same(all_keys, single_keys, 2 * sequences * each) &&
+                              same(all_values, single_values, 2 * sequences * each),
+                          "each sequence has keys and values of its own");
+                }
                 if (half || activations) continue;
 
                 where = "block, refusals";
                 const auto start = [&](const matgptq_block& with) {
-                    return matgptq_block_start(&with, x.data(), cosine.data(), sine.data(), found.data(), 1);
+                    return matgptq_block_start(&with, x.data(), 1, cosine.data(), sine.data(), found.data(), 1);
                 };
                 matgptq_block bad = block;
                 bad.dtype = 2;
@@ -1129,12 +1178,14 @@ void test_block(const std::vector<std::string>& sets) {
                 bad = block;
                 bad.second_norm = nullptr;
                 check(start(bad) == MATGPTQ_E_ARGUMENT, "no norm");
-                check(matgptq_block_start(nullptr, x.data(), cosine.data(), sine.data(), found.data(), 1) ==
+                check(matgptq_block_start(nullptr, x.data(), 1, cosine.data(), sine.data(), found.data(), 1) ==
                           MATGPTQ_E_ARGUMENT, "no block");
-                check(matgptq_block_start(&block, x.data(), nullptr, sine.data(), found.data(), 1) == MATGPTQ_E_ARGUMENT,
+                check(matgptq_block_start(&block, x.data(), 1, nullptr, sine.data(), found.data(), 1) == MATGPTQ_E_ARGUMENT,
                       "no cosine");
-                const auto finish = [&](const void* query, const matgptq_kv_cache* with, int64_t positions) {
-                    return matgptq_block_finish(&block, x.data(), query, key.data(), value.data(), with, positions, 1);
+                check(matgptq_block_start(&block, x.data(), 0, cosine.data(), sine.data(), found.data(), 1) ==
+                          MATGPTQ_E_ARGUMENT, "no sequences");
+                const auto finish = [&](const void* from, const matgptq_kv_cache* with, int64_t positions) {
+                    return matgptq_block_finish(&block, x.data(), 1, from, 1, with, positions, nullptr, 1);
                 };
                 check(finish(nullptr, &cache, length) == MATGPTQ_E_ARGUMENT, "no query");
                 check(finish(found.data(), nullptr, 1) == MATGPTQ_E_ARGUMENT, "nowhere to append to");
@@ -1144,7 +1195,7 @@ void test_block(const std::vector<std::string>& sets) {
                 check(finish(found.data(), &missing, length) == MATGPTQ_E_ARGUMENT, "no values");
                 const auto run = [&](const matgptq_block& second, int count) {
                     const matgptq_block* const two[2] = {&block, &second};
-                    return matgptq_blocks(two, count, x.data(), cosine.data(), sine.data(), caches, length, 1);
+                    return matgptq_blocks(two, count, x.data(), 1, cosine.data(), sine.data(), caches, length, nullptr, 1);
                 };
                 x.read();
                 const Vector untouched = x;
@@ -1155,9 +1206,9 @@ void test_block(const std::vector<std::string>& sets) {
                 bad.hidden = 2 * hidden;
                 check(run(bad, 2) == MATGPTQ_E_SHAPE, "blocks of two sizes");
                 check(run(block, -1) == MATGPTQ_E_ARGUMENT && run(block, 0) == MATGPTQ_OK, "how many blocks");
-                check(matgptq_blocks(nullptr, 1, x.data(), cosine.data(), sine.data(), caches, length, 1) ==
+                check(matgptq_blocks(nullptr, 1, x.data(), 1, cosine.data(), sine.data(), caches, length, nullptr, 1) ==
                           MATGPTQ_E_ARGUMENT, "no blocks");
-                check(matgptq_blocks(both, 2, x.data(), cosine.data(), sine.data(), nullptr, length, 1) ==
+                check(matgptq_blocks(both, 2, x.data(), 1, cosine.data(), sine.data(), nullptr, length, nullptr, 1) ==
                           MATGPTQ_E_ARGUMENT, "no caches");
                 x.read();
                 check(x.values == untouched.values, "refused calls write nothing");

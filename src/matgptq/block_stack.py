@@ -1,4 +1,4 @@
-"""All transformer blocks of a model for one token, in one call of the native library.
+"""All transformer blocks of a model for one token of each sequence, in one call of the native library.
 
 ``decoding`` makes two calls of a block. What an interpreter does around them, for every block and token, still takes a
 third of a small model's time. Here the model below the output head finds out once for a token that all of its blocks
@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from matgptq import kernel_choice, native
-from matgptq.decoding import DecodesRows, RowBlock, Watch
+from matgptq.decoding import DecodesRows, RowBlock, Watch, of_each, rows_of
 from matgptq.kv_cache import CACHE_ARGUMENT, append_positions
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import BlockCalls, StackCall
@@ -28,7 +28,7 @@ _KNOWN = frozenset({"inputs_embeds", "attention_mask", "position_ids", CACHE_ARG
 
 
 class DecodesTokens(Mixin):
-    """Mixed into the class of a model without its head: a single token takes the short way through all blocks."""
+    """Mixed into the class of a model without its head: the next token of each sequence takes the short way."""
 
     _block_stack: BlockStack
     norm: nn.Module
@@ -42,7 +42,7 @@ class DecodesTokens(Mixin):
             and not positional
             and given is not None
             and (input_ids is None or inputs_embeds is None)
-            and given.shape[:2] == (1, 1)
+            and given.shape[1:2] == (1,)
             and all(value is None or name in _KNOWN for name, value in keywords.items())
         ):
             cache = keywords.get(CACHE_ARGUMENT)
@@ -54,7 +54,7 @@ class DecodesTokens(Mixin):
 
 
 def decode_in_one_call(model: nn.Module, blocks: str) -> bool:
-    """Let a model take single tokens through all blocks at once, if it is of the kind; returns whether it is.
+    """Let a model take next tokens through all blocks at once, if it is of the kind; returns whether it is.
 
     Args:
         model: after ``decoding.decode_in_rows``.
@@ -78,7 +78,7 @@ def decode_in_one_call(model: nn.Module, blocks: str) -> bool:
 
 
 class BlockStack:
-    """The way of a single token through all blocks of a model.
+    """The way of the next token of each sequence through all blocks of a model.
 
     Args:
         base: the model without its head.
@@ -93,19 +93,21 @@ class BlockStack:
         self._call: StackCall | None = None
 
     def run(self, base: Any, given: Tensor, mask: Any, positions: Tensor | None, cache: Any) -> Tensor | None:
-        """What the last block gives, ``[1, 1, hidden]``; None where the short way cannot be taken.
+        """What the last block gives, ``[sequences, 1, hidden]``; None where the short way cannot be taken.
 
         Args:
             base: the model without its head.
-            given: a token's id ``[1, 1]``, or what stands for it, ``[1, 1, hidden]``.
+            given: ids of tokens ``[sequences, 1]``, or what stands for them, ``[sequences, 1, hidden]``.
             mask, positions, cache: as transformers' models take them.
         """
         if torch.is_grad_enabled() or type(cache) is not DynamicCache:
             return None
         length: int = cache.get_seq_length()
-        if not _sees_all(mask, length + 1) or not self._is_as_it_was(base):
+        sequences = len(given)
+        first = _first_seen(mask, sequences, length + 1)
+        if first is None or not self._is_as_it_was(base):
             return None
-        ready = self._ready()
+        ready = self._ready(sequences)
         if ready is None:
             return None
         call, _weights = ready  # which stay alive until the call is made
@@ -115,20 +117,20 @@ class BlockStack:
         cosine, sine = base.rotary_emb(hidden, position_ids=positions)
         if not self._blocks[0].fits(hidden, (cosine, sine)):
             return None
-        held = append_positions(cache, self._layers, call.key_heads, call.size, call.dtype)
+        held = append_positions(cache, self._layers, sequences, call.key_heads, call.size, call.dtype)
         if held is None:
             return None
-        row = hidden.reshape(1, -1).clone()
-        call.run(row, cosine, sine, held)
-        return row.view(hidden.shape)
+        rows = rows_of(hidden)
+        call.run(rows, of_each(cosine, sequences), of_each(sine, sequences), held, first)
+        return rows.view(hidden.shape)
 
-    def _ready(self) -> tuple[StackCall, list[list[native.Weight]]] | None:
+    def _ready(self, sequences: int) -> tuple[StackCall, list[list[native.Weight]]] | None:
         """The call for all blocks as they are, and the weights that must live while it is made."""
         forced = kernel_choice.forced_kernel()
         calls: list[BlockCalls] = []
         weights = []
         for block in self._blocks:
-            ready = block.ready(forced)
+            ready = block.ready(forced, sequences)
             if ready is None:
                 return None
             calls.append(ready[0])
@@ -158,8 +160,18 @@ class BlockStack:
         return copied
 
 
-def _sees_all(mask: Any, length: int) -> bool:
-    """Whether a mask, as a caller gives it, hides nothing."""
+def _first_seen(mask: Any, sequences: int, length: int) -> list[int] | None:
+    """The position before which each sequence sees nothing; None where a mask, as a caller gives it, hides others."""
     if mask is None:
-        return True
-    return isinstance(mask, Tensor) and mask.shape == (1, length) and bool(mask.all())
+        return [0] * sequences
+    if not isinstance(mask, Tensor) or mask.shape != (sequences, length):
+        return None
+    seen = mask.bool()
+    if bool(seen.all()):
+        return [0] * sequences
+    hidden = seen.logical_not().sum(1)
+    in_front = torch.arange(length, device=mask.device) < hidden[:, None]  # where tokenizers pad for decoding
+    if bool((seen == in_front).any()) or not bool(seen[:, -1].all()):
+        return None
+    first: list[int] = hidden.tolist()
+    return first

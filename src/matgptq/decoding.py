@@ -1,10 +1,11 @@
-"""Transformer blocks that take one token, which is what decoding is made of, in few calls.
+"""Transformer blocks that take one token of each sequence, which is what decoding is made of, in few calls.
 
 Between the products of a block transformers runs some thirty small operations, which for one token take longer than
 they compute: in a small model longer than the products. Here a block of the plain kind (Llama's and its likes) is two
-calls of the native library, between which key and value join the cache, with the same rounding as in transformers' own
-code; only attention's order of sums may differ. Whatever is not this case goes to the block's own code: more than a
-token, a mask, gradients, a graph that is being compiled, a hook, another module or another ``forward`` in the block.
+calls of the native library, between which keys and values join the cache, with the same rounding as in transformers'
+own code; only attention's order of sums may differ. Whatever is not this case goes to the block's own code: more than a
+token of a sequence, more sequences than the fused kernel is the fastest for, a mask, gradients, a graph that is being
+compiled, a hook, another module or another ``forward`` in the block.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _HEAD_NORMS = ("q_norm", "k_norm")
 
 
 class DecodesRows(Mixin):
-    """Mixed into the class of a block: a single token takes the short way."""
+    """Mixed into the class of a block: the next token of each sequence takes the short way."""
 
     row_block: RowBlock
 
@@ -48,7 +49,7 @@ class DecodesRows(Mixin):
 
 
 def decode_in_rows(model: nn.Module, blocks: str) -> int:
-    """Let the blocks of a model decode single tokens the short way where they can; returns how many do.
+    """Let the blocks of a model decode next tokens the short way where they can; returns how many do.
 
     Args:
         model: on the CPU, its nested layers packed for the native library. Its blocks must be of the plain kind
@@ -86,7 +87,7 @@ def _row_block(block: Any) -> RowBlock | None:
 
 
 class RowBlock:
-    """One block's way for a single token.
+    """One block's way for the next token of each sequence.
 
     Args:
         block: of the plain kind.
@@ -101,6 +102,7 @@ class RowBlock:
         owners = [(attention, name) for name in _ATTENTION] + [(mlp, name) for name in _MLP]
         self._linears: list[NestedLinear] = [getattr(owner, name) for owner, name in owners]
         self._prepared: _Prepared | None = None
+        self._fused: tuple[str, int, native.Activations] | None = None  # what the fused kernel is known to take
         self._size: int = attention.head_dim
         self._dtype = block.input_layernorm.weight.dtype
         self.watch = Watch([block, attention, mlp], block)
@@ -117,39 +119,43 @@ class RowBlock:
 
     def fits(self, hidden: Tensor, position: tuple[Tensor, Tensor]) -> bool:
         """Whether such inputs are what the block can take in rows, in the attention that it has."""
+        sequences = hidden.shape[0]
         return (
-            hidden.shape[:-1] == (1, 1)
+            hidden.ndim == 3
+            and hidden.shape[1] == 1
+            and sequences > 0
             and hidden.dtype == self._dtype
             and not torch.is_grad_enabled()
             and kernels.is_plain(hidden)
             and hidden.is_cpu
-            and position[0].shape == (1, 1, self._size)
+            and position[0].shape in ((1, 1, self._size), (sequences, 1, self._size))
             and position[0].dtype == self._dtype
             and self._attention.config._attn_implementation == "sdpa"
             and not (self._attention.training and self._attention.attention_dropout)
         )
 
     def run(self, hidden: Tensor, keywords: dict[str, Any]) -> Tensor | None:
-        """The block's output ``[1, 1, hidden]``; None where the kernels cannot multiply a row at present."""
-        ready = self.ready(kernel_choice.forced_kernel())
+        """The block's output ``[sequences, 1, hidden]``; None where the fused kernel does not take it at present."""
+        sequences = len(hidden)
+        ready = self.ready(kernel_choice.forced_kernel(), sequences)
         if ready is None:
             return None
         calls, _weights = ready  # which stay alive until the calls are made
-        cosine, sine = keywords["position_embeddings"]
-        residual = hidden.reshape(1, -1).clone()
+        cosine, sine = (of_each(part, sequences) for part in keywords["position_embeddings"])
+        residual = rows_of(hidden)
         qkv = calls.start(residual, cosine, sine)
         attention, cache = self._attention, keywords[CACHE_ARGUMENT]
         held = None
         if self.attends:
-            held = append_positions(cache, [attention.layer_idx], calls.key_heads, self._size, self._dtype)
+            held = append_positions(cache, [attention.layer_idx], sequences, calls.key_heads, self._size, self._dtype)
         if held is not None:
-            calls.finish(residual, qkv, *held[0], append=True)
+            calls.attend(residual, qkv, *held[0], append=True)
             return residual.view(hidden.shape)
         key = qkv.narrow(1, calls.heads, calls.key_heads)
         value = qkv.narrow(1, calls.heads + calls.key_heads, calls.key_heads)
         keys, values = cache.update(key, value, attention.layer_idx)
         if self.attends and calls.reads(keys) and calls.reads(values):
-            calls.finish(residual, qkv, keys, values)
+            calls.attend(residual, qkv, keys, values)
         else:
             attended = nn.functional.scaled_dot_product_attention(
                 qkv.narrow(1, 0, calls.heads),
@@ -158,7 +164,7 @@ class RowBlock:
                 scale=attention.scaling,
                 enable_gqa=calls.heads != calls.key_heads,
             )
-            calls.finish(residual, attended.reshape(1, -1))
+            calls.finish(residual, attended.reshape(sequences, -1))
         return residual.view(hidden.shape)
 
     @property
@@ -172,12 +178,18 @@ class RowBlock:
         index: int = self._attention.layer_idx
         return index
 
-    def ready(self, forced: str) -> tuple[BlockCalls, list[native.Weight]] | None:
+    def ready(self, forced: str, sequences: int) -> tuple[BlockCalls, list[native.Weight]] | None:
         """The calls for the block as it is, and the weights that must live while they are made; None if there are none.
 
         Args:
             forced: the kernel that ``MATGPTQ_KERNEL`` names.
+            sequences: of which a token each is multiplied.
         """
+        asked = forced, sequences, self._linears[0].activations
+        if asked != self._fused:
+            if not kernel_choice.fuses(kernel_choice.Product("native", "cpu", self._dtype, *asked[1:])):
+                return None
+            self._fused = asked
         prepared = self._prepared
         weights = None if prepared is None else prepared.weights(forced)
         if prepared is None or weights is None:
@@ -193,8 +205,7 @@ class RowBlock:
         latest = NestedLinear.latest_change  # before the layers are looked at
         linears, attention = self._linears, self._attention
         activations = linears[0].activations
-        product = kernel_choice.Product("native", "cpu", self._dtype, 1, activations)
-        if not kernel_choice.fuses(product) or any(linear.activations != activations for linear in linears):
+        if any(linear.activations != activations for linear in linears):
             return None
         weights: list[native.Weight] = []
         known_linears, known_norms = [], []
@@ -237,6 +248,16 @@ class RowBlock:
             norms=known_norms,
         )
         return prepared, weights
+
+
+def rows_of(hidden: Tensor) -> Tensor:
+    """``[sequences, 1, hidden]`` as the calls take it and write to it, a copy ``[sequences, hidden]``."""
+    return hidden[:, 0].clone(memory_format=torch.contiguous_format)
+
+
+def of_each(part: Tensor, sequences: int) -> Tensor:
+    """Cosine or sine ``[1 or sequences, 1, size]`` for each sequence, contiguous."""
+    return part.expand(sequences, -1, -1).contiguous()
 
 
 class Watch:

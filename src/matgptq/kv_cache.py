@@ -24,23 +24,23 @@ _ROOM = "_matgptq_room"
 class _Room:
     """A tensor of which a cache holds the beginning."""
 
-    memory: Tensor  # [1, heads, capacity, size]
+    memory: Tensor  # [sequences, heads, capacity, size]
     filled: int  # positions; what is behind them belongs to whoever holds so many
 
 
 def append_positions(
-    cache: Any, layers: Sequence[int], heads: int, size: int, dtype: torch.dtype
+    cache: Any, layers: Sequence[int], sequences: int, heads: int, size: int, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]] | None:
     """Let layers of a cache hold one position more, which is still to be written.
 
     Args:
-        cache: transformers' cache of one sequence.
+        cache: transformers'.
         layers: their indices.
-        heads, size, dtype: of the keys and values to come, ``[1, heads, 1, size]``.
+        sequences, heads, size, dtype: of the keys and values to come, ``[sequences, heads, 1, size]``.
 
     Returns:
-        Keys and values ``[1, heads, positions, size]`` of each layer with adjacent elements, which the cache holds from
-        now on; None for another kind of cache, to which nothing has happened.
+        Keys and values ``[sequences, heads, positions, size]`` of each layer with adjacent elements, which the cache
+        holds from now on; None for another kind of cache, to which nothing has happened.
     """
     if type(cache) is not DynamicCache or cache.offloading or max(layers) >= len(cache.layers):
         return None
@@ -49,7 +49,7 @@ def append_positions(
         if type(layer) is not DynamicLayer or not layer.is_initialized:
             return None
         keys, values = layer.keys, layer.values
-        shape = (1, heads, chosen[0].keys.shape[2], size)  # all have seen the same tokens
+        shape = (sequences, heads, chosen[0].keys.shape[2], size)  # all have seen the same tokens
         if keys.shape != shape or values.shape != shape:
             return None
         if keys.dtype is not dtype or values.dtype is not dtype or not keys.is_cpu or not values.is_cpu:
@@ -64,7 +64,7 @@ def _longer(held: Tensor) -> Tensor:
     room: _Room | None = held.__dict__.get(_ROOM)
     # After a crop, or where two caches began as one, what is behind is another's.
     if room is None or room.filled != length or room.memory.shape[2] == length:
-        memory = held.new_empty((1, held.shape[1], length + length // 4 + 256, held.shape[3]))
+        memory = held.new_empty((*held.shape[:2], length + length // 4 + 256, held.shape[3]))
         memory[:, :, :length] = held
         room = _Room(memory, length)
     room.filled = length + 1

@@ -1,6 +1,6 @@
-"""A token through a transformer block of the plain kind, as two native calls, and through all of them, as one.
+"""A token of each sequence through a transformer block of the plain kind, as two native calls, and through all, as one.
 
-``csrc/block.cpp``. Between the two calls of a block the key and the value join a cache, which is PyTorch's business;
+``csrc/block.cpp``. Between the two calls of a block keys and values join a cache, which is PyTorch's business;
 the one call writes them itself. Calls are made dozens of times for a token, and check their arguments no more than the
 library does.
 """
@@ -76,7 +76,6 @@ class BlockCalls:
         query, key, value = (weight.out_features for weight in weights[:3])
         self.heads, self.key_heads = query // size, key // size
         self._total = (query + key + value) // size
-        self._offsets = query, query + key  # of key and value, in elements
         self._alive: list[object] = [*norms]
         block = Block(dtype=DTYPES[dtype], activations=ACTIVATIONS[activations], size=size, scale=scale)
         block.hidden = weights[0].in_features
@@ -95,18 +94,24 @@ class BlockCalls:
         self._address = ctypes.addressof(block)
 
     def start(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Query, key and value of ``x``, side by side.
+        """Query, key and value of a token of each sequence, side by side.
 
         Args:
-            x: ``[1, hidden]``, contiguous.
-            cosine, sine: of the rotary embedding, as many elements as a head has, contiguous.
+            x: ``[sequences, hidden]``, contiguous.
+            cosine, sine: of the rotary embedding, as many elements for each sequence as a head has, contiguous.
 
         Returns:
-            ``[1, heads, 1, size]``, the heads of the query, then those of key and value.
+            ``[sequences, heads, 1, size]``, the heads of the query, then those of key and value.
         """
-        qkv = x.new_empty((1, self._total, 1, self.size))
+        qkv = x.new_empty((len(x), self._total, 1, self.size))
         status = self._start(
-            self._address, x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), qkv.data_ptr(), torch.get_num_threads()
+            self._address,
+            x.data_ptr(),
+            len(x),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            qkv.data_ptr(),
+            torch.get_num_threads(),
         )
         if status:
             check_status(status)
@@ -116,40 +121,74 @@ class BlockCalls:
         """Whether ``finish`` can read such keys or values: of the block's dtype, with adjacent elements."""
         return held.is_cpu and held.dtype is self.dtype and held.stride(3) == 1
 
-    def finish(
-        self, x: Tensor, qkv: Tensor, keys: Tensor | None = None, values: Tensor | None = None, *, append: bool = False
+    def attend(
+        self,
+        x: Tensor,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        first: Sequence[int] | None = None,
+        append: bool = False,
     ) -> None:
-        """The rest of the block, ``x`` in place.
+        """The rest of the block with its attention, ``x`` in place.
 
         Args:
-            x: ``[1, hidden]``, contiguous.
-            qkv: of ``start``; without keys and values it is what attention gave, contiguous.
-            keys, values: ``[1, key heads, positions, size]``, such as ``reads`` is true of, if the library ``attends``
-                with heads of that size.
+            x: ``[sequences, hidden]``, contiguous.
+            qkv: of ``start``.
+            keys, values: ``[sequences, key heads, positions, size]``, such as ``reads`` is true of, if the library
+                ``attends`` with heads of that size.
+            first: for each sequence the position before which it sees nothing, such as behind padding; by default it
+                sees all.
             append: first write key and value of ``qkv`` to their last position.
         """
-        query = qkv.data_ptr()
-        cache, length = None, 0
-        if keys is not None and values is not None:
-            cache, length = _kv_cache(keys, values), keys.shape[2]
-        key = value = None
-        if append:
-            size = qkv.element_size()
-            key, value = (query + offset * size for offset in self._offsets)
-        where = None if cache is None else ctypes.addressof(cache)
-        status = self._finish(self._address, x.data_ptr(), query, key, value, where, length, torch.get_num_threads())
+        cache = _kv_cache(keys, values)
+        self._run_finish(x, qkv, append, ctypes.addressof(cache), keys.shape[2], _first_positions(first))
+
+    def finish(self, x: Tensor, attended: Tensor) -> None:
+        """The rest of the block, ``x`` in place, behind another attention.
+
+        Args:
+            x: ``[sequences, hidden]``, contiguous.
+            attended: what attention gave, ``[sequences, heads * size]``, contiguous.
+        """
+        self._run_finish(x, attended, False, None, 0, None)
+
+    def _run_finish(
+        self,
+        x: Tensor,
+        given: Tensor,
+        append: bool,
+        cache: int | None,
+        length: int,
+        first: ctypes.Array[ctypes.c_int64] | None,
+    ) -> None:
+        status = self._finish(
+            self._address,
+            x.data_ptr(),
+            len(x),
+            given.data_ptr(),
+            append,
+            cache,
+            length,
+            None if first is None else ctypes.addressof(first),
+            torch.get_num_threads(),
+        )
         if status:
             check_status(status)
 
 
+def _first_positions(first: Sequence[int] | None) -> ctypes.Array[ctypes.c_int64] | None:
+    """As the library reads them."""
+    return None if first is None else (ctypes.c_int64 * len(first))(*first)
+
+
 def _kv_cache(keys: Tensor, values: Tensor) -> KVCache:
-    _, key_head, key, _ = keys.stride()
-    _, value_head, value, _ = values.stride()
-    return KVCache(keys.data_ptr(), values.data_ptr(), key_head, key, value_head, value)
+    return KVCache(keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3])
 
 
 class StackCall:
-    """All blocks for one token as one call, for as long as each of them stays as it is.
+    """All blocks for a token as one call, for as long as each of them stays as it is.
 
     Args:
         blocks: such as it ``takes``; the library ``attends`` with their heads.
@@ -172,23 +211,34 @@ class StackCall:
         """Whether these are its blocks."""
         return len(blocks) == len(self._blocks) and all(map(operator.is_, blocks, self._blocks))
 
-    def run(self, x: Tensor, cosine: Tensor, sine: Tensor, held: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def run(
+        self,
+        x: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        held: Sequence[tuple[Tensor, Tensor]],
+        first: Sequence[int] | None = None,
+    ) -> None:
         """``x`` through all blocks, in place; key and value of each are written to the last position of what is held.
 
         Args:
-            x: ``[1, hidden]``, contiguous.
-            cosine, sine: of the rotary embedding, as many elements as a head has, contiguous.
-            held: keys and values ``[1, key heads, positions, size]`` for each block, such as it ``reads``.
+            x: ``[sequences, hidden]``, contiguous.
+            cosine, sine: of the rotary embedding, as many elements for each sequence as a head has, contiguous.
+            held: keys and values ``[sequences, key heads, positions, size]`` for each block, such as it ``reads``.
+            first: as of ``BlockCalls.attend``.
         """
         caches = (KVCache * len(held))(*(_kv_cache(keys, values) for keys, values in held))
+        starts = _first_positions(first)
         status = self._run(
             self._where,
             len(held),
             x.data_ptr(),
+            len(x),
             cosine.data_ptr(),
             sine.data_ptr(),
             ctypes.addressof(caches),
             held[0][0].shape[2],
+            None if starts is None else ctypes.addressof(starts),
             torch.get_num_threads(),
         )
         if status:

@@ -20,7 +20,7 @@ from matgptq.errors import ConfigurationError, MatGPTQError
 Activations = Literal["exact", "int8"]
 SweepMode = Literal["residual", "change", "mean"]
 
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"exact": 0, "int8": 1}
 SWEEP_MODES = {"residual": 0, "change": 1, "mean": 2}
@@ -67,8 +67,10 @@ class KVCache(ctypes.Structure):
     _fields_ = (
         ("keys", _pointer),
         ("values", _pointer),
+        ("key_sequence_stride", _int64),
         ("key_head_stride", _int64),
         ("key_stride", _int64),
+        ("value_sequence_stride", _int64),
         ("value_head_stride", _int64),
         ("value_stride", _int64),
     )
@@ -157,9 +159,9 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "sweep": (_int, (_pointer,)),
     "search_scales": (_int, (_pointer,)),
     "refit": (_int, (_pointer,)),
-    "block_start": (_int, (*[_pointer] * 5, _int)),
-    "block_finish": (_int, (*[_pointer] * 6, _int64, _int)),
-    "blocks": (_int, (_pointer, _int, *[_pointer] * 4, _int64, _int)),
+    "block_start": (_int, (_pointer, _pointer, _int64, _pointer, _pointer, _pointer, _int)),
+    "block_finish": (_int, (_pointer, _pointer, _int64, _pointer, _int, _pointer, _int64, _pointer, _int)),
+    "blocks": (_int, (_pointer, _int, _pointer, _int64, _pointer, _pointer, _pointer, _int64, _pointer, _int)),
 }
 
 

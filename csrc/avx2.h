@@ -113,6 +113,11 @@ struct Avx2 {
         return _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(0x3F800000)));
     }
     static MATGPTQ_INLINE float sum(Floats v) { return sum_by_halves(v); }
+    static MATGPTQ_INLINE void sum_each(const Floats (&v)[4], float* out) {
+        __m128 four[4];
+        for (int i = 0; i < 4; ++i) four[i] = _mm_add_ps(_mm256_castps256_ps128(v[i]), _mm256_extractf128_ps(v[i], 1));
+        _mm_storeu_ps(out, sum_by_halves(four[0], four[1], four[2], four[3]));
+    }
     static MATGPTQ_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 
     static MATGPTQ_INLINE void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {

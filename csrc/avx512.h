@@ -94,6 +94,16 @@ struct Avx512 {
     static MATGPTQ_INLINE float sum(Floats v) {
         return sum_by_halves(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
     }
+    // In the order of `sum`: quarters 0 and 2, 1 and 3 of each, then these two, then inside of them.
+    static MATGPTQ_INLINE void sum_each(const Floats (&v)[4], float* out) {
+        const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xEE));
+        const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xEE));
+        const __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+        const __m512 two = _mm512_add_ps(four, _mm512_permute_ps(four, 0x0E));
+        const __m512 one = _mm512_add_ps(two, _mm512_permute_ps(two, 0x01));
+        const __m512i firsts = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
+        _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, one)));
+    }
     static MATGPTQ_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 
     static MATGPTQ_INLINE void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {

@@ -19,10 +19,10 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
-void begin(int step) {
+void begin(int step, int rows) {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) {
-        config.rows[tile] = 16;
+        config.rows[tile] = static_cast<uint8_t>(rows);
         config.row_bytes[tile] = 64;
     }
     config.row_bytes[kActivations] = static_cast<uint16_t>(step);
@@ -58,9 +58,9 @@ void unpack_blocks(const WeightView& weight, int64_t tile, int64_t block, int64_
 }
 
 template <int Digits>
-void quantize_rows(const float* x, int64_t columns, int step, int steps, int8_t* codes, float* scales) {
+void quantize_rows(const float* x, int rows, int64_t columns, int step, int steps, int8_t* codes, float* scales) {
     const int64_t block = static_cast<int64_t>(step) * steps;
-    for (int64_t row = 0; row < kMatrixRows; ++row)
+    for (int64_t row = 0; row < rows; ++row)
         for (int64_t b = 0; b < columns / block; ++b)
             scales[b * kMatrixRows + row] = block_digits<Digits>(
                 x + row * columns + b * block, static_cast<int>(block), [&](int d, const int8_t* digits, int32_t) {
@@ -103,9 +103,9 @@ MATGPTQ_INLINE void block_sums(const int8_t* activations, const int8_t* weights,
 }
 
 // As `product` ends a block: the same operations in the same order.
-template <int Digits>
+template <int Digits, int Rows>
 MATGPTQ_INLINE void add_block(const int32_t* sums, const float* activation_scales, __m512 weight_scale, __m512* total) {
-    each<kMatrixRows>([&](auto row) MATGPTQ_LAMBDA_INLINE {
+    each<Rows>([&](auto row) MATGPTQ_LAMBDA_INLINE {
         const int32_t* const of_row = sums + (Digits - 1) * 256 + row * kTileRows;
         __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(of_row));
         each<Digits - 1>([&](auto d) MATGPTQ_LAMBDA_INLINE {
@@ -117,13 +117,13 @@ MATGPTQ_INLINE void add_block(const int32_t* sums, const float* activation_scale
     });
 }
 
-template <int Digits>
+template <int Digits, int Rows>
 void multiply(const MatrixProduct& job) {
     const int64_t activation_bytes = static_cast<int64_t>(job.steps) * Digits * kMatrixRows * job.step;
     const int64_t weight_bytes = static_cast<int64_t>(job.steps) * kTileRows * job.step;
     alignas(64) int32_t sums[2][Digits * 256];
-    __m512 total[kMatrixRows];
-    each<kMatrixRows>([&](auto row) MATGPTQ_LAMBDA_INLINE {
+    __m512 total[Rows];
+    each<Rows>([&](auto row) MATGPTQ_LAMBDA_INLINE {
         total[row] = job.first ? _mm512_setzero_ps() : _mm512_load_ps(job.totals + row * kTileRows);
     });
     // A block's sums are finished while the units are at the next one's.
@@ -138,11 +138,10 @@ void multiply(const MatrixProduct& job) {
     start(0);
     for (int64_t b = 0; b < job.blocks; ++b) {
         if (b + 1 < job.blocks) start(b + 1);
-        add_block<Digits>(sums[b % 2], job.activation_scales + b * kMatrixRows,
+        add_block<Digits, Rows>(sums[b % 2], job.activation_scales + b * kMatrixRows,
                           _mm512_load_ps(job.weight_scales + b * kTileRows), total);
     }
-    each<kMatrixRows>(
-        [&](auto row) MATGPTQ_LAMBDA_INLINE { _mm512_store_ps(job.totals + row * kTileRows, total[row]); });
+    each<Rows>([&](auto row) MATGPTQ_LAMBDA_INLINE { _mm512_store_ps(job.totals + row * kTileRows, total[row]); });
 }
 
 void store(const float* totals, const MatrixTarget& to) {
@@ -168,8 +167,11 @@ MatrixKernels make_matrix_kernels() {
     });
     table.quantize[0] = quantize_rows<1>;
     table.quantize[1] = quantize_rows<kDigits>;
-    table.multiply[0] = multiply<1>;
-    table.multiply[1] = multiply<kDigits>;
+    each<kMatrixRows / kMatrixRowStep>([&](auto i) {
+        constexpr int rows = (i + 1) * kMatrixRowStep;
+        table.multiply[0][i] = multiply<1, rows>;
+        table.multiply[1][i] = multiply<kDigits, rows>;
+    });
     table.store = store;
     return table;
 }

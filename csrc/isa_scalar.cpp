@@ -85,6 +85,7 @@ struct Scalar {
         return shifted;
     }
     static float sum(Floats v) { return v; }
+    static void sum_each(const Floats (&v)[4], float* out) { std::memcpy(out, v, sizeof v); }
     static void store(float* p, Floats v) { *p = v; }
 
     static void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {

@@ -112,6 +112,7 @@ using QuantizeKernel = void (*)(const float* x, int rows, int64_t columns, int64
 // Matrix units, where a processor has them, multiply the digits of 16 rows of activations and the codes of the 16 rows of a
 // tile at once, `step` columns at a time: half of an activation block of 128 columns, else the whole.
 constexpr int kMatrixRows = 16;
+constexpr int kMatrixRowStep = 4;  // fewer rows, in multiples of it, take less time
 // Some blocks of columns of one panel and one tile.
 struct MatrixProduct {
     const int8_t* activations;       // [blocks, steps, digits, 16, step]
@@ -132,15 +133,16 @@ struct MatrixTarget {
     bool bfloat16;
 };
 struct MatrixKernels {
-    // Prepares the calling thread for products of that step; finish returns the units to others.
-    void (*begin)(int step);
+    // Prepares the calling thread for products of that step and so many rows; finish returns the units to others.
+    void (*begin)(int step, int rows);
     void (*finish)();
     // Weights and their scales of `blocks` blocks of a tile, as in MatrixProduct.
     void (*unpack[kWidths][2])(const WeightView&, int64_t tile, int64_t block, int64_t blocks, int8_t* weights,
                                  float* weight_scales);
-    // x [16, columns], columns a multiple of the block, as in MatrixProduct; [exact ? 1 : 0].
-    void (*quantize[2])(const float* x, int64_t columns, int step, int steps, int8_t* codes, float* scales);
-    void (*multiply[2])(const MatrixProduct&);  // [exact ? 1 : 0]
+    // x [rows, columns], columns a multiple of the block, as in MatrixProduct; [exact ? 1 : 0].
+    void (*quantize[2])(const float* x, int rows, int64_t columns, int step, int steps, int8_t* codes, float* scales);
+    // The first rows alone; [exact ? 1 : 0][rows / kMatrixRowStep - 1].
+    void (*multiply[2][kMatrixRows / kMatrixRowStep])(const MatrixProduct&);
     void (*store)(const float* totals, const MatrixTarget&);
 };
 

@@ -143,7 +143,7 @@ extern "C" int matgptq_matmul(const void* x, int x_dtype, int64_t x_stride, int6
     if (!x) return MATGPTQ_E_ARGUMENT;
     try {
         const bool exact = activations == MATGPTQ_EXACT;
-        if (takes_matrix_units(batch)) {
+        if (takes_matrix_units(batch, exact)) {
             matrix_matmul(x, x_dtype, x_stride, batch, in_features, products, num_products, y_dtype, exact, num_threads);
             return MATGPTQ_OK;
         }

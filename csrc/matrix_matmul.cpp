@@ -14,14 +14,21 @@
 namespace matgptq {
 namespace {
 
-// From so many rows on it pays to pad them to 16.
-constexpr int64_t kMatrixBatch = 9;
+// From so many rows on, of int8 and of exact activations, these products are the faster ones: unpacking into memory costs
+// what three rows of exact activations do otherwise.
+constexpr int64_t kMatrixBatch[2] = {9, 5};
 // Panels that are multiplied by a stretch of weights before the next one is unpacked: their totals stay in the second-level
 // cache.
 constexpr int64_t kPanelsTogether = 16;
 // Tiles that read a panel's activations while these are in the first-level cache.
 constexpr int64_t kTilesTogether = 4;
 constexpr int64_t kStretchColumns = 256;
+
+// Rows of a panel that are multiplied: those that there are, and padding.
+int rows_of(int64_t panel, int64_t batch) {
+    const int64_t live = std::min<int64_t>(batch - panel * kMatrixRows, kMatrixRows);
+    return static_cast<int>(ceil_div(live, kMatrixRowStep) * kMatrixRowStep);
+}
 
 // Activations of a call in the form the units read, for one size of activation block.
 class Activations {
@@ -36,13 +43,14 @@ class Activations {
         parallel_for(ceil_div(batch, kMatrixRows), 1, num_threads, [&](int64_t begin, int64_t end) {
             const Buffer<float> rows = allocate<float>(kMatrixRows * columns());
             for (int64_t p = begin; p < end; ++p) {
-                for (int64_t b = 0; b < kMatrixRows; ++b) {
+                const int count = rows_of(p, batch);
+                for (int64_t b = 0; b < count; ++b) {
                     const int64_t at = p * kMatrixRows + b, live = at < batch ? in_features : 0;
                     float* const row = rows.get() + b * columns();
                     if (live) read_floats(static_cast<const char*>(x) + at * stride * element_bytes(dtype), dtype, live, row);
                     std::memset(row + live, 0, static_cast<size_t>(columns() - live) * sizeof(float));
                 }
-                kernels().matrix->quantize[exact](rows.get(), columns(), step(), steps(),
+                kernels().matrix->quantize[exact](rows.get(), count, columns(), step(), steps(),
                                                   codes_.get() + p * panel_bytes_,
                                                   scales_.get() + p * kMatrixRows * blocks_);
             }
@@ -95,19 +103,22 @@ void run_tiles(const Step& step, Range panels, Range tiles, int64_t batch, bool 
         return room.totals.get() +
                ((panel - panels.begin) * kTilesTogether + tile - tiles.begin) * kMatrixRows * kTileRows;
     };
-    matrix.begin(x.step());
+    int rows = 0;
     for (int64_t block = 0; block < x.blocks(); block += stretch) {
         const int64_t blocks = std::min(stretch, x.blocks() - block);
         for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
             unpack(step.view, tile, block, blocks,
                    room.weights.get() + (tile - tiles.begin) * blocks * block_columns * kTileRows,
                    room.weight_scales.get() + (tile - tiles.begin) * blocks * kTileRows);
-        for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+            if (rows != rows_of(panel, batch)) matrix.begin(x.step(), rows = rows_of(panel, batch));
+            const auto multiply = matrix.multiply[exact][rows / kMatrixRowStep - 1];
             for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
-                matrix.multiply[exact]({x.codes(panel, block), x.scales(panel, block),
-                                        room.weights.get() + (tile - tiles.begin) * blocks * block_columns * kTileRows,
-                                        room.weight_scales.get() + (tile - tiles.begin) * blocks * kTileRows, blocks,
-                                        x.step(), x.steps(), totals(panel, tile), block == 0});
+                multiply({x.codes(panel, block), x.scales(panel, block),
+                          room.weights.get() + (tile - tiles.begin) * blocks * block_columns * kTileRows,
+                          room.weight_scales.get() + (tile - tiles.begin) * blocks * kTileRows, blocks, x.step(),
+                          x.steps(), totals(panel, tile), block == 0});
+        }
     }
     matrix.finish();
     const int64_t bytes = element_bytes(y_dtype);
@@ -124,7 +135,7 @@ void run_tiles(const Step& step, Range panels, Range tiles, int64_t batch, bool 
 
 }  // namespace
 
-bool takes_matrix_units(int64_t batch) { return kernels().matrix && batch >= kMatrixBatch; }
+bool takes_matrix_units(int64_t batch, bool exact) { return kernels().matrix && batch >= kMatrixBatch[exact]; }
 
 void matrix_matmul(const void* x, int x_dtype, int64_t x_stride, int64_t batch, int64_t in_features,
                    const matgptq_product* products, int num_products, int y_dtype, bool exact, int num_threads) {

@@ -98,6 +98,9 @@ struct Neon {
         const float32x2_t two = vadd_f32(vget_low_f32(v), vget_high_f32(v));
         return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
     }
+    static MATGPTQ_INLINE void sum_each(const Floats (&v)[4], float* out) {
+        for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
+    }
     static MATGPTQ_INLINE void store(float* p, Floats v) { vst1q_f32(p, v); }
 
     static MATGPTQ_INLINE void scale_chunk_row(const int8_t* levels, float scale, void* out, bool bfloat16) {

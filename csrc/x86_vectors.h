@@ -15,6 +15,13 @@ MATGPTQ_INLINE float sum_by_halves(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+// The same of a, b, c and d side by side, once four lanes of each are left.
+MATGPTQ_INLINE __m128 sum_by_halves(__m128 a, __m128 b, __m128 c, __m128 d) {
+    const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+    const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+    return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+}
+
 // The 8x8 bit matrix that makes gf2p8affine shift each byte right by `shift` and mask it: one step instead of two.
 constexpr long long shift_mask_matrix(int shift, int mask) {
     unsigned long long matrix = 0;

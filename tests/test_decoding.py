@@ -410,7 +410,7 @@ def llama(checkpoint: Callable[[str], str]) -> nn.Module:
 
 
 def _block_hooked(model: nn.Module) -> None:
-    model.model.layers[1].register_forward_hook(lambda _, __, output: 2 * output)
+    model.model.layers[0].register_forward_hook(lambda _, __, output: 2 * output)
 
 
 def _block_replaced(model: nn.Module) -> None:

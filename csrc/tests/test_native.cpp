@@ -175,7 +175,7 @@ void test_many_rows(const std::vector<std::string>& sets) {
             matgptq_weight* weights[4];
             for (int i = 0; i < 4; ++i) weights[i] = cases[i]->pack(form ? 0 : bits);
             for (int activations : {MATGPTQ_EXACT, MATGPTQ_INT8})
-                for (int64_t rows : {9, 16, 275}) {
+                for (int64_t rows : {5, 9, 16, 23, 27, 275}) {
                     std::vector<std::vector<float>> first;
                     for (const std::string& set : sets) {
                         matgptq_set_isa(set.c_str());

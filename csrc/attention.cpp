@@ -3,6 +3,7 @@
 
 #include "buffer.h"
 #include "elements.h"
+#include "kv_caches.h"
 #include "layout.h"
 #include "matgptq.h"
 #include "threads.h"
@@ -16,32 +17,31 @@ constexpr int64_t kBytesPerPiece = 64 << 10;
 
 }  // namespace
 
-extern "C" int matgptq_attend(const void* query, int64_t query_stride, int64_t sequences, const matgptq_kv_cache* cache,
-                              int64_t length, const int64_t* first, void* out, int64_t heads, int64_t key_heads,
-                              int64_t size, float scale, int dtype, int num_threads) {
+extern "C" int matgptq_attend(const void* query, int64_t query_stride, int64_t sequences,
+                              const matgptq_kv_cache* const* caches, int64_t layer, const int64_t* lengths, void* out,
+                              int64_t heads, int64_t key_heads, int64_t size, float scale, int dtype, int num_threads) {
     if (dtype != MATGPTQ_FLOAT32 && dtype != MATGPTQ_BFLOAT16) return MATGPTQ_E_ARGUMENT;
     if (sequences < 1 || heads < 1 || key_heads < 1 || heads % key_heads) return MATGPTQ_E_ARGUMENT;
-    if (length < 1 || size < 1 || size % MATGPTQ_ATTEND_UNIT) return MATGPTQ_E_ARGUMENT;
-    if (!query || !cache || !cache->keys || !cache->values || !out) return MATGPTQ_E_ARGUMENT;
-    if (first)
-        for (int64_t i = 0; i < sequences; ++i)
-            if (first[i] < 0 || first[i] >= length) return MATGPTQ_E_ARGUMENT;
+    if (size < 1 || size % MATGPTQ_ATTEND_UNIT) return MATGPTQ_E_ARGUMENT;
+    if (!query || !out || !are_readable(caches, layer, lengths, sequences)) return MATGPTQ_E_ARGUMENT;
+    int64_t longest = 0, positions = 0;
+    for (int64_t i = 0; i < sequences; ++i) {
+        if (lengths[i] > longest) longest = lengths[i];
+        positions += lengths[i];
+    }
     const int64_t bytes = element_bytes(dtype), queries = heads / key_heads;
-    const int64_t grain = 1 + kBytesPerPiece / (2 * length * size * bytes);
+    const int64_t grain = 1 + kBytesPerPiece / (2 * ceil_div(positions, sequences) * size * bytes);
     const auto attend = [&](int64_t begin, int64_t end) {
-        const Buffer<float> scores = allocate<float>(queries * (ceil_div(length, 16) * 16 + size));
+        const Buffer<float> scores = allocate<float>(queries * (ceil_div(longest, 16) * 16 + size));
         const Buffer<float> result = allocate<float>(queries * size);
         for (int64_t piece = begin; piece < end; ++piece) {
-            const int64_t sequence = piece / key_heads, head = piece % key_heads;
-            const int64_t hidden = first ? first[sequence] : 0, seen = length - hidden;
-            const AttentionGroup group{
-                static_cast<const uint8_t*>(query) + sequence * query_stride * bytes,
-                static_cast<const uint8_t*>(cache->keys) +
-                    (sequence * cache->key_sequence_stride + hidden * cache->key_stride) * bytes,
-                static_cast<const uint8_t*>(cache->values) +
-                    (sequence * cache->value_sequence_stride + hidden * cache->value_stride) * bytes,
-                result.get(), scores.get(), queries, size, seen, ceil_div(seen, 16) * 16, cache->key_head_stride * bytes,
-                cache->key_stride * bytes, cache->value_head_stride * bytes, cache->value_stride * bytes, scale};
+            const int64_t sequence = piece / key_heads, head = piece % key_heads, length = lengths[sequence];
+            const matgptq_kv_cache& cache = caches[sequence][layer];
+            const AttentionGroup group{static_cast<const uint8_t*>(query) + sequence * query_stride * bytes,
+                                       static_cast<const uint8_t*>(cache.keys), static_cast<const uint8_t*>(cache.values),
+                                       result.get(), scores.get(), queries, size, length, ceil_div(length, 16) * 16,
+                                       cache.key_head_stride * bytes, cache.key_stride * bytes,
+                                       cache.value_head_stride * bytes, cache.value_stride * bytes, scale};
             kernels().attend[dtype == MATGPTQ_BFLOAT16](group, head);
             const int64_t at = piece * queries * size;
             for (int64_t i = 0; i < queries * size; ++i) write_float(out, dtype, at + i, result[static_cast<size_t>(i)]);

@@ -5,6 +5,7 @@
 
 #include "buffer.h"
 #include "elements.h"
+#include "kv_caches.h"
 #include "matgptq.h"
 #include "row_steps.h"
 #include "threads.h"
@@ -74,7 +75,7 @@ int refusal(const matgptq_block* block) {
 }
 
 int finish(const matgptq_block* block, void* x_, int64_t sequences, const void* from, bool append_first,
-           const matgptq_kv_cache* cache, int64_t length, const int64_t* first, int num_threads) {
+           const matgptq_kv_cache* const* caches, int64_t layer, const int64_t* lengths, int num_threads) {
     try {
         const int dtype = block->dtype;
         const int64_t bytes = element_bytes(dtype), hidden = block->hidden, size = block->size;
@@ -84,15 +85,15 @@ int finish(const matgptq_block* block, void* x_, int64_t sequences, const void* 
         if (append_first)
             for (int64_t i = 0; i < sequences; ++i) {
                 const char* const key = static_cast<const char*>(from) + (i * (query + 2 * keys) + query) * bytes;
-                append(key, static_cast<char*>(cache->keys) + i * cache->key_sequence_stride * bytes, length, size, key_heads,
-                       cache->key_head_stride, cache->key_stride, bytes);
-                append(key + keys * bytes, static_cast<char*>(cache->values) + i * cache->value_sequence_stride * bytes,
-                       length, size, key_heads, cache->value_head_stride, cache->value_stride, bytes);
+                const matgptq_kv_cache& cache = caches[i][layer];
+                append(key, cache.keys, lengths[i], size, key_heads, cache.key_head_stride, cache.key_stride, bytes);
+                append(key + keys * bytes, cache.values, lengths[i], size, key_heads, cache.value_head_stride,
+                       cache.value_stride, bytes);
             }
-        if (cache) {
+        if (caches) {
             attended = allocate<uint8_t>(sequences * query * bytes);
-            if (const int status = matgptq_attend(from, query + 2 * keys, sequences, cache, length, first, attended.get(),
-                                                  heads, key_heads, size, block->scale, dtype, num_threads))
+            if (const int status = matgptq_attend(from, query + 2 * keys, sequences, caches, layer, lengths,
+                                                  attended.get(), heads, key_heads, size, block->scale, dtype, num_threads))
                 return status;
             from = attended.get();
         }
@@ -156,21 +157,21 @@ extern "C" int matgptq_block_start(const matgptq_block* block, const void* x_, i
 }
 
 extern "C" int matgptq_block_finish(const matgptq_block* block, void* x, int64_t sequences, const void* from, int append,
-                                    const matgptq_kv_cache* cache, int64_t length, const int64_t* first,
+                                    const matgptq_kv_cache* const* caches, int64_t layer, const int64_t* lengths,
                                     int num_threads) {
     if (const int status = refusal(block)) return status;
-    if (!x || sequences < 1 || !from || (append && !cache)) return MATGPTQ_E_ARGUMENT;
-    if (cache && (!cache->keys || !cache->values || length < 1)) return MATGPTQ_E_ARGUMENT;
+    if (!x || sequences < 1 || !from || (append && !caches)) return MATGPTQ_E_ARGUMENT;
+    if (caches && !are_readable(caches, layer, lengths, sequences)) return MATGPTQ_E_ARGUMENT;
     int status = MATGPTQ_OK;
     with_threads(num_threads, [&] {
-        status = finish(block, x, sequences, from, append != 0, cache, length, first, num_threads);
+        status = finish(block, x, sequences, from, append != 0, caches, layer, lengths, num_threads);
     });
     return status;
 }
 
 extern "C" int matgptq_blocks(const matgptq_block* const* blocks, int count, void* x, int64_t sequences,
-                              const void* cosine, const void* sine, const matgptq_kv_cache* caches, int64_t length,
-                              const int64_t* first, int num_threads) {
+                              const void* cosine, const void* sine, const matgptq_kv_cache* const* caches,
+                              const int64_t* lengths, int num_threads) {
     if (count < 0 || sequences < 1 || (count && (!blocks || !caches))) return MATGPTQ_E_ARGUMENT;
     for (int i = 0; i < count; ++i) {
         if (const int status = refusal(blocks[i])) return status;
@@ -186,7 +187,7 @@ extern "C" int matgptq_blocks(const matgptq_block* const* blocks, int count, voi
                 const Vector qkv = allocate<uint8_t>(sequences * total * element_bytes(block.dtype));
                 status = matgptq_block_start(&block, x, sequences, cosine, sine, qkv.get(), num_threads);
                 if (!status)
-                    status = matgptq_block_finish(&block, x, sequences, qkv.get(), 1, caches + i, length, first, num_threads);
+                    status = matgptq_block_finish(&block, x, sequences, qkv.get(), 1, caches, i, lengths, num_threads);
             }
         } catch (const std::bad_alloc&) {
             status = MATGPTQ_E_MEMORY;

@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a signature or struct below changes. */
-#define MATGPTQ_ABI_VERSION 9
+#define MATGPTQ_ABI_VERSION 10
 
 enum matgptq_status {
     MATGPTQ_OK = 0,
@@ -219,21 +219,20 @@ MATGPTQ_API int matgptq_refit(const matgptq_refit_job *job);
  * blocks are one call, which writes them into it. One token of each of `sequences` sequences (1 or more) goes through,
  * x [sequences, hidden]; sequences are independent of one another, to the bit. */
 
-/* Keys and values of a layer: sequences x key heads x positions, distances in elements, rows of `size` adjacent ones. */
+/* Keys and values of a layer and a sequence: key heads x positions, distances in elements, rows of `size` adjacent ones. */
 typedef struct {
     void *keys, *values;
-    int64_t key_sequence_stride, key_head_stride, key_stride;
-    int64_t value_sequence_stride, value_head_stride, value_stride;
+    int64_t key_head_stride, key_stride, value_head_stride, value_stride;
 } matgptq_kv_cache;
 
 /* out = softmax(scale * query * keys^T) * values for one token of each sequence. query: [sequences, heads, size], sequences
- * query_stride elements apart; out: the same, contiguous. The cache has key_heads heads and `length` positions; heads is a
- * multiple of key_heads, neighbouring heads share one of them; size is a multiple of MATGPTQ_ATTEND_UNIT. first
- * [sequences]: the position (below length) before which a sequence sees nothing, or NULL: it sees all. Computed in float32
- * and rounded once; the order of sums depends on the instruction set. */
+ * query_stride elements apart; out: the same, contiguous. caches [sequences][layer + 1 or more], of which `layer` is read,
+ * have key_heads heads and lengths [sequences] positions; heads is a multiple of key_heads, neighbouring heads share one of
+ * them; size is a multiple of MATGPTQ_ATTEND_UNIT. Computed in float32 and rounded once; the order of sums depends on the
+ * instruction set. */
 #define MATGPTQ_ATTEND_UNIT 32
 MATGPTQ_API int matgptq_attend(const void *query, int64_t query_stride, int64_t sequences,
-                               const matgptq_kv_cache *cache, int64_t length, const int64_t *first, void *out,
+                               const matgptq_kv_cache *const *caches, int64_t layer, const int64_t *lengths, void *out,
                                int64_t heads, int64_t key_heads, int64_t size, float scale, int dtype, int num_threads);
 
 /* A block of the plain kind:  x += output(attention(rotary(query, key), value));  x += down(silu(gate) * up),  both from
@@ -257,17 +256,17 @@ typedef struct {
 MATGPTQ_API int matgptq_block_start(const matgptq_block *block, const void *x, int64_t sequences, const void *cosine,
                                     const void *sine, void *qkv, int num_threads);
 
-/* The rest of the block: x in place. With a cache of `length` positions, `from` is what matgptq_block_start gave: its query
- * attends (first: as for matgptq_attend), and if `append` is not 0 its keys and values are written to the last of the
- * positions before. Where cache is NULL, `from` [sequences, heads, size] is what attention gave. */
+/* The rest of the block: x in place. With caches (and layer and lengths, as for matgptq_attend) `from` is what
+ * matgptq_block_start gave: its query attends, and if `append` is not 0 its keys and values are written to the last
+ * positions before. Where caches is NULL, `from` [sequences, heads, size] is what attention gave. */
 MATGPTQ_API int matgptq_block_finish(const matgptq_block *block, void *x, int64_t sequences, const void *from,
-                                     int append, const matgptq_kv_cache *cache, int64_t length, const int64_t *first,
-                                     int num_threads);
-/* x through blocks of one dtype and hidden size, one after the other, in place. caches: of each of them, `length` positions
- * of which the last is written. After an error x and these positions are undefined. */
+                                     int append, const matgptq_kv_cache *const *caches, int64_t layer,
+                                     const int64_t *lengths, int num_threads);
+/* x through blocks of one dtype and hidden size, one after the other, in place. caches [sequences][count], lengths
+ * [sequences]: the last positions are written. After an error x and these positions are undefined. */
 MATGPTQ_API int matgptq_blocks(const matgptq_block *const *blocks, int count, void *x, int64_t sequences,
-                               const void *cosine, const void *sine, const matgptq_kv_cache *caches, int64_t length,
-                               const int64_t *first, int num_threads);
+                               const void *cosine, const void *sine, const matgptq_kv_cache *const *caches,
+                               const int64_t *lengths, int num_threads);
 
 #ifdef __cplusplus
 }

@@ -38,7 +38,8 @@ def room(
     size: int = SIZE,
     dtype: torch.dtype = torch.float32,
 ) -> list[tuple[Tensor, Tensor]] | None:
-    return append_positions(cache, layers, sequences, heads, size, dtype)
+    held = append_positions([cache], layers, sequences, heads, size, dtype)
+    return None if held is None else held[0]
 
 
 def append(cache: DynamicCache, seed: int, layer: int = 1) -> tuple[Tensor, Tensor]:
@@ -134,6 +135,16 @@ def test_several_sequences_have_room_of_their_own():
     held = room(cache, 1, sequences=3)
     assert held is not None
     assert torch.equal(held[0][0][:, :, :-1], torch.cat([before, *written], 2)[[2, 0, 0]])
+
+
+def test_all_caches_or_none():
+    caches = [filled(5), filled(8), filled(2)]
+    held = append_positions(caches, [0, 1], 1, HEADS, SIZE, torch.float32)
+    assert held is not None
+    assert [[keys.shape[2] for keys, _ in layers] for layers in held] == [[6, 6], [9, 9], [3, 3]]
+    for other in (None, StaticCache(config=CONFIG, max_cache_len=8)):
+        assert append_positions([*caches, other], [0, 1], 1, HEADS, SIZE, torch.float32) is None
+    assert [cache.get_seq_length() for cache in caches] == [6, 9, 3]
 
 
 def test_other_caches_are_left_alone():

@@ -53,7 +53,7 @@ def models(out: Path) -> ServedModels:
 
 @pytest.fixture(scope="module")
 def client(models: ServedModels) -> TestClient:
-    return TestClient(make_app(models))
+    return TestClient(make_app(models, 4))
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_what_is_no_request(client: TestClient, content: str) -> None:
 def test_without_a_chat_template_there_are_completions(out: Path, texts: dict[int, str]) -> None:
     served = open_models(out, 4, name="tiny")
     served.tokenizer.chat_template = None
-    client = TestClient(make_app(served))
+    client = TestClient(make_app(served, 4))
     response = client.post(CHAT, json={"messages": [{"role": "user", "content": "a"}]})
     assert response.status_code == 400
     assert "/v1/completions" in response.json()["error"]["message"]

@@ -753,19 +753,25 @@ void test_attend(const std::vector<std::string>& sets) {
                     const int64_t sequences = 1 + (length + size / 32) % 3, query_stride = heads * size + 7;
                     Vector query(sequences * query_stride, half, -2, 2), keys(sequences * sequence_stride, half, -2, 2);
                     Vector values(sequences * sequence_stride, half, -1, 1);
-                    const matgptq_kv_cache cache{keys.data(),     values.data(), sequence_stride, head_stride, stride,
-                                                 sequence_stride, head_stride,   stride};
-                    const int64_t firsts[3] = {length / 3, 0, length - 1};
-                    const int64_t* const first = length % 2 ? nullptr : firsts;
+                    // Sequences of their own lengths; the layer that counts is the second.
+                    const int64_t lengths[3] = {length, 1 + length / 2, 1};
+                    matgptq_kv_cache layers[3][2]{};
+                    const matgptq_kv_cache* caches[3];
+                    for (int64_t i = 0; i < sequences; ++i) {
+                        const int64_t at_bytes = i * sequence_stride * (half ? 2 : 4);
+                        layers[i][1] = {static_cast<char*>(keys.data()) + at_bytes, static_cast<char*>(values.data()) + at_bytes,
+                                        head_stride, stride, head_stride, stride};
+                        caches[i] = layers[i];
+                    }
                     const float scale = 1 / std::sqrt(static_cast<float>(size));
                     std::vector<double> expected(at(sequences * heads * size));
                     for (int64_t h = 0; h < sequences * heads; ++h) {
-                        const int64_t sequence = h / heads, head = h % heads, begin = first ? first[sequence] : 0;
+                        const int64_t sequence = h / heads, head = h % heads, seen = lengths[sequence];
                         const int64_t from = sequence * sequence_stride + head / (heads / key_heads) * head_stride;
                         const int64_t asked = sequence * query_stride + head * size;
-                        std::vector<double> weights(at(length));
+                        std::vector<double> weights(at(seen));
                         double top = -1e300, total = 0;
-                        for (int64_t t = begin; t < length; ++t) {
+                        for (int64_t t = 0; t < seen; ++t) {
                             double& score = weights[at(t)];
                             for (int64_t i = 0; i < size; ++i)
                                 score += static_cast<double>(query.values[at(asked + i)]) *
@@ -773,8 +779,8 @@ void test_attend(const std::vector<std::string>& sets) {
                             score *= scale;
                             top = std::max(top, score);
                         }
-                        for (int64_t t = begin; t < length; ++t) total += weights[at(t)] = std::exp(weights[at(t)] - top);
-                        for (int64_t t = begin; t < length; ++t)
+                        for (int64_t t = 0; t < seen; ++t) total += weights[at(t)] = std::exp(weights[at(t)] - top);
+                        for (int64_t t = 0; t < seen; ++t)
                             for (int64_t i = 0; i < size; ++i)
                                 expected[at(h * size + i)] +=
                                     weights[at(t)] / total * values.values[at(from + t * stride + i)];
@@ -784,7 +790,7 @@ void test_attend(const std::vector<std::string>& sets) {
                         where = set + ", attend, heads " + std::to_string(heads) + " size " + std::to_string(size) +
                                 " length " + std::to_string(length) + (half ? ", bfloat16" : "");
                         Vector out(sequences * heads * size, half, 7, 7);
-                        check(!matgptq_attend(query.data(), query_stride, sequences, &cache, length, first, out.data(), heads,
+                        check(!matgptq_attend(query.data(), query_stride, sequences, caches, 1, lengths, out.data(), heads,
                                               key_heads, size, scale, out.dtype(), static_cast<int>(length % 3 + 1)),
                               "attend runs");
                         out.read();
@@ -797,11 +803,12 @@ void test_attend(const std::vector<std::string>& sets) {
                 }
     const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
     std::vector<float> query(32, 1.0f), keys(20 * 32, 1.0f), values(20 * 32, 1.0f), out(32);
-    const matgptq_kv_cache cache{keys.data(), values.data(), 0, 0, 32, 0, 0, 32};
-    const auto attend = [&](const void* from, int64_t heads, int64_t key_heads, int64_t size, const int64_t* first) {
-        return matgptq_attend(from, 0, 1, &cache, 20, first, out.data(), heads, key_heads, size, 1.0f, 0, 1);
+    const matgptq_kv_cache cache{keys.data(), values.data(), 0, 32, 0, 32};
+    const matgptq_kv_cache* caches[1] = {&cache};
+    const auto attend = [&](const void* from, int64_t heads, int64_t key_heads, int64_t size, int64_t length) {
+        return matgptq_attend(from, 0, 1, caches, 0, &length, out.data(), heads, key_heads, size, 1.0f, 0, 1);
     };
-    const auto run = [&](int64_t size) { return attend(query.data(), 1, 1, size, nullptr); };
+    const auto run = [&](int64_t size) { return attend(query.data(), 1, 1, size, 20); };
     for (const std::string& set : sets) {
         matgptq_set_isa(set.c_str());
         where = set + ", attend, values that are not finite";
@@ -814,11 +821,10 @@ void test_attend(const std::vector<std::string>& sets) {
                 check(!run(32) && !std::isfinite(out[5]) && std::fabs(out[6] - 1) < 1e-6f, "values propagate");
                 values[place * 32 + 5] = 1;
             }
-        const int64_t second = 1;
-        keys[5] = values[6] = nan;
-        check(!attend(query.data(), 1, 1, 32, &second) && std::fabs(out[5] - 1) < 1e-6f && std::fabs(out[6] - 1) < 1e-6f,
+        keys[19 * 32 + 5] = values[19 * 32 + 6] = nan;
+        check(!attend(query.data(), 1, 1, 32, 19) && std::fabs(out[5] - 1) < 1e-6f && std::fabs(out[6] - 1) < 1e-6f,
               "what is not seen does not count");
-        keys[5] = values[6] = 1;
+        keys[19 * 32 + 5] = values[19 * 32 + 6] = 1;
         where = set + ", attend, scores far apart";
         keys.assign(keys.size(), -300.0f);
         for (size_t i = 0; i < 32; ++i) keys[7 * 32 + i] = 300;
@@ -829,11 +835,14 @@ void test_attend(const std::vector<std::string>& sets) {
     }
     where = "attend, refusals";
     check(run(16) == MATGPTQ_E_ARGUMENT && run(0) == MATGPTQ_E_ARGUMENT, "size");
-    check(attend(query.data(), 3, 2, 32, nullptr) == MATGPTQ_E_ARGUMENT, "heads");
-    check(attend(nullptr, 1, 1, 32, nullptr) == MATGPTQ_E_ARGUMENT, "no query");
-    for (const int64_t first : {-1, 20}) check(attend(query.data(), 1, 1, 32, &first) == MATGPTQ_E_ARGUMENT, "first");
-    check(matgptq_attend(query.data(), 0, 0, &cache, 20, nullptr, out.data(), 1, 1, 32, 1.0f, 0, 1) == MATGPTQ_E_ARGUMENT,
+    check(attend(query.data(), 3, 2, 32, 20) == MATGPTQ_E_ARGUMENT, "heads");
+    check(attend(nullptr, 1, 1, 32, 20) == MATGPTQ_E_ARGUMENT, "no query");
+    check(attend(query.data(), 1, 1, 32, 0) == MATGPTQ_E_ARGUMENT, "no positions");
+    const int64_t one = 1;
+    check(matgptq_attend(query.data(), 0, 0, caches, 0, &one, out.data(), 1, 1, 32, 1.0f, 0, 1) == MATGPTQ_E_ARGUMENT,
           "no sequences");
+    caches[0] = nullptr;
+    check(run(32) == MATGPTQ_E_ARGUMENT, "no cache");
     std::printf("attend: 224 shapes and dtypes\n");
 }
 
@@ -1051,8 +1060,9 @@ void test_block(const std::vector<std::string>& sets) {
 
                 Vector attended(heads * size, half, 0, 0), update(hidden, half, 0, 0), gate(mlp, half, 0, 0);
                 Vector up(mlp, half, 0, 0), product(mlp, half, 0, 0), wanted = x;
-                const matgptq_kv_cache cache{keys.data(), values.data(), 0, length * size, size, 0, length * size, size};
-                check(matgptq_attend(found.data(), 0, 1, &cache, length, nullptr, attended.data(), heads, key_heads, size,
+                const matgptq_kv_cache cache{keys.data(), values.data(), length * size, size, length * size, size};
+                const matgptq_kv_cache* const of_one = &cache;
+                check(matgptq_attend(found.data(), 0, 1, &of_one, 0, &length, attended.data(), heads, key_heads, size,
                                      0.2f, dtype, 1) == MATGPTQ_OK,
                       "attend runs");
                 multiply(3, attended.data(), update.data());
@@ -1065,7 +1075,7 @@ void test_block(const std::vector<std::string>& sets) {
                 wanted.read();
                 Vector again = x;
                 const Vector given = x;
-                check(matgptq_block_finish(&block, x.data(), 1, found.data(), 0, &cache, length, nullptr, 2) == MATGPTQ_OK,
+                check(matgptq_block_finish(&block, x.data(), 1, found.data(), 0, &of_one, 0, &length, 2) == MATGPTQ_OK,
                       "finish runs");
                 check(matgptq_block_finish(&block, again.data(), 1, attended.data(), 0, nullptr, 0, nullptr, 1) ==
                           MATGPTQ_OK, "finish after another attention runs");
@@ -1087,11 +1097,12 @@ void test_block(const std::vector<std::string>& sets) {
                                     size * (half ? 2 : 4));
                     }
                 }
-                const matgptq_kv_cache cache_apart{apart.data(), values_apart.data(), 0, gap, row, 0, gap, row};
-                check(matgptq_block_finish(&block, before.data(), 1, found.data(), 0, &cache, length, nullptr, 1) ==
+                const matgptq_kv_cache caches[2] = {cache, {apart.data(), values_apart.data(), gap, row, gap, row}};
+                const matgptq_kv_cache* const of_both = caches;
+                check(matgptq_block_finish(&block, before.data(), 1, found.data(), 0, &of_both, 0, &length, 1) ==
                               MATGPTQ_OK &&
-                          matgptq_block_finish(&block, appended.data(), 1, found.data(), 1, &cache_apart, length, nullptr,
-                                               1) == MATGPTQ_OK,
+                          matgptq_block_finish(&block, appended.data(), 1, found.data(), 1, &of_both, 1, &length, 1) ==
+                              MATGPTQ_OK,
                       "finish appends");
                 before.read();
                 appended.read();
@@ -1101,19 +1112,18 @@ void test_block(const std::vector<std::string>& sets) {
                 matgptq_block other = block;
                 other.query_norm = other.key_norm = nullptr;
                 const matgptq_block* const both[2] = {&block, &other};
-                const matgptq_kv_cache caches[2] = {cache, cache_apart};
                 Vector stepped = given, together = given;
                 for (int i = 0; i < 2; ++i) {
                     check(matgptq_block_start(both[i], stepped.data(), 1, cosine.data(), sine.data(), found.data(), 1) ==
                                   MATGPTQ_OK &&
-                              matgptq_block_finish(both[i], stepped.data(), 1, found.data(), 1, caches + i, length, nullptr,
-                                                   1) == MATGPTQ_OK,
+                              matgptq_block_finish(both[i], stepped.data(), 1, found.data(), 1, &of_both, i, &length, 1) ==
+                                  MATGPTQ_OK,
                           "a block runs");
                 }
                 keys.read();
                 apart.read();
                 const Vector keys_before = keys, apart_before = apart;
-                check(matgptq_blocks(both, 2, together.data(), 1, cosine.data(), sine.data(), caches, length, nullptr, 2) ==
+                check(matgptq_blocks(both, 2, together.data(), 1, cosine.data(), sine.data(), &of_both, &length, 2) ==
                           MATGPTQ_OK, "blocks run");
                 for (Vector* v : {&stepped, &together, &keys, &apart}) v->read();
                 check(stepped.values == together.values, "blocks are one after the other");
@@ -1126,24 +1136,29 @@ void test_block(const std::vector<std::string>& sets) {
                     Vector sines(sequences * size, half, -1, 1), all_keys(2 * sequences * each, half, -1, 1);
                     Vector all_values(2 * sequences * each, half, -1, 1);
                     std::vector<int64_t> seen(static_cast<size_t>(sequences));
-                    for (size_t i = 0; i < seen.size(); ++i) seen[i] = static_cast<int64_t>(i) % length;
-                    const auto caches_from = [&](int64_t sequence, Vector& k, Vector& v) {
-                        std::vector<matgptq_kv_cache> found_caches;
-                        for (int64_t i = 0; i < 2; ++i) {
-                            const int64_t begin = (i * sequences + sequence) * each;
-                            found_caches.push_back({part(k, begin), part(v, begin), each, length * size, size, each,
-                                                    length * size, size});
-                        }
-                        return found_caches;
+                    for (size_t i = 0; i < seen.size(); ++i) seen[i] = 1 + static_cast<int64_t>(i) % length;
+                    const auto caches_of = [&](Vector& k, Vector& v) {
+                        std::vector<std::vector<matgptq_kv_cache>> of_sequences(seen.size());
+                        for (int64_t i = 0; i < 2 * sequences; ++i)
+                            of_sequences[static_cast<size_t>(i / 2)].push_back(
+                                {part(k, i * each), part(v, i * each), length * size, size, length * size, size});
+                        return of_sequences;
+                    };
+                    const auto pointers = [](const std::vector<std::vector<matgptq_kv_cache>>& of_sequences) {
+                        std::vector<const matgptq_kv_cache*> found_pointers;
+                        for (const auto& layers : of_sequences) found_pointers.push_back(layers.data());
+                        return found_pointers;
                     };
                     Vector single = rows, single_keys = all_keys, single_values = all_values;
+                    const auto single_caches = caches_of(single_keys, single_values), all_caches = caches_of(all_keys, all_values);
+                    const auto single_pointers = pointers(single_caches), all_pointers = pointers(all_caches);
                     bool runs = true;
                     for (int64_t i = 0; i < sequences; ++i)
                         runs &= matgptq_blocks(both, 2, part(single, i * hidden), 1, part(cosines, i * size),
-                                               part(sines, i * size), caches_from(i, single_keys, single_values).data(), length,
+                                               part(sines, i * size), &single_pointers[static_cast<size_t>(i)],
                                                &seen[static_cast<size_t>(i)], 1) == MATGPTQ_OK;
                     check(runs && matgptq_blocks(both, 2, rows.data(), sequences, cosines.data(), sines.data(),
-                                                 caches_from(0, all_keys, all_values).data(), length, seen.data(), 2) == MATGPTQ_OK,
+                                                 all_pointers.data(), seen.data(), 2) == MATGPTQ_OK,
                           "blocks of several sequences run");
                     const auto same = [&](Vector& one, Vector& two, int64_t count) {
                         return !std::memcmp(one.data(), two.data(), static_cast<size_t>(count * bytes));
@@ -1185,7 +1200,7 @@ void test_block(const std::vector<std::string>& sets) {
                 check(matgptq_block_start(&block, x.data(), 0, cosine.data(), sine.data(), found.data(), 1) ==
                           MATGPTQ_E_ARGUMENT, "no sequences");
                 const auto finish = [&](const void* from, const matgptq_kv_cache* with, int64_t positions) {
-                    return matgptq_block_finish(&block, x.data(), 1, from, 1, with, positions, nullptr, 1);
+                    return matgptq_block_finish(&block, x.data(), 1, from, 1, with ? &with : nullptr, 0, &positions, 1);
                 };
                 check(finish(nullptr, &cache, length) == MATGPTQ_E_ARGUMENT, "no query");
                 check(finish(found.data(), nullptr, 1) == MATGPTQ_E_ARGUMENT, "nowhere to append to");
@@ -1195,7 +1210,7 @@ void test_block(const std::vector<std::string>& sets) {
                 check(finish(found.data(), &missing, length) == MATGPTQ_E_ARGUMENT, "no values");
                 const auto run = [&](const matgptq_block& second, int count) {
                     const matgptq_block* const two[2] = {&block, &second};
-                    return matgptq_blocks(two, count, x.data(), 1, cosine.data(), sine.data(), caches, length, nullptr, 1);
+                    return matgptq_blocks(two, count, x.data(), 1, cosine.data(), sine.data(), &of_both, &length, 1);
                 };
                 x.read();
                 const Vector untouched = x;
@@ -1206,9 +1221,9 @@ void test_block(const std::vector<std::string>& sets) {
                 bad.hidden = 2 * hidden;
                 check(run(bad, 2) == MATGPTQ_E_SHAPE, "blocks of two sizes");
                 check(run(block, -1) == MATGPTQ_E_ARGUMENT && run(block, 0) == MATGPTQ_OK, "how many blocks");
-                check(matgptq_blocks(nullptr, 1, x.data(), 1, cosine.data(), sine.data(), caches, length, nullptr, 1) ==
+                check(matgptq_blocks(nullptr, 1, x.data(), 1, cosine.data(), sine.data(), &of_both, &length, 1) ==
                           MATGPTQ_E_ARGUMENT, "no blocks");
-                check(matgptq_blocks(both, 2, x.data(), 1, cosine.data(), sine.data(), nullptr, length, nullptr, 1) ==
+                check(matgptq_blocks(both, 2, x.data(), 1, cosine.data(), sine.data(), nullptr, &length, 1) ==
                           MATGPTQ_E_ARGUMENT, "no caches");
                 x.read();
                 check(x.values == untouched.values, "refused calls write nothing");

@@ -9,7 +9,8 @@ norm stay the model's own modules. Whatever is not this case goes to the model's
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from matgptq import kernel_choice, native
 from matgptq.decoding import DecodesRows, RowBlock, Watch, of_each, rows_of
-from matgptq.kv_cache import CACHE_ARGUMENT, append_positions
+from matgptq.kv_cache import CACHE_ARGUMENT, CacheGroup, GroupError, append_positions
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import BlockCalls, StackCall
 
@@ -50,6 +51,8 @@ class DecodesTokens(Mixin):
             hidden = self._block_stack.run(self, given, mask, positions, cache)
             if hidden is not None:
                 return BaseModelOutputWithPast(self.norm(hidden), **{CACHE_ARGUMENT: cache})
+        if isinstance(keywords.get(CACHE_ARGUMENT), CacheGroup):
+            raise GroupError
         return super().forward(input_ids, *positional, **keywords)  # type: ignore[misc]
 
 
@@ -98,14 +101,22 @@ class BlockStack:
         Args:
             base: the model without its head.
             given: ids of tokens ``[sequences, 1]``, or what stands for them, ``[sequences, 1, hidden]``.
-            mask, positions, cache: as transformers' models take them.
+            mask, positions, cache: as transformers' models take them; or a ``CacheGroup`` and neither of the others.
         """
-        if torch.is_grad_enabled() or type(cache) is not DynamicCache:
+        caches = cache.caches if type(cache) is CacheGroup else [cache]
+        if torch.is_grad_enabled() or any(type(each) is not DynamicCache for each in caches):
             return None
-        length: int = cache.get_seq_length()
+        lengths: list[int] = [each.get_seq_length() for each in caches]
         sequences = len(given)
-        first = _first_seen(mask, sequences, length + 1)
-        if first is None or not self._is_as_it_was(base):
+        first: list[int] | None = None
+        if type(cache) is CacheGroup:
+            if mask is not None or positions is not None or sequences != len(caches):
+                return None
+        else:
+            first = _first_seen(mask, sequences, lengths[0] + 1)
+            if first is None:
+                return None
+        if not self._is_as_it_was(base):
             return None
         ready = self._ready(sequences)
         if ready is None:
@@ -113,11 +124,11 @@ class BlockStack:
         call, _weights = ready  # which stay alive until the call is made
         hidden: Tensor = base.embed_tokens(given) if given.ndim == 2 else given
         if positions is None:
-            positions = torch.tensor([[length]], device=hidden.device)
+            positions = torch.tensor(lengths, device=hidden.device)[:, None]
         cosine, sine = base.rotary_emb(hidden, position_ids=positions)
         if not self._blocks[0].fits(hidden, (cosine, sine)):
             return None
-        held = append_positions(cache, self._layers, sequences, call.key_heads, call.size, call.dtype)
+        held = append_positions(caches, self._layers, sequences // len(caches), call.key_heads, call.size, call.dtype)
         if held is None:
             return None
         rows = rows_of(hidden)
@@ -158,6 +169,38 @@ class BlockStack:
         copied = object.__new__(BlockStack)
         copied.__dict__ = copy.deepcopy({**self.__dict__, "_call": None}, memo)
         return copied
+
+
+def next_logits(model: Any, tokens: Tensor, caches: Sequence[DynamicCache]) -> Tensor:
+    """What follows the next token of each of several conversations.
+
+    Where the model takes the short way they go through it together, otherwise one after the other.
+
+    Args:
+        model: with its head.
+        tokens: ``[conversations]``, int64, on the model's device.
+        caches: of each conversation, which will hold its token, too.
+
+    Returns:
+        Logits ``[conversations, vocabulary]``.
+    """
+    tokens = tokens[:, None]
+    if len(caches) > 1 and takes_groups(model):
+        try:
+            output = model(input_ids=tokens, **{CACHE_ARGUMENT: CacheGroup(caches)}, use_cache=True)
+            return cast("Tensor", output.logits[:, -1])
+        except GroupError:
+            pass  # this time not: a hook was set, say
+    each = [
+        model(input_ids=tokens[number : number + 1], **{CACHE_ARGUMENT: cache}, use_cache=True).logits[:, -1]
+        for number, cache in enumerate(caches)
+    ]
+    return torch.cat(each)
+
+
+def takes_groups(model: Any) -> bool:
+    """Whether a model is of the kind that takes tokens of several conversations together."""
+    return isinstance(model.base_model, DecodesTokens)
 
 
 def _first_seen(mask: Any, sequences: int, length: int) -> list[int] | None:

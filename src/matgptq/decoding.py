@@ -147,9 +147,9 @@ class RowBlock:
         attention, cache = self._attention, keywords[CACHE_ARGUMENT]
         held = None
         if self.attends:
-            held = append_positions(cache, [attention.layer_idx], sequences, calls.key_heads, self._size, self._dtype)
+            held = append_positions([cache], [attention.layer_idx], sequences, calls.key_heads, self._size, self._dtype)
         if held is not None:
-            calls.attend(residual, qkv, *held[0], append=True)
+            calls.attend(residual, qkv, *held[0][0], append=True)
             return residual.view(hidden.shape)
         key = qkv.narrow(1, calls.heads, calls.key_heads)
         value = qkv.narrow(1, calls.heads + calls.key_heads, calls.key_heads)

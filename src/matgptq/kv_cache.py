@@ -28,20 +28,48 @@ class _Room:
     filled: int  # positions; what is behind them belongs to whoever holds so many
 
 
-def append_positions(
-    cache: Any, layers: Sequence[int], sequences: int, heads: int, size: int, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]] | None:
-    """Let layers of a cache hold one position more, which is still to be written.
+class CacheGroup:
+    """Caches of conversations that are decoded together; a model that takes the short way is given it as its cache.
 
     Args:
-        cache: transformers'.
+        caches: transformers', each of one sequence.
+    """
+
+    def __init__(self, caches: Sequence[DynamicCache]) -> None:
+        self.caches = list(caches)
+
+
+class GroupError(Exception):
+    """A model cannot take the short way with a group of caches, to which nothing has happened."""
+
+
+def append_positions(
+    caches: Sequence[Any], layers: Sequence[int], sequences: int, heads: int, size: int, dtype: torch.dtype
+) -> list[list[tuple[Tensor, Tensor]]] | None:
+    """Let layers of caches hold one position more, which is still to be written.
+
+    Args:
+        caches: transformers'.
         layers: their indices.
-        sequences, heads, size, dtype: of the keys and values to come, ``[sequences, heads, 1, size]``.
+        sequences, heads, size, dtype: of the keys and values to come, ``[sequences, heads, 1, size]`` in each cache.
 
     Returns:
-        Keys and values ``[sequences, heads, positions, size]`` of each layer with adjacent elements, which the cache
-        holds from now on; None for another kind of cache, to which nothing has happened.
+        Of each cache the keys and values ``[sequences, heads, positions, size]`` of each layer with adjacent elements,
+        which the cache holds from now on; None if one is of another kind: then nothing has happened to any.
     """
+    chosen = [_fitting(cache, layers, sequences, heads, size, dtype) for cache in caches]
+    if any(of_cache is None for of_cache in chosen):
+        return None
+    for of_cache in chosen:
+        for layer in of_cache or ():
+            layer.keys, layer.values = _longer(layer.keys), _longer(layer.values)
+    return [[(layer.keys, layer.values) for layer in of_cache or ()] for of_cache in chosen]
+
+
+def _fitting(
+    cache: Any, layers: Sequence[int], sequences: int, heads: int, size: int, dtype: torch.dtype
+) -> list[Any] | None:
+    """The layers of a cache, if they are such as hold what is to come."""
     if type(cache) is not DynamicCache or cache.offloading or max(layers) >= len(cache.layers):
         return None
     chosen = [cache.layers[index] for index in layers]
@@ -54,9 +82,7 @@ def append_positions(
             return None
         if keys.dtype is not dtype or values.dtype is not dtype or not keys.is_cpu or not values.is_cpu:
             return None
-    for layer in chosen:
-        layer.keys, layer.values = _longer(layer.keys), _longer(layer.values)
-    return [(layer.keys, layer.values) for layer in chosen]
+    return chosen
 
 
 def _longer(held: Tensor) -> Tensor:

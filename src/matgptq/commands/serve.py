@@ -39,6 +39,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call it. (default: the directory's name)")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep, and serve, only the slice of one width.")] = False,
+    parallel: Annotated[
+        int, typer.Option("--parallel", "-np", min=1, help="Requests that are answered at once; others wait.")
+    ] = 8,
     activations: ActivationsOption = "exact",
     head_bits: HeadBitsOption = None,
     device: DeviceOption = "auto",
@@ -69,4 +72,4 @@ def serve(
         url = f"http://{host}:{listener.getsockname()[1]}/v1"
         err_console.print(f"serving at {url}", highlight=False)
         err_console.print(escape(", ".join(models.names)), highlight=False)
-        run(models, listener)
+        run(models, listener, parallel)

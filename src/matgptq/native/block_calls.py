@@ -12,6 +12,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,13 +21,13 @@ from matgptq.native.library import (
     DTYPES,
     Activations,
     Block,
-    KVCache,
     check_status,
     expect_tensor,
     require_library,
 )
 from matgptq.native.weights import Weight
 
+Held = Sequence[tuple[Tensor, Tensor]]  # keys and values of the layers of a cache
 _ATTEND_UNIT = 32
 
 
@@ -142,8 +143,7 @@ class BlockCalls:
                 sees all.
             append: first write key and value of ``qkv`` to their last position.
         """
-        cache = _kv_cache(keys, values)
-        self._run_finish(x, qkv, append, ctypes.addressof(cache), keys.shape[2], _first_positions(first))
+        self._run_finish(x, qkv, append, _Caches([[(keys, values)]], first))
 
     def finish(self, x: Tensor, attended: Tensor) -> None:
         """The rest of the block, ``x`` in place, behind another attention.
@@ -152,39 +152,59 @@ class BlockCalls:
             x: ``[sequences, hidden]``, contiguous.
             attended: what attention gave, ``[sequences, heads * size]``, contiguous.
         """
-        self._run_finish(x, attended, False, None, 0, None)
+        self._run_finish(x, attended, False, None)
 
-    def _run_finish(
-        self,
-        x: Tensor,
-        given: Tensor,
-        append: bool,
-        cache: int | None,
-        length: int,
-        first: ctypes.Array[ctypes.c_int64] | None,
-    ) -> None:
+    def _run_finish(self, x: Tensor, given: Tensor, append: bool, caches: _Caches | None) -> None:
         status = self._finish(
             self._address,
             x.data_ptr(),
             len(x),
             given.data_ptr(),
             append,
-            cache,
-            length,
-            None if first is None else ctypes.addressof(first),
+            None if caches is None else caches.where,
+            0,
+            None if caches is None else caches.lengths,
             torch.get_num_threads(),
         )
         if status:
             check_status(status)
 
 
-def _first_positions(first: Sequence[int] | None) -> ctypes.Array[ctypes.c_int64] | None:
-    """As the library reads them."""
-    return None if first is None else (ctypes.c_int64 * len(first))(*first)
+class _Caches:
+    """Keys and values of some sequences, as the library reads them: for each sequence a table of its layers.
 
+    Args:
+        held: of each cache the keys and values ``[sequences, key heads, positions, size]`` of each layer.
+        first: see ``BlockCalls.attend``; of the sequences of all caches.
+    """
 
-def _kv_cache(keys: Tensor, values: Tensor) -> KVCache:
-    return KVCache(keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3])
+    def __init__(self, held: Sequence[Held], first: Sequence[int] | None) -> None:
+        self._tables = []
+        addresses: list[int] = []
+        lengths: list[int] = []
+        for layers in held:
+            sequences, _, length, _ = layers[0][0].shape
+            # A pointer has the size of a stride wherever this runs: keys, values, and how far heads and positions are.
+            table = np.array(
+                [
+                    (keys.data_ptr(), values.data_ptr(), *keys.stride()[1:3], *values.stride()[1:3])
+                    for keys, values in layers
+                ],
+                dtype=np.int64,
+            )
+            begin = [0] * sequences if first is None else first[len(lengths) : len(lengths) + sequences]
+            if sequences > 1 or begin[0]:
+                size = layers[0][0].element_size()
+                apart = np.array([(keys.stride(0), values.stride(0)) for keys, values in layers])
+                skipped = np.array(begin)[:, None, None] * table[None, :, [3, 5]]
+                table = np.tile(table, (sequences, 1, 1))
+                table[:, :, :2] += size * (np.arange(sequences)[:, None, None] * apart + skipped)
+            self._tables.append(table)
+            address, step = table.ctypes.data, table.nbytes // sequences
+            addresses += [address + number * step for number in range(sequences)]
+            lengths += [length - skipped for skipped in begin]
+        self._arrays = (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * len(lengths))(*lengths)
+        self.where, self.lengths = ctypes.addressof(self._arrays[0]), ctypes.addressof(self._arrays[1])
 
 
 class StackCall:
@@ -216,29 +236,28 @@ class StackCall:
         x: Tensor,
         cosine: Tensor,
         sine: Tensor,
-        held: Sequence[tuple[Tensor, Tensor]],
+        held: Sequence[Held],
         first: Sequence[int] | None = None,
     ) -> None:
-        """``x`` through all blocks, in place; key and value of each are written to the last position of what is held.
+        """``x`` through all blocks, in place; keys and values are written to the last positions of what is held.
 
         Args:
             x: ``[sequences, hidden]``, contiguous.
             cosine, sine: of the rotary embedding, as many elements for each sequence as a head has, contiguous.
-            held: keys and values ``[sequences, key heads, positions, size]`` for each block, such as it ``reads``.
+            held: of each cache the keys and values ``[its sequences, key heads, positions, size]`` for each block, such
+                as it ``reads``; the sequences of the caches one after the other are those of ``x``.
             first: as of ``BlockCalls.attend``.
         """
-        caches = (KVCache * len(held))(*(_kv_cache(keys, values) for keys, values in held))
-        starts = _first_positions(first)
+        caches = _Caches(held, first)
         status = self._run(
             self._where,
-            len(held),
+            len(self._blocks),
             x.data_ptr(),
             len(x),
             cosine.data_ptr(),
             sine.data_ptr(),
-            ctypes.addressof(caches),
-            held[0][0].shape[2],
-            None if starts is None else ctypes.addressof(starts),
+            caches.where,
+            caches.lengths,
             torch.get_num_threads(),
         )
         if status:

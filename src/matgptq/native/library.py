@@ -20,7 +20,7 @@ from matgptq.errors import ConfigurationError, MatGPTQError
 Activations = Literal["exact", "int8"]
 SweepMode = Literal["residual", "change", "mean"]
 
-_ABI_VERSION = 9
+_ABI_VERSION = 10
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"exact": 0, "int8": 1}
 SWEEP_MODES = {"residual": 0, "change": 1, "mean": 2}
@@ -60,19 +60,6 @@ class Block(ctypes.Structure):
         ("query_norm", _pointer),
         ("key_norm", _pointer),
         ("products", Product * 7),
-    )
-
-
-class KVCache(ctypes.Structure):
-    _fields_ = (
-        ("keys", _pointer),
-        ("values", _pointer),
-        ("key_sequence_stride", _int64),
-        ("key_head_stride", _int64),
-        ("key_stride", _int64),
-        ("value_sequence_stride", _int64),
-        ("value_head_stride", _int64),
-        ("value_stride", _int64),
     )
 
 
@@ -161,7 +148,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "refit": (_int, (_pointer,)),
     "block_start": (_int, (_pointer, _pointer, _int64, _pointer, _pointer, _pointer, _int)),
     "block_finish": (_int, (_pointer, _pointer, _int64, _pointer, _int, _pointer, _int64, _pointer, _int)),
-    "blocks": (_int, (_pointer, _int, _pointer, _int64, _pointer, _pointer, _pointer, _int64, _pointer, _int)),
+    "blocks": (_int, (_pointer, _int, _pointer, _int64, _pointer, _pointer, _pointer, _pointer, _int)),
 }
 
 

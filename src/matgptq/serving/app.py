@@ -6,6 +6,7 @@ instead of whatever a client names. Imported when a server starts: it needs Fast
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -17,20 +18,34 @@ from jinja2 import TemplateError
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
+from transformers.cli.serving.utils import (
+    BaseGenerateManager,
+    DirectStreamer,
+    GenerationState,
+    Modality,
+    _GenerationCancelled,
+    _StreamError,
+)
 
 from matgptq.errors import ConfigurationError
+from matgptq.serving.decoding_loop import DecodingLoop, TextRequest
 from matgptq.serving.served_models import ServedModels, UnknownModelError
 
+_SEED = "_matgptq_seed"  # where a request's generation config carries its own
 
-def make_app(models: ServedModels) -> Any:
+
+def make_app(models: ServedModels, together: int) -> Any:
     """The FastAPI application.
+
+    Args:
+        models: that are served.
+        together: requests that are answered at once.
 
     Routes: ``POST /v1/chat/completions``, ``/v1/completions``, ``/v1/responses``; ``GET /v1/models``, ``/health``. A
     request that names no model gets the one that answers to the checkpoint's own name.
     """
     app = FastAPI(title="matgptq")
-    shared = {"model_manager": _Manager(models), "generation_state": _OneQueue()}
+    shared = {"model_manager": _Manager(models), "generation_state": _OneLoop(together)}
     for path, kind in _HANDLERS.items():
         app.post(path)(_route(models, kind(**shared)))
     started = int(time.time())
@@ -48,10 +63,19 @@ def make_app(models: ServedModels) -> Any:
 
 
 class _Samples:
-    """A temperature or top_p of a request is also the wish to sample, which transformers takes from the model alone."""
+    """A temperature or top_p of a request is also the wish to sample, which transformers takes from the model alone.
+
+    And a seed is the request's: transformers sets that of the process, in which others sample meanwhile.
+    """
 
     def _build_generation_config(self, body: dict[str, Any], *others: Any, **keywords: Any) -> Any:
-        generation = super()._build_generation_config(body, *others, **keywords)  # type: ignore[misc]
+        seed = body.get("seed")
+        unseeded = {key: value for key, value in body.items() if key != "seed"}
+        generation = super()._build_generation_config(unseeded, *others, **keywords)  # type: ignore[misc]
+        if seed is not None:
+            if not -(2**63) <= int(seed) < 2**64:
+                raise ConfigurationError(f"a seed has 64 bits, and is {seed}")
+            setattr(generation, _SEED, int(seed))
         temperature = body.get("temperature")
         if temperature is not None and float(temperature) < 0:
             raise ConfigurationError(f"temperature must not be negative, and is {temperature}")
@@ -136,29 +160,82 @@ class _Manager:
         return Modality.LLM
 
 
-class _OneQueue(GenerationState):  # type: ignore[misc]
+class _OneLoop(GenerationState):  # type: ignore[misc]
     """One thread for all widths: they multiply by the same weights, and would take turns on the processors anyway."""
 
-    def __init__(self) -> None:
+    def __init__(self, together: int) -> None:
         super().__init__()
-        self._queue = _Queue()
+        self._manager = _Decoding(DecodingLoop(together))
 
-    def get_manager(self, *_: Any, **__: Any) -> GenerateManager:
-        return self._queue
+    def get_manager(self, *_: Any, **__: Any) -> BaseGenerateManager:
+        return self._manager
 
 
-class _Queue(GenerateManager):  # type: ignore[misc]
-    """Refuses prompts that a model has no positions for, and ends texts where they end."""
+class _Decoding(BaseGenerateManager):  # type: ignore[misc]
+    """Hands requests to the loop; refuses prompts that a model has no positions for, and ends texts where they end."""
 
-    def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any) -> Any:
-        _fit(model, inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, **others)
+    def __init__(self, loop: DecodingLoop) -> None:
+        self._loop = loop
 
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: Any,
+        request_id: str,
+        response_parser: Any = None,
     ) -> Any:
         _fit(model, inputs, gen_config)
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, **others)
+        loop, parts = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        streamer = DirectStreamer(processor._tokenizer, loop, parts, response_parser=response_parser)
+
+        def fail(error: Exception) -> None:
+            part = None if isinstance(error, _GenerationCancelled) else _StreamError(str(error))
+            loop.call_soon_threadsafe(parts.put_nowait, part)
+
+        # The streamer tells the end.
+        self._submit(model, processor, inputs, gen_config, lambda _: None, fail, streamer)
+        return parts, streamer
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> Any:
+        _fit(model, inputs, gen_config)
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def settle(settled: Callable[[Any], None], value: Any) -> None:
+            if not answer.done():  # a client that has gone takes its future along
+                settled(value)
+
+        self._submit(
+            model,
+            processor,
+            inputs,
+            gen_config,
+            lambda ids: loop.call_soon_threadsafe(settle, answer.set_result, ids),
+            lambda error: loop.call_soon_threadsafe(settle, answer.set_exception, error),
+        )
+        ids = await answer
+        prompt = inputs["input_ids"].shape[-1]
+        return processor.decode(ids[0, prompt:], skip_special_tokens=True), prompt, ids[0, prompt:]
+
+    def _submit(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        generation: Any,
+        done: Callable[[Any], Any],
+        failed: Callable[[Exception], Any],
+        streamer: Any = None,
+    ) -> None:
+        arguments = {**inputs, "generation_config": generation, "tokenizer": processor}
+        self._loop.submit(TextRequest(model, arguments, done, failed, streamer, getattr(generation, _SEED, None)))
+
+    def stop(self) -> None:
+        """Nothing: the loop ends with the process."""
 
 
 def _fit(model: Any, inputs: Any, generation: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +77,10 @@ def ask(
     loop: DecodingLoop, model: Any, ids: Tensor, streamer: Any = None, seed: int | None = None, **options: Any
 ) -> Any:
     settings = GenerationConfig(**{"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options})
-    future: Future[Tensor] = Future()
     arguments = {"input_ids": ids, "generation_config": settings, "tokenizer": make_tokenizer()}
-    loop.submit(TextRequest(model, arguments, future.set_result, future.set_exception, streamer, seed))
-    return future
+    request = TextRequest(model, arguments, streamer, seed)
+    loop.submit(request)
+    return request.answer
 
 
 def ask_together(model: Any, requests: list[dict[str, Any]], together: int = 8) -> list[Any]:
@@ -182,12 +181,6 @@ def test_bad_requests_are_answered_too(model: Any) -> None:
     loop = DecodingLoop(2)
     with pytest.raises(ValueError, match="max_new_tokens"):
         ask(loop, model, prompt(4), max_new_tokens=0).result(60)
-
-    def unheard(_: object) -> None:
-        raise RuntimeError("Event loop is closed")
-
-    settings = GenerationConfig(max_new_tokens=2, pad_token_id=0)
-    loop.submit(TextRequest(model, {"input_ids": prompt(4), "generation_config": settings}, unheard, unheard))
     assert torch.equal(ask(loop, model, prompt(5)).result(60), alone(model, prompt(5)))
 
 

@@ -7,9 +7,11 @@ instead of whatever a client names. Imported when a server starts: it needs Fast
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -18,14 +20,7 @@ from jinja2 import TemplateError
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.utils import (
-    BaseGenerateManager,
-    DirectStreamer,
-    GenerationState,
-    Modality,
-    _GenerationCancelled,
-    _StreamError,
-)
+from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
 
 from matgptq.errors import ConfigurationError
 from matgptq.serving.decoding_loop import DecodingLoop, TextRequest
@@ -167,75 +162,56 @@ class _OneLoop(GenerationState):  # type: ignore[misc]
         super().__init__()
         self._manager = _Decoding(DecodingLoop(together))
 
-    def get_manager(self, *_: Any, **__: Any) -> BaseGenerateManager:
+    def get_manager(self, *_: Any, **__: Any) -> GenerateManager:
         return self._manager
 
 
-class _Decoding(BaseGenerateManager):  # type: ignore[misc]
+class _Decoding(GenerateManager):  # type: ignore[misc]
     """Hands requests to the loop; refuses prompts that a model has no positions for, and ends texts where they end."""
 
     def __init__(self, loop: DecodingLoop) -> None:
         self._loop = loop
 
-    def generate_streaming(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: Any,
-        gen_config: Any,
-        request_id: str,
-        response_parser: Any = None,
-    ) -> Any:
+    def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any) -> Any:
         _fit(model, inputs, gen_config)
-        loop, parts = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        streamer = DirectStreamer(processor._tokenizer, loop, parts, response_parser=response_parser)
-
-        def fail(error: Exception) -> None:
-            part = None if isinstance(error, _GenerationCancelled) else _StreamError(str(error))
-            loop.call_soon_threadsafe(parts.put_nowait, part)
-
-        # The streamer tells the end.
-        self._submit(model, processor, inputs, gen_config, lambda _: None, fail, streamer)
-        return parts, streamer
+        return super().generate_streaming(_Looped(model, self._loop), processor, inputs, gen_config, **others)
 
     async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any
     ) -> Any:
         _fit(model, inputs, gen_config)
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Any] = loop.create_future()
+        looped = _Looped(model, self._loop)
+        return await super().generate_non_streaming(looped, processor, inputs, gen_config, **others)
 
-        def settle(settled: Callable[[Any], None], value: Any) -> None:
-            if not answer.done():  # a client that has gone takes its future along
-                settled(value)
+    def submit(self, call: Callable[..., Any], *given: Any, **keywords: Any) -> Future[Any]:
+        """Call something that waits for the loop, in a thread that the end of the process does not wait for."""
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
 
-        self._submit(
-            model,
-            processor,
-            inputs,
-            gen_config,
-            lambda ids: loop.call_soon_threadsafe(settle, answer.set_result, ids),
-            lambda error: loop.call_soon_threadsafe(settle, answer.set_exception, error),
-        )
-        ids = await answer
-        prompt = inputs["input_ids"].shape[-1]
-        return processor.decode(ids[0, prompt:], skip_special_tokens=True), prompt, ids[0, prompt:]
+        def run() -> None:
+            try:
+                future.set_result(call(*given, **keywords))
+            except Exception as error:
+                future.set_exception(error)
 
-    def _submit(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: Any,
-        generation: Any,
-        done: Callable[[Any], Any],
-        failed: Callable[[Exception], Any],
-        streamer: Any = None,
-    ) -> None:
-        arguments = {**inputs, "generation_config": generation, "tokenizer": processor}
-        self._loop.submit(TextRequest(model, arguments, done, failed, streamer, getattr(generation, _SEED, None)))
+        threading.Thread(target=run, daemon=True).start()
+        return future
 
-    def stop(self) -> None:
-        """Nothing: the loop ends with the process."""
+    def async_submit(self, call: Callable[..., Any], *given: Any, **keywords: Any) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(self.submit(call, *given, **keywords))
+
+
+class _Looped:
+    """A model whose ``generate`` is the loop's."""
+
+    def __init__(self, model: Any, loop: DecodingLoop) -> None:
+        self._model, self._loop = model, loop
+
+    def generate(self, streamer: Any = None, **arguments: Any) -> Any:
+        seed = getattr(arguments["generation_config"], _SEED, None)
+        request = TextRequest(self._model, arguments, streamer, seed)
+        self._loop.submit(request)
+        return request.answer.result()
 
 
 def _fit(model: Any, inputs: Any, generation: Any) -> None:

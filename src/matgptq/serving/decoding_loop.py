@@ -7,11 +7,11 @@ each with a cache of its own. What cannot be decoded so, beams or models off the
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,18 +29,16 @@ class TextRequest:
     Attributes:
         model: of ``matgptq.load``.
         arguments: of its ``generate``, without a streamer.
-        done: called with the ids of prompt and text ``[1, tokens]``.
-        failed: called instead with what went wrong.
         streamer: is given the prompt and each token, as ``generate`` gives them.
         seed: of the sampling; default: by chance.
+        answer: the ids of prompt and text ``[1, tokens]``, or what went wrong.
     """
 
     model: Any
     arguments: dict[str, Any]
-    done: Callable[[Tensor], None]
-    failed: Callable[[Exception], None]
     streamer: Any = None
     seed: int | None = None
+    answer: Future[Tensor] = field(default_factory=Future)
 
 
 class DecodingLoop:
@@ -56,7 +54,7 @@ class DecodingLoop:
         threading.Thread(target=self._run, daemon=True, name="matgptq-decoding").start()
 
     def submit(self, request: TextRequest) -> None:
-        """Queue a request; it is answered through its callbacks, from the loop's thread."""
+        """Queue a request."""
         self._waiting.put(request)
 
     def _run(self) -> None:
@@ -64,9 +62,7 @@ class DecodingLoop:
         while True:
             # One at a time, so that those at work wait for one prompt only.
             if len(texts) < self._together and (not texts or not self._waiting.empty()):
-                text = _begin(self._waiting.get())
-                if text is not None:
-                    texts.append(text)
+                texts += _begin(self._waiting.get())
             for model in {id(text.request.model): text.request.model for text in texts}.values():
                 _step(model, [text for text in texts if text.request.model is model])
             texts = [text for text in texts if not text.ended]
@@ -112,38 +108,33 @@ class _Text:
             self.ended = True
             if self.request.streamer is not None:
                 self.request.streamer.end()
-            self.request.done(self.ids)
+            self.request.answer.set_result(self.ids)
 
     def fail(self, error: Exception) -> None:
         self.ended = True
-        _report(self.request, error)
+        self.request.answer.set_exception(error)
 
     def _tell(self, tokens: Tensor) -> None:
         if self.request.streamer is not None:
             self.request.streamer.put(tokens.cpu())
 
 
-def _begin(request: TextRequest) -> _Text | None:
-    """Read a prompt; None if the request is answered by then, or cannot be."""
+def _begin(request: TextRequest) -> list[_Text]:
+    """Read a prompt; empty if the request is answered by then, or cannot be."""
     model, arguments = request.model, request.arguments
     try:
         if not takes_groups(model) or not _is_plain(arguments["generation_config"], model.generation_config):
             if request.seed is not None:
                 torch.manual_seed(request.seed)  # texts that are decoded together have generators of their own
-            request.done(model.generate(**arguments, streamer=request.streamer))
-            return None
+            request.answer.set_result(model.generate(**arguments, streamer=request.streamer))
+            return []
         text: _Text = model.generate(**_with_stop_strings(arguments), custom_generate=_prepare(request))
         with torch.no_grad():
             text.read_prompt()
     except Exception as error:  # whatever it is, others are to be answered
-        _report(request, error)
-        return None
-    return None if text.ended else text
-
-
-def _report(request: TextRequest, error: Exception) -> None:
-    with contextlib.suppress(RuntimeError):  # whoever asked may be gone, and with them who would be told
-        request.failed(error)
+        request.answer.set_exception(error)
+        return []
+    return [] if text.ended else [text]
 
 
 def _is_plain(generation: Any, defaults: Any) -> bool:

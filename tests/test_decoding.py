@@ -498,6 +498,8 @@ def test_a_model_whose_forward_is_replaced(llama, monkeypatch):
         ({"output_hidden_states": True}, False),
         ({"output_attentions": True}, False),
         ({"use_cache": False}, True),
+        ({"tokenizer": object()}, True),
+        ({"something": object()}, False),
     ],
 )
 def test_what_a_caller_asks_for(options, short, llama, way, calls, monkeypatch):

@@ -24,8 +24,8 @@ from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import BlockCalls, StackCall
 
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
-# Arguments of a model that are no obstacle to the short way.
-_KNOWN = frozenset({"inputs_embeds", "attention_mask", "position_ids", CACHE_ARGUMENT, "use_cache"})
+# Arguments of a model that are no obstacle to the short way. ``generate`` hands the tokenizer of stop strings on, too.
+_KNOWN = frozenset({"inputs_embeds", "attention_mask", "position_ids", CACHE_ARGUMENT, "use_cache", "tokenizer"})
 
 
 class DecodesTokens(Mixin):

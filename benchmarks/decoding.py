@@ -52,7 +52,7 @@ def measure(
                     changes.enter_context(patch.object(RowBlock, "takes", lambda *_: False))
                 seconds[way].append(_step_seconds(model, prompt, steps))
         if theirs is not None:
-            seconds.setdefault("llama_cpp", []).append(theirs.batch_step_seconds(prompt.tolist(), steps, threads))
+            seconds.setdefault("llama_cpp", []).append(theirs.step_seconds(prompt.tolist(), steps, threads))
     result = {f"{way}_ms": round(statistics.median(taken) * 1e3, 2) for way, taken in seconds.items()}
     for other in seconds.keys() - {"stack"}:
         ratios = [a / b for a, b in zip(seconds[other], seconds["stack"], strict=True)]

@@ -130,7 +130,7 @@ def load_theirs(library: Library, part: Part, bits: int, file: Path, steps: int)
     def step(threads: int) -> float:
         if part.prompt:
             return model.prompt_seconds(long_prompt(part), threads)
-        return model.step_seconds(PROMPT, steps, threads)
+        return model.step_seconds([PROMPT], steps, threads)
 
     size = file.stat().st_size  # all of it but a header is weights that every step reads
     return Contestant(f"llama.cpp, {TYPES[bits].name}", step, None, size, model.buffers)

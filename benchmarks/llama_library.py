@@ -266,22 +266,8 @@ class Model:
             rows.append(row.copy())
         return np.stack(rows)
 
-    def step_seconds(self, prompt: Sequence[int], steps: int, threads: int) -> float:
-        """Median time of a greedy decoding step after a prompt."""
-
-        def decode() -> float:
-            token = self._decode(prompt)
-            seconds = []
-            for _ in range(steps):
-                started = time.perf_counter()
-                token = self._decode([token])
-                seconds.append(time.perf_counter() - started)
-            return statistics.median(seconds)
-
-        return self._run(decode, threads)
-
-    def batch_step_seconds(self, prompts: Sequence[Sequence[int]], steps: int, threads: int) -> float:
-        """Median time of a greedy decoding step of several sequences at once, behind prompts of one length."""
+    def step_seconds(self, prompts: Sequence[Sequence[int]], steps: int, threads: int) -> float:
+        """Median time of a greedy decoding step of all sequences at once, behind prompts of one length."""
 
         def decode() -> float:
             tokens = []

@@ -1,4 +1,5 @@
 // Drives attention of tokens that are the last of their sequences: sequences and heads of keys over threads.
+#include <atomic>
 #include <new>
 
 #include "buffer.h"
@@ -31,6 +32,7 @@ extern "C" int matgptq_attend(const void* query, int64_t query_stride, int64_t s
     }
     const int64_t bytes = element_bytes(dtype), queries = heads / key_heads;
     const int64_t grain = 1 + kBytesPerPiece / (2 * ceil_div(positions, sequences) * size * bytes);
+    std::atomic<bool> out_of_memory{false};
     const auto attend = [&](int64_t begin, int64_t end) {
         const Buffer<float> scores = allocate<float>(queries * (ceil_div(longest, 16) * 16 + size));
         const Buffer<float> result = allocate<float>(queries * size);
@@ -47,10 +49,13 @@ extern "C" int matgptq_attend(const void* query, int64_t query_stride, int64_t s
             for (int64_t i = 0; i < queries * size; ++i) write_float(out, dtype, at + i, result[static_cast<size_t>(i)]);
         }
     };
-    try {
-        parallel_for(sequences * key_heads, grain, num_threads, attend);
-        return MATGPTQ_OK;
-    } catch (const std::bad_alloc&) {
-        return MATGPTQ_E_MEMORY;
-    }
+    // An exception must not leave a thread that is not the caller's.
+    parallel_for(sequences * key_heads, grain, num_threads, [&](int64_t begin, int64_t end) {
+        try {
+            attend(begin, end);
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
+        }
+    });
+    return out_of_memory ? MATGPTQ_E_MEMORY : MATGPTQ_OK;
 }

@@ -44,7 +44,8 @@ MATGPTQ_INLINE void score_positions(const AttentionGroup& group, const uint8_t* 
             load_cached<S, Half>(keys + t * group.key_bytes + i * (Half ? 2 : 4), key);
             for (int q = 0; q < Queries; ++q)
                 for (int half = 0; half < 2; ++half)
-                    sum[q][t] = S::fma(key[half], S::load_floats(queries + q * group.size + i + half * S::kLanes), sum[q][t]);
+                    sum[q][t] =
+                        S::fma(key[half], S::load_floats(queries + q * group.size + i + half * S::kLanes), sum[q][t]);
         }
     for (int q = 0; q < Queries; ++q) {
         float found[kPositionsTogether];

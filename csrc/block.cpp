@@ -146,7 +146,8 @@ extern "C" int matgptq_block_start(const matgptq_block* block, const void* x_, i
         for_rows(sequences, (query + keys) * bytes, num_threads, [&](int64_t row) {
             void* const queries = qkv[row];
             void* const key = static_cast<char*>(queries) + query * bytes;
-            if (block->query_norm) rms_norm(queries, nullptr, block->query_norm, block->query_eps, queries, heads, size, dtype);
+            if (block->query_norm)
+                rms_norm(queries, nullptr, block->query_norm, block->query_eps, queries, heads, size, dtype);
             if (block->key_norm) rms_norm(key, nullptr, block->key_norm, block->key_eps, key, key_heads, size, dtype);
             rotate(queries, cosine[row], sine[row], heads + key_heads, size, dtype);
         });

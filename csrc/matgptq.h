@@ -56,8 +56,9 @@ enum matgptq_activations {
 MATGPTQ_API int matgptq_abi_version(void);
 MATGPTQ_API const char *matgptq_message(int status);
 
-/* The instruction set in use: "amx" (avx512 with matrix units for many rows), "avx512", "avx_vnni", "avx2", "neon_dot", "neon" or
- * "scalar"; chosen at the first call, the best this CPU has. matgptq_set_isa forces one (for tests and measurements); no other call may be running meanwhile. */
+/* The instruction set in use: "amx" (avx512 with matrix units for many rows), "avx512", "avx_vnni", "avx2", "neon_dot",
+ * "neon" or "scalar"; chosen at the first call, the best this CPU has. matgptq_set_isa forces one (for tests and
+ * measurements); no other call may be running meanwhile. */
 MATGPTQ_API const char *matgptq_isa(void);
 MATGPTQ_API int matgptq_set_isa(const char *name);
 /* "intel", "amd" or "other": who made this CPU, on which the speed of other libraries depends. */

@@ -47,7 +47,8 @@ class Activations {
                 for (int64_t b = 0; b < count; ++b) {
                     const int64_t at = p * kMatrixRows + b, live = at < batch ? in_features : 0;
                     float* const row = rows.get() + b * columns();
-                    if (live) read_floats(static_cast<const char*>(x) + at * stride * element_bytes(dtype), dtype, live, row);
+                    if (live)
+                        read_floats(static_cast<const char*>(x) + at * stride * element_bytes(dtype), dtype, live, row);
                     std::memset(row + live, 0, static_cast<size_t>(columns() - live) * sizeof(float));
                 }
                 kernels().matrix->quantize[exact](rows.get(), count, columns(), step(), steps(),

@@ -83,9 +83,9 @@ def ask(
     return request.answer
 
 
-def ask_together(model: Any, requests: list[dict[str, Any]], together: int = 8) -> list[Any]:
+def ask_together(model: Any, requests: list[dict[str, Any]], parallel: int = 8) -> list[Any]:
     """Futures of requests that are all there before the first of them is answered."""
-    loop, gate = DecodingLoop(together), threading.Event()
+    loop, gate = DecodingLoop(parallel), threading.Event()
     ask(loop, model, prompt(3), Listener(gate))
     futures = [ask(loop, **{"model": model, **request}) for request in requests]
     gate.set()
@@ -103,18 +103,18 @@ def test_each_gets_its_text(model: Any, steps: list[int]) -> None:
         {"model": (model, other)[number % 2], "ids": prompt(2 + 5 * number), "max_new_tokens": 12 - number}
         for number in range(9)
     ]
-    futures = ask_together(model, requests, together=6)
+    futures = ask_together(model, requests, parallel=6)
     for request, future in zip(requests, futures, strict=True):
         assert torch.equal(future.result(60), alone(**request))
     assert 1 < max(steps) <= 6
 
 
-@pytest.mark.parametrize("together", [1, 2])
-def test_no_more_than_asked_for(model: Any, steps: list[int], together: int) -> None:
-    futures = ask_together(model, [{"ids": prompt(length)} for length in (4, 5, 6)], together)
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_no_more_than_asked_for(model: Any, steps: list[int], parallel: int) -> None:
+    futures = ask_together(model, [{"ids": prompt(length)} for length in (4, 5, 6)], parallel)
     for length, future in zip((4, 5, 6), futures, strict=True):
         assert torch.equal(future.result(60), alone(model, prompt(length)))
-    assert max(steps) == together
+    assert max(steps) == parallel
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from matgptq import kernel_choice, native
 from matgptq.decoding import DecodesRows, RowBlock, Watch, of_each, rows_of
-from matgptq.kv_cache import CACHE_ARGUMENT, CacheGroup, GroupError, append_positions
+from matgptq.kv_cache import CACHE_ARGUMENT, CacheGroup, append_positions
 from matgptq.mixed_classes import Mixin, mix_in
 from matgptq.native import BlockCalls, StackCall
 
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 # Arguments of a model that are no obstacle to the short way. ``generate`` hands the tokenizer of stop strings on, too.
 _KNOWN = frozenset({"inputs_embeds", "attention_mask", "position_ids", CACHE_ARGUMENT, "use_cache", "tokenizer"})
+
+
+class _GroupError(Exception):
+    """A model cannot take the short way with a group of caches, to which nothing has happened."""
 
 
 class DecodesTokens(Mixin):
@@ -52,7 +56,7 @@ class DecodesTokens(Mixin):
             if hidden is not None:
                 return BaseModelOutputWithPast(self.norm(hidden), **{CACHE_ARGUMENT: cache})
         if isinstance(keywords.get(CACHE_ARGUMENT), CacheGroup):
-            raise GroupError
+            raise _GroupError
         return super().forward(input_ids, *positional, **keywords)  # type: ignore[misc]
 
 
@@ -172,24 +176,24 @@ class BlockStack:
 
 
 def next_logits(model: Any, tokens: Tensor, caches: Sequence[DynamicCache]) -> Tensor:
-    """What follows the next token of each of several conversations.
+    """What follows the next token of each of several sequences.
 
     Where the model takes the short way they go through it together, otherwise one after the other.
 
     Args:
         model: with its head.
-        tokens: ``[conversations]``, int64, on the model's device.
-        caches: of each conversation, which will hold its token, too.
+        tokens: ``[sequences]``, int64, on the model's device.
+        caches: of each sequence, which will hold its token, too.
 
     Returns:
-        Logits ``[conversations, vocabulary]``.
+        Logits ``[sequences, vocabulary]``.
     """
     tokens = tokens[:, None]
     if len(caches) > 1 and takes_groups(model):
         try:
             output = model(input_ids=tokens, **{CACHE_ARGUMENT: CacheGroup(caches)}, use_cache=True)
             return cast("Tensor", output.logits[:, -1])
-        except GroupError:
+        except _GroupError:
             pass  # this time not: a hook was set, say
     each = [
         model(input_ids=tokens[number : number + 1], **{CACHE_ARGUMENT: cache}, use_cache=True).logits[:, -1]
@@ -199,7 +203,7 @@ def next_logits(model: Any, tokens: Tensor, caches: Sequence[DynamicCache]) -> T
 
 
 def takes_groups(model: Any) -> bool:
-    """Whether a model is of the kind that takes tokens of several conversations together."""
+    """Whether a model is of the kind that takes tokens of several sequences with caches of their own together."""
     return isinstance(model.base_model, DecodesTokens)
 
 

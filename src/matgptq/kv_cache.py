@@ -6,6 +6,7 @@ token is written behind the others and only a context that has outgrown its tens
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class _Room:
 
 
 class CacheGroup:
-    """Caches of conversations that are decoded together; a model that takes the short way is given it as its cache.
+    """Caches of sequences that are decoded together; a model that takes the short way is given it as its cache.
 
     Args:
         caches: transformers', each of one sequence.
@@ -37,10 +38,6 @@ class CacheGroup:
 
     def __init__(self, caches: Sequence[DynamicCache]) -> None:
         self.caches = list(caches)
-
-
-class GroupError(Exception):
-    """A model cannot take the short way with a group of caches, to which nothing has happened."""
 
 
 def append_positions(
@@ -57,13 +54,15 @@ def append_positions(
         Of each cache the keys and values ``[sequences, heads, positions, size]`` of each layer with adjacent elements,
         which the cache holds from now on; None if one is of another kind: then nothing has happened to any.
     """
-    chosen = [_fitting(cache, layers, sequences, heads, size, dtype) for cache in caches]
-    if any(of_cache is None for of_cache in chosen):
-        return None
-    for of_cache in chosen:
-        for layer in of_cache or ():
-            layer.keys, layer.values = _longer(layer.keys), _longer(layer.values)
-    return [[(layer.keys, layer.values) for layer in of_cache or ()] for of_cache in chosen]
+    chosen = []
+    for cache in caches:
+        fitting = _fitting(cache, layers, sequences, heads, size, dtype)
+        if fitting is None:
+            return None
+        chosen.append(fitting)
+    for layer in itertools.chain.from_iterable(chosen):
+        layer.keys, layer.values = _longer(layer.keys), _longer(layer.values)
+    return [[(layer.keys, layer.values) for layer in fitting] for fitting in chosen]
 
 
 def _fitting(

@@ -29,18 +29,18 @@ from matgptq.serving.served_models import ServedModels, UnknownModelError
 _SEED = "_matgptq_seed"  # where a request's generation config carries its own
 
 
-def make_app(models: ServedModels, together: int) -> Any:
+def make_app(models: ServedModels, parallel: int) -> Any:
     """The FastAPI application.
 
     Args:
         models: that are served.
-        together: requests that are answered at once.
+        parallel: requests that are answered at once.
 
     Routes: ``POST /v1/chat/completions``, ``/v1/completions``, ``/v1/responses``; ``GET /v1/models``, ``/health``. A
     request that names no model gets the one that answers to the checkpoint's own name.
     """
     app = FastAPI(title="matgptq")
-    shared = {"model_manager": _Manager(models), "generation_state": _OneLoop(together)}
+    shared = {"model_manager": _Manager(models), "generation_state": _OneLoop(parallel)}
     for path, kind in _HANDLERS.items():
         app.post(path)(_route(models, kind(**shared)))
     started = int(time.time())
@@ -158,9 +158,9 @@ class _Manager:
 class _OneLoop(GenerationState):  # type: ignore[misc]
     """One thread for all widths: they multiply by the same weights, and would take turns on the processors anyway."""
 
-    def __init__(self, together: int) -> None:
+    def __init__(self, parallel: int) -> None:
         super().__init__()
-        self._manager = _Decoding(DecodingLoop(together))
+        self._manager = _Decoding(DecodingLoop(parallel))
 
     def get_manager(self, *_: Any, **__: Any) -> GenerateManager:
         return self._manager

@@ -1,7 +1,7 @@
 """The thread that answers requests: several at once, a token of each in one step.
 
 transformers' ``generate`` prepares a request (its processors of logits, its criteria to stop, its cache) and hands it
-over as soon as the first token is to be computed. From there on conversations with one model go through it together,
+over as soon as the first token is to be computed. From there on sequences of one model go through it together,
 each with a cache of its own. What cannot be decoded so, beams or models off the short way, has the thread to itself.
 """
 
@@ -45,11 +45,11 @@ class DecodingLoop:
     """Answers requests in a thread of its own, which ends with the process.
 
     Args:
-        together: requests that are answered at once, 1 or more; others wait.
+        parallel: requests that are answered at once, 1 or more; others wait.
     """
 
-    def __init__(self, together: int) -> None:
-        self._together = together
+    def __init__(self, parallel: int) -> None:
+        self._parallel = parallel
         self._waiting: queue.Queue[TextRequest] = queue.Queue()
         threading.Thread(target=self._run, daemon=True, name="matgptq-decoding").start()
 
@@ -61,7 +61,7 @@ class DecodingLoop:
         texts: list[_Text] = []
         while True:
             # One at a time, so that those at work wait for one prompt only.
-            if len(texts) < self._together and (not texts or not self._waiting.empty()):
+            if len(texts) < self._parallel and (not texts or not self._waiting.empty()):
                 texts += _begin(self._waiting.get())
             for model in {id(text.request.model): text.request.model for text in texts}.values():
                 _step(model, [text for text in texts if text.request.model is model])

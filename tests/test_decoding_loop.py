@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from transformers import DynamicCache, GenerationConfig
 import matgptq
 from matgptq import block_stack, native
 from matgptq.block_stack import next_logits, takes_groups
-from matgptq.kv_cache import CACHE_ARGUMENT
+from matgptq.kv_cache import CACHE_ARGUMENT, memory_of
 from matgptq.serving import decoding_loop
-from matgptq.serving.decoding_loop import DecodingLoop, TextRequest
+from matgptq.serving.decoding_loop import DecodingLoop, TextRequest, WithdrawnError
 from matgptq.width_copies import copy_at
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
@@ -207,6 +209,169 @@ def test_other_models_have_the_loop_to_themselves(make_checkpoint: Any, steps: l
     torch.manual_seed(3)
     assert torch.equal(sampled, alone(small, prompt(5), do_sample=True, temperature=2.0))
     assert not steps
+
+
+@pytest.mark.parametrize("length", [1, 9, 10, 11, 37])
+def test_a_prompt_is_read_in_pieces_between_steps(
+    model: Any, out: Path, steps: list[int], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding_loop, "_PIECE", 10)
+    events: list[int] = []
+    other = copy_at(model, 2)
+    model.register_forward_pre_hook(lambda *given: events.append(given[2]["input_ids"].shape[1]), with_kwargs=True)
+    other.register_forward_pre_hook(lambda *_: events.append(0), with_kwargs=True)
+    loop, gate = DecodingLoop(4), threading.Event()
+    first = ask(loop, other, prompt(3), Listener(gate), max_new_tokens=40)
+    second = ask(loop, model, prompt(length), max_new_tokens=2)
+    gate.set()
+    assert torch.equal(first.result(60), alone(copy_at(model, 2), prompt(3), max_new_tokens=40))
+    pieces = [10] * ((length - 1) // 10) + [(length - 1) % 10 + 1]
+    assert [read for read in events if read][: len(pieces)] == pieces
+    begin = events.index(pieces[0])
+    assert events[begin : begin + 2 * len(pieces) : 2] == pieces  # and the other's steps between them
+    assert torch.equal(second.result(60), alone(matgptq.load(out, 4, device="cpu"), prompt(length), max_new_tokens=2))
+
+
+@pytest.mark.parametrize("when", ["waiting", "reading", "generating", "alone"])
+def test_a_withdrawn_request_is_ended(model: Any, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding_loop, "_PIECE", 4)
+    loop, gate = DecodingLoop(2), threading.Event()
+    options = {"num_beams": 2} if when == "alone" else {}
+    settings = GenerationConfig(max_new_tokens=100, do_sample=False, pad_token_id=0, **options)
+    request = TextRequest(model, {"input_ids": prompt(20), "generation_config": settings})
+    calls = 0
+
+    def withdraw(module: Any, given: Any, keywords: Any) -> None:
+        nonlocal calls
+        calls += keywords["input_ids"].shape[0] == request.arguments["generation_config"].num_beams or when != "alone"
+        if calls == {"reading": 2, "generating": 8, "alone": 5}.get(when):
+            request.withdrawn.set()
+
+    if when == "waiting":
+        request.withdrawn.set()
+    other = ask(loop, copy_at(model, 2), prompt(5), Listener(gate))
+    model.register_forward_pre_hook(withdraw, with_kwargs=True)
+    loop.submit(request)
+    gate.set()
+    if when == "alone":
+        assert request.answer.result(60).shape[1] < 30
+    else:
+        with pytest.raises(WithdrawnError):
+            request.answer.result(60)
+    assert calls == {"waiting": 0, "reading": 2, "generating": 8, "alone": 5}[when]
+    assert torch.equal(other.result(60), alone(copy_at(model, 2), prompt(5)))
+
+
+# ---- what was read before ------------------------------------------------------------------------------------------
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """For what the loop does once a text has been answered."""
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("never")
+
+
+class Reads:
+    """How many tokens each prompt of a model needed to have read."""
+
+    def __init__(self, model: Any) -> None:
+        self.tokens: list[int] = []
+        model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: Any, given: Any, keywords: Any) -> None:
+        if keywords["input_ids"].shape[1] > 1:
+            self.tokens.append(keywords["input_ids"].shape[1])
+
+
+def test_a_conversation_goes_on(model: Any, out: Path) -> None:
+    loop, reads = DecodingLoop(2, 1 << 30), Reads(model)
+    plain = matgptq.load(out, 4, device="cpu")
+    said = prompt(20)
+    for turn in range(3):
+        answer = ask(loop, model, said).result(60)
+        assert torch.equal(answer, alone(plain, said))
+        assert reads.tokens[turn:] == [20 if turn == 0 else 1 + 6]  # the last of the answer, and what is said to it
+        said = torch.cat([answer, token_ids(1, 6, seed=turn)], 1)
+
+
+def test_prompts_with_the_same_beginning(model: Any, out: Path) -> None:
+    """Each is read from where it differs, and none touches what another goes on with."""
+    loop, reads = DecodingLoop(3, 1 << 30), Reads(model)
+    plain = matgptq.load(out, 4, device="cpu")
+    instructions = prompt(30)
+    questions = [torch.cat([instructions, token_ids(1, length, seed=length)], 1) for length in (5, 9, 7)]
+    for question in questions:
+        assert torch.equal(ask(loop, model, question).result(60), alone(plain, question))
+    assert reads.tokens == [35, 9, 7]
+    reads.tokens.clear()
+    for question in questions:
+        assert torch.equal(ask(loop, model, question).result(60), alone(plain, question))
+    assert not reads.tokens  # but for the last token
+
+
+def test_texts_that_are_being_generated_share_too(model: Any, out: Path) -> None:
+    reads, instructions = Reads(model), prompt(30)
+    plain = matgptq.load(out, 4, device="cpu")
+    loop, gate = DecodingLoop(3, 1 << 30), threading.Event()
+    first = ask(loop, model, instructions, Listener(gate), max_new_tokens=40)
+    questions = [torch.cat([instructions, token_ids(1, length, seed=length)], 1) for length in (5, 9)]
+    others = [ask(loop, model, question) for question in questions]
+    gate.set()
+    assert torch.equal(first.result(60), alone(plain, instructions, max_new_tokens=40))
+    for question, other in zip(questions, others, strict=True):
+        assert torch.equal(other.result(60), alone(plain, question))
+    assert reads.tokens == [30, 5, 9]
+
+
+def test_a_width_has_its_own(model: Any, out: Path) -> None:
+    other = copy_at(model, 2)
+    loop, reads = DecodingLoop(2, 1 << 30), Reads(other)
+    ask(loop, model, prompt(30)).result(60)
+    assert torch.equal(ask(loop, other, prompt(30)).result(60), alone(matgptq.load(out, 2, device="cpu"), prompt(30)))
+    assert reads.tokens == [30]
+
+
+@pytest.mark.parametrize("texts", [0, 0.9, 1.5, 2.5])
+def test_memory_is_limited(model: Any, texts: float) -> None:
+    roomy = DecodingLoop(1, 1 << 30)
+    ask(roomy, model, prompt(33)).result(60)
+    wait_until(lambda: roomy._read._kept)
+    limit = int(texts * memory_of(roomy._read._kept[0].cache))
+    loop, reads = DecodingLoop(1, limit), Reads(model)
+    lengths = (30, 31, 30, 32, 30, 31)
+    for length in lengths:
+        ask(loop, model, prompt(length)).result(60)
+    # 31 is forgotten where two are kept: 30 was used after it
+    assert reads.tokens == list(lengths if texts < 2 else (30, 31, 32, 31))
+    wait_until(lambda: len(loop._read._kept) == int(texts))
+    assert sum(memory_of(text.cache) for text in loop._read._kept) <= limit
+
+
+def test_what_a_failed_step_left_is_not_kept(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = DecodingLoop(2, 1 << 30)
+
+    def broken(*_: object) -> Tensor:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(decoding_loop, "next_logits", broken)
+    with pytest.raises(MemoryError, match="no more"):
+        ask(loop, model, prompt(30)).result(60)
+    monkeypatch.undo()
+    assert torch.equal(ask(loop, model, prompt(30)).result(60), alone(model, prompt(30)))
+    wait_until(lambda: len(loop._read._kept) == 1)
+
+
+def test_a_client_that_went_away_may_come_back(model: Any) -> None:
+    loop = DecodingLoop(2, 1 << 30)
+    broken = ask(loop, model, prompt(30), Listener(last=3), min_new_tokens=8)
+    with pytest.raises(ConnectionError):
+        broken.result(60)
+    reads = Reads(model)
+    ask(loop, model, prompt(30)).result(60)
+    assert not reads.tokens
 
 
 # ---- a step --------------------------------------------------------------------------------------------------------

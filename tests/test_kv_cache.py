@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from matgptq.kv_cache import append_positions
+from matgptq.kv_cache import append_positions, first_positions, memory_of
 
 HEADS, SIZE = 2, 4
 CONFIG = LlamaConfig(
@@ -177,3 +177,53 @@ def test_all_layers_or_none():
     append(cache, 0)
     assert room(cache, 0, 1) is None
     check(cache, [0])
+
+
+# ---- the beginning of another ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", [1, 4, 5])
+def test_a_beginning_is_its_own(positions: int) -> None:
+    cache = filled()
+    first = first_positions(cache, positions)
+    assert first is not None
+    assert first.get_seq_length() == positions
+    for layer, held in enumerate(first.layers):
+        assert torch.equal(held.keys, vectors(5, layer)[:, :, :positions])
+        assert torch.equal(held.values, -vectors(5, layer)[:, :, :positions])
+    for layer in range(2):
+        first.update(vectors(3, 7), -vectors(3, 7), layer)
+    assert torch.equal(first.layers[1].keys, torch.cat([vectors(5, 1)[:, :, :positions], vectors(3, 7)], 2))
+    check(cache, [])
+
+
+def test_a_beginning_and_the_rest_grow_apart() -> None:
+    cache = filled()
+    append(cache, 1)
+    append(cache, 2)
+    first = first_positions(cache, 5)
+    assert first is not None
+    append(first, 3)
+    append(cache, 4)
+    whole = first_positions(cache, 5)
+    assert whole is not None
+    check(first, [3])
+    check(cache, [1, 2, 4])
+    check(whole, [])
+
+
+def test_caches_that_have_no_beginning() -> None:
+    assert first_positions(filled(), 6) is None
+    assert first_positions(DynamicCache(), 1) is None
+    assert first_positions(DynamicCache(config=CONFIG), 1) is None
+    assert first_positions(StaticCache(config=CONFIG, max_cache_len=8), 1) is None  # type: ignore[arg-type]
+
+
+def test_memory_counts_the_room() -> None:
+    cache = filled()
+    plain = 2 * 2 * HEADS * 5 * SIZE * 4
+    assert memory_of(cache) == plain
+    append(cache, 1, layer=0)
+    room_of = plain // 4 // 5 * (5 + 1 + 256)
+    assert memory_of(cache) == plain // 2 + 2 * room_of
+    assert memory_of(DynamicCache()) == 0

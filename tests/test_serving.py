@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -244,6 +246,43 @@ def test_without_a_chat_template_there_are_completions(out: Path, texts: dict[in
     assert response.status_code == 400
     assert "/v1/completions" in response.json()["error"]["message"]
     assert ask(client)["choices"][0]["text"] == texts[4]
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT, "/v1/responses"])
+def test_nothing_is_generated_for_a_client_that_has_gone(models: ServedModels, path: str) -> None:
+    model = models.get("tiny:5")
+    steps = 0
+
+    def slow(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        time.sleep(0.1)
+
+    body = {
+        TEXT: {"prompt": PROMPT, "max_tokens": 50},
+        CHAT: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 40},
+        "/v1/responses": {"input": "a", "max_output_tokens": 40},
+    }[path]
+    application = make_app(models, 2)
+    messages = [{"type": "http.request", "body": json.dumps({"model": "tiny:5", **body}).encode()}]
+    answers = []
+
+    async def receive() -> Any:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        answers.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+    hook = model.register_forward_pre_hook(slow)
+    try:
+        asyncio.run(application(scope, receive, send))
+        assert answers[0]["status"] == 499
+        seen = steps
+        ask(TestClient(application), model="tiny:5")  # waits for the thread
+        assert steps <= seen + 2 + TOKENS < 40
+    finally:
+        hook.remove()
 
 
 # ---- a process -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ token is written behind the others and only a context that has outgrown its tens
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,16 +66,50 @@ def append_positions(
     return [[(layer.keys, layer.values) for layer in fitting] for fitting in chosen]
 
 
+def first_positions(cache: DynamicCache, positions: int) -> DynamicCache | None:
+    """A cache of what another holds of its first positions, without a copy: it moves when it grows.
+
+    Args:
+        cache: transformers'; may grow meanwhile, but not lose positions.
+        positions: at most as many as it holds.
+
+    Returns:
+        A cache of its own; None if ``cache`` is of a kind that does not keep all positions side by side.
+    """
+    layers = _plain_layers(cache)
+    if not layers or any(layer.keys.shape[2] < positions for layer in layers):
+        return None
+    shorter = DynamicCache()
+    for layer in map(copy.copy, layers):
+        layer.keys, layer.values = layer.keys[:, :, :positions], layer.values[:, :, :positions]
+        shorter.layers.append(layer)
+    return shorter
+
+
+def memory_of(cache: DynamicCache) -> int:
+    """Bytes that a cache of the kind of ``first_positions`` keeps, with the room behind its positions."""
+    tensors = [held for layer in _plain_layers(cache) or () for held in (layer.keys, layer.values)]
+    return sum({held.untyped_storage().data_ptr(): held.untyped_storage().nbytes() for held in tensors}.values())
+
+
+def _plain_layers(cache: Any) -> list[Any] | None:
+    """All layers of a cache, if each holds keys and values of every position so far."""
+    if type(cache) is not DynamicCache or cache.offloading:
+        return None
+    if any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in cache.layers):
+        return None
+    return list(cache.layers)
+
+
 def _fitting(
     cache: Any, layers: Sequence[int], sequences: int, heads: int, size: int, dtype: torch.dtype
 ) -> list[Any] | None:
     """The layers of a cache, if they are such as hold what is to come."""
-    if type(cache) is not DynamicCache or cache.offloading or max(layers) >= len(cache.layers):
+    held = _plain_layers(cache)
+    if held is None or max(layers) >= len(held):
         return None
-    chosen = [cache.layers[index] for index in layers]
+    chosen = [held[index] for index in layers]
     for layer in chosen:
-        if type(layer) is not DynamicLayer or not layer.is_initialized:
-            return None
         keys, values = layer.keys, layer.values
         shape = (sequences, heads, chosen[0].keys.shape[2], size)  # all have seen the same tokens
         if keys.shape != shape or values.shape != shape:

@@ -42,6 +42,16 @@ def serve(
     parallel: Annotated[
         int, typer.Option("--parallel", "-np", min=1, help="Requests that are answered at once; others wait.")
     ] = 8,
+    cache_ram: Annotated[
+        int,
+        typer.Option(
+            "--cache-ram",
+            "-cram",
+            min=0,
+            metavar="MIB",
+            help="Memory for what was read last: prompts that begin like it go on from there. 0 keeps nothing.",
+        ),
+    ] = 1024,
     activations: ActivationsOption = "exact",
     head_bits: HeadBitsOption = None,
     device: DeviceOption = "auto",
@@ -72,4 +82,4 @@ def serve(
         url = f"http://{host}:{listener.getsockname()[1]}/v1"
         err_console.print(f"serving at {url}", highlight=False)
         err_console.print(escape(", ".join(models.names)), highlight=False)
-        run(models, listener, parallel)
+        run(models, listener, parallel, cache_ram << 20)

@@ -10,12 +10,12 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -27,20 +27,23 @@ from matgptq.serving.decoding_loop import DecodingLoop, TextRequest
 from matgptq.serving.served_models import ServedModels, UnknownModelError
 
 _SEED = "_matgptq_seed"  # where a request's generation config carries its own
+_LOOK_AFTER_CLIENT = 0.5  # seconds
+_CLIENT_GONE = 499  # as web servers log it
 
 
-def make_app(models: ServedModels, parallel: int) -> Any:
+def make_app(models: ServedModels, parallel: int, cache_bytes: int = 0) -> Any:
     """The FastAPI application.
 
     Args:
         models: that are served.
         parallel: requests that are answered at once.
+        cache_bytes: that may be kept of earlier texts, see ``DecodingLoop``.
 
     Routes: ``POST /v1/chat/completions``, ``/v1/completions``, ``/v1/responses``; ``GET /v1/models``, ``/health``. A
     request that names no model gets the one that answers to the checkpoint's own name.
     """
     app = FastAPI(title="matgptq")
-    shared = {"model_manager": _Manager(models), "generation_state": _OneLoop(parallel)}
+    shared = {"model_manager": _Manager(models), "generation_state": _OneLoop(parallel, cache_bytes)}
     for path, kind in _HANDLERS.items():
         app.post(path)(_route(models, kind(**shared)))
     started = int(time.time())
@@ -108,7 +111,7 @@ def _route(models: ServedModels, handler: Any) -> Callable[[Request], Any]:
             present = {key: value for key, value in given.items() if value is not None}
             body = {"model": models.name, "stream": False} | present
             models.get(body["model"])
-            answered = await handler.handle_request(body, f"matgptq-{uuid.uuid4().hex}")
+            answered = await _while_wanted(request, handler.handle_request(body, f"matgptq-{uuid.uuid4().hex}"))
         except UnknownModelError as error:
             return _refusal(404, error, "model_not_found")
         except HTTPException as error:
@@ -122,6 +125,17 @@ def _route(models: ServedModels, handler: Any) -> Callable[[Request], Any]:
         return answered
 
     return answer
+
+
+async def _while_wanted(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """What ``work`` gives, unless the client goes away before; then it is cancelled, and nobody reads the response."""
+    task = asyncio.create_task(work)
+    while not (await asyncio.wait([task], timeout=_LOOK_AFTER_CLIENT))[0]:
+        if await request.is_disconnected():
+            task.cancel()
+            await asyncio.wait([task])
+            return Response(status_code=_CLIENT_GONE)
+    return task.result()
 
 
 def _refusal(status: int, reason: object, code: str | None = None) -> JSONResponse:
@@ -158,9 +172,9 @@ class _Manager:
 class _OneLoop(GenerationState):  # type: ignore[misc]
     """One thread for all widths: they multiply by the same weights, and would take turns on the processors anyway."""
 
-    def __init__(self, parallel: int) -> None:
+    def __init__(self, parallel: int, cache_bytes: int) -> None:
         super().__init__()
-        self._manager = _Decoding(DecodingLoop(parallel))
+        self._manager = _Decoding(DecodingLoop(parallel, cache_bytes))
 
     def get_manager(self, *_: Any, **__: Any) -> GenerateManager:
         return self._manager
@@ -181,7 +195,11 @@ class _Decoding(GenerateManager):  # type: ignore[misc]
     ) -> Any:
         _fit(model, inputs, gen_config)
         looped = _Looped(model, self._loop)
-        return await super().generate_non_streaming(looped, processor, inputs, gen_config, **others)
+        try:
+            return await super().generate_non_streaming(looped, processor, inputs, gen_config, **others)
+        except asyncio.CancelledError:
+            looped.withdrawn.set()
+            raise
 
     def submit(self, call: Callable[..., Any], *given: Any, **keywords: Any) -> Future[Any]:
         """Call something that waits for the loop, in a thread that the end of the process does not wait for."""
@@ -202,14 +220,19 @@ class _Decoding(GenerateManager):  # type: ignore[misc]
 
 
 class _Looped:
-    """A model whose ``generate`` is the loop's."""
+    """A model whose ``generate`` is the loop's.
+
+    Attributes:
+        withdrawn: set it to end what was asked for.
+    """
 
     def __init__(self, model: Any, loop: DecodingLoop) -> None:
         self._model, self._loop = model, loop
+        self.withdrawn = threading.Event()
 
     def generate(self, streamer: Any = None, **arguments: Any) -> Any:
         seed = getattr(arguments["generation_config"], _SEED, None)
-        request = TextRequest(self._model, arguments, streamer, seed)
+        request = TextRequest(self._model, arguments, streamer, seed, self.withdrawn)
         self._loop.submit(request)
         return request.answer.result()
 

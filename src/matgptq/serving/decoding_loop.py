@@ -1,8 +1,10 @@
 """The thread that answers requests: several at once, a token of each in one step.
 
 transformers' ``generate`` prepares a request (its processors of logits, its criteria to stop, its cache) and hands it
-over as soon as the first token is to be computed. From there on sequences of one model go through it together,
-each with a cache of its own. What cannot be decoded so, beams or models off the short way, has the thread to itself.
+over as soon as its prompt is to be read. One prompt is read at a time, from where it differs from what was read before,
+and in pieces while texts are being generated, a step of theirs between two pieces. Sequences of one model go through
+it together, each with a cache of its own. What cannot be decoded so, beams or models off the short way, has the thread
+to itself.
 """
 
 from __future__ import annotations
@@ -10,16 +12,20 @@ from __future__ import annotations
 import copy
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from matgptq.block_stack import next_logits, takes_groups
 from matgptq.kv_cache import CACHE_ARGUMENT
+from matgptq.serving.prompt_cache import PromptCache, ReadText
+
+_PIECE = 256  # tokens of a prompt that others wait for at a time
 
 
 @dataclass
@@ -31,6 +37,7 @@ class TextRequest:
         arguments: of its ``generate``, without a streamer.
         streamer: is given the prompt and each token, as ``generate`` gives them.
         seed: of the sampling; default: by chance.
+        withdrawn: set by whoever asked and does not wait for the answer any more.
         answer: the ids of prompt and text ``[1, tokens]``, or what went wrong.
     """
 
@@ -38,7 +45,17 @@ class TextRequest:
     arguments: dict[str, Any]
     streamer: Any = None
     seed: int | None = None
+    withdrawn: threading.Event = field(default_factory=threading.Event)
     answer: Future[Tensor] = field(default_factory=Future)
+
+    def check_wanted(self) -> None:
+        """Raise ``WithdrawnError`` if it was withdrawn."""
+        if self.withdrawn.is_set():
+            raise WithdrawnError
+
+
+class WithdrawnError(Exception):
+    """A request was withdrawn before it was answered."""
 
 
 class DecodingLoop:
@@ -46,10 +63,12 @@ class DecodingLoop:
 
     Args:
         parallel: requests that are answered at once, 1 or more; others wait.
+        cache_bytes: of keys and values that are kept of texts that have ended, for prompts that begin like them.
     """
 
-    def __init__(self, parallel: int) -> None:
+    def __init__(self, parallel: int, cache_bytes: int = 0) -> None:
         self._parallel = parallel
+        self._read = PromptCache(cache_bytes)
         self._waiting: queue.Queue[TextRequest] = queue.Queue()
         threading.Thread(target=self._run, daemon=True, name="matgptq-decoding").start()
 
@@ -60,12 +79,29 @@ class DecodingLoop:
     def _run(self) -> None:
         texts: list[_Text] = []
         while True:
-            # One at a time, so that those at work wait for one prompt only.
-            if len(texts) < self._parallel and (not texts or not self._waiting.empty()):
-                texts += _begin(self._waiting.get())
-            for model in {id(text.request.model): text.request.model for text in texts}.values():
-                _step(model, [text for text in texts if text.request.model is model])
+            reading = [text for text in texts if text.is_reading]
+            if not reading and len(texts) < self._parallel and (not texts or not self._waiting.empty()):
+                reading = self._begin(self._waiting.get(), texts)
+                texts += reading
+            for text in reading:
+                text.read(None if len(texts) == 1 else _PIECE)
+            ready = [text for text in texts if not (text.ended or text.is_reading)]
+            for model in {id(text.request.model): text.request.model for text in ready}.values():
+                _step(model, [text for text in ready if text.request.model is model])
+            for text in texts:
+                if text.ended and text.is_whole:
+                    self._read.keep(text.so_far())
             texts = [text for text in texts if not text.ended]
+
+    def _begin(self, request: TextRequest, texts: Iterable[_Text]) -> list[_Text]:
+        """A text whose prompt is to be read; empty if the request is answered by then, or cannot be."""
+        text = _prepare(request)
+        if text is None:
+            return []
+        held = self._read.begin(request.model, text.ids[0], (each.so_far() for each in texts))
+        if held is not None:
+            text.cache = held
+        return [text]
 
 
 @dataclass
@@ -79,38 +115,70 @@ class _Text:
     criteria: Any
     samples: bool
     ended: bool = False
+    is_whole: bool = True  # no step broke off, so that the cache holds what it says it does
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def __post_init__(self) -> None:
+        self._prompt = self.ids.shape[1]
         if self.request.seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(self.request.seed)
 
-    def read_prompt(self) -> None:
-        output = self.request.model(
-            input_ids=self.ids, **{CACHE_ARGUMENT: self.cache}, use_cache=True, logits_to_keep=1
-        )
-        self._tell(self.ids)
-        self.take(output.logits[:, -1])
+    @property
+    def is_reading(self) -> bool:
+        """Whether some of its prompt is still to be read."""
+        return int(self.cache.get_seq_length()) < self._prompt
+
+    def so_far(self) -> ReadText:
+        """What has been read of it."""
+        return ReadText(self.request.model, self.ids[0, : self.cache.get_seq_length()], self.cache)
+
+    def read(self, most: int | None) -> None:
+        """Read the prompt on, by no more tokens than that; behind its last one comes the first of the text."""
+        first = self.cache.get_seq_length()
+        last = self._prompt if most is None else min(first + most, self._prompt)
+        try:
+            with torch.no_grad():
+                output = self.request.model(
+                    input_ids=self.ids[:, first:last], **{CACHE_ARGUMENT: self.cache}, use_cache=True, logits_to_keep=1
+                )
+        except Exception as error:  # whatever it is, others are to be answered
+            self.break_off(error)
+            return
+        if not self.is_reading:
+            self.take(output.logits[:, -1])
+        elif self.request.withdrawn.is_set():
+            self._fail(WithdrawnError())
 
     def take(self, logits: Tensor) -> None:
         """Choose the next token by logits ``[1, vocabulary]``, as ``generate`` does, and end the text where it ends."""
-        scores = self.processors(self.ids, logits.to(torch.float32, copy=True))
-        if self.samples:
-            shares = torch.softmax(scores, -1).cpu()
-            token = torch.multinomial(shares, 1, generator=self.generator).to(self.ids.device)
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        self.ids = torch.cat([self.ids, token], 1)
-        self._tell(token[0])
-        if bool(self.criteria(self.ids, scores).all()):
-            self.ended = True
-            if self.request.streamer is not None:
-                self.request.streamer.end()
-            self.request.answer.set_result(self.ids)
+        try:
+            self.request.check_wanted()
+            if self.ids.shape[1] == self._prompt:
+                self._tell(self.ids)
+            scores = self.processors(self.ids, logits.to(torch.float32, copy=True))
+            if self.samples:
+                shares = torch.softmax(scores, -1).cpu()
+                token = torch.multinomial(shares, 1, generator=self.generator).to(self.ids.device)
+            else:
+                token = scores.argmax(-1, keepdim=True)
+            self.ids = torch.cat([self.ids, token], 1)
+            self._tell(token[0])
+            if bool(self.criteria(self.ids, scores).all()):
+                self.ended = True
+                if self.request.streamer is not None:
+                    self.request.streamer.end()
+                self.request.answer.set_result(self.ids)
+        except Exception as error:  # a client that has gone, say
+            self._fail(error)
 
-    def fail(self, error: Exception) -> None:
+    def break_off(self, error: Exception) -> None:
+        """End it since the model failed."""
+        self.is_whole = False
+        self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
         self.ended = True
         self.request.answer.set_exception(error)
 
@@ -119,22 +187,32 @@ class _Text:
             self.request.streamer.put(tokens.cpu())
 
 
-def _begin(request: TextRequest) -> list[_Text]:
-    """Read a prompt; empty if the request is answered by then, or cannot be."""
+class _Withdrawn(StoppingCriteria):  # type: ignore[misc]
+    """Ends what ``generate`` does alone once nobody waits for it."""
+
+    def __init__(self, request: TextRequest) -> None:
+        self._request = request
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), self._request.withdrawn.is_set(), device=input_ids.device)
+
+
+def _prepare(request: TextRequest) -> _Text | None:
+    """A text whose prompt is to be read; None if the request is answered by then, or cannot be."""
     model, arguments = request.model, request.arguments
     try:
-        if not takes_groups(model) or not _is_plain(arguments["generation_config"], model.generation_config):
-            if request.seed is not None:
-                torch.manual_seed(request.seed)  # texts that are decoded together have generators of their own
-            request.answer.set_result(model.generate(**arguments, streamer=request.streamer))
-            return []
-        text: _Text = model.generate(**_with_stop_strings(arguments), custom_generate=_prepare(request))
-        with torch.no_grad():
-            text.read_prompt()
+        request.check_wanted()
+        if takes_groups(model) and _is_plain(arguments["generation_config"], model.generation_config):
+            text: _Text = model.generate(**_with_stop_strings(arguments), custom_generate=_keeper(request))
+            return text
+        if request.seed is not None:
+            torch.manual_seed(request.seed)  # texts that are decoded together have generators of their own
+        criteria = StoppingCriteriaList([_Withdrawn(request)])
+        ids = model.generate(**arguments, streamer=request.streamer, stopping_criteria=criteria)
+        request.answer.set_result(ids)
     except Exception as error:  # whatever it is, others are to be answered
         request.answer.set_exception(error)
-        return []
-    return [] if text.ended else [text]
+    return None
 
 
 def _is_plain(generation: Any, defaults: Any) -> bool:
@@ -152,8 +230,6 @@ def _is_plain(generation: Any, defaults: Any) -> bool:
 
 def _with_stop_strings(arguments: dict[str, Any]) -> dict[str, Any]:
     """Strings that end a text as a criterion: ``generate`` gives a tokenizer to its own decoding only."""
-    from transformers import StoppingCriteriaList, StopStringCriteria
-
     generation = arguments["generation_config"]
     if not generation.stop_strings:
         return arguments
@@ -163,7 +239,7 @@ def _with_stop_strings(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "generation_config": without, "stopping_criteria": StoppingCriteriaList([criterion])}
 
 
-def _prepare(request: TextRequest) -> Callable[..., _Text]:
+def _keeper(request: TextRequest) -> Callable[..., _Text]:
     """What ``generate`` calls in place of its own decoding: it keeps what was prepared."""
 
     def keep(
@@ -188,10 +264,7 @@ def _step(model: Any, texts: list[_Text]) -> None:
             logits = next_logits(model, tokens, [text.cache for text in texts])
     except Exception as error:
         for text in texts:
-            text.fail(error)
+            text.break_off(error)
         return
     for number, text in enumerate(texts):
-        try:
-            text.take(logits[number : number + 1])
-        except Exception as error:  # a client that has gone, say
-            text.fail(error)
+        text.take(logits[number : number + 1])

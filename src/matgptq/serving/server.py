@@ -29,10 +29,10 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigurationError(f"cannot listen on {host}:{port}: {error}") from error
 
 
-def serve(models: ServedModels, listener: socket.socket, parallel: int) -> None:
-    """Answer requests, so many at once, until the process is told to stop."""
+def serve(models: ServedModels, listener: socket.socket, parallel: int, cache_bytes: int) -> None:
+    """Answer requests until the process is told to stop; ``parallel`` and ``cache_bytes`` as for ``make_app``."""
     import uvicorn
 
     from matgptq.serving.app import make_app
 
-    uvicorn.Server(uvicorn.Config(make_app(models, parallel), log_level="info")).run([listener])
+    uvicorn.Server(uvicorn.Config(make_app(models, parallel, cache_bytes), log_level="info")).run([listener])

@@ -212,15 +212,12 @@ def test_other_models_have_the_loop_to_themselves(make_checkpoint: Any, steps: l
 
 
 @pytest.mark.parametrize("length", [1, 9, 10, 11, 37])
-def test_a_prompt_is_read_in_pieces_between_steps(
-    model: Any, out: Path, steps: list[int], length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoding_loop, "_PIECE", 10)
+def test_a_prompt_is_read_in_pieces_between_steps(model: Any, out: Path, steps: list[int], length: int) -> None:
     events: list[int] = []
     other = copy_at(model, 2)
     model.register_forward_pre_hook(lambda *given: events.append(given[2]["input_ids"].shape[1]), with_kwargs=True)
     other.register_forward_pre_hook(lambda *_: events.append(0), with_kwargs=True)
-    loop, gate = DecodingLoop(4), threading.Event()
+    loop, gate = DecodingLoop(4, piece=10), threading.Event()
     first = ask(loop, other, prompt(3), Listener(gate), max_new_tokens=40)
     second = ask(loop, model, prompt(length), max_new_tokens=2)
     gate.set()
@@ -233,9 +230,8 @@ def test_a_prompt_is_read_in_pieces_between_steps(
 
 
 @pytest.mark.parametrize("when", ["waiting", "reading", "generating", "alone"])
-def test_a_withdrawn_request_is_ended(model: Any, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding_loop, "_PIECE", 4)
-    loop, gate = DecodingLoop(2), threading.Event()
+def test_a_withdrawn_request_is_ended(model: Any, when: str) -> None:
+    loop, gate = DecodingLoop(2, piece=4), threading.Event()
     options = {"num_beams": 2} if when == "alone" else {}
     settings = GenerationConfig(max_new_tokens=100, do_sample=False, pad_token_id=0, **options)
     request = TextRequest(model, {"input_ids": prompt(20), "generation_config": settings})

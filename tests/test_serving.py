@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -138,6 +139,20 @@ def test_a_slice_serves_itself(out: Path, tmp_path: Path) -> None:
     assert open_models(tmp_path / "slice").names == ["slice", "slice:2"]
     with pytest.raises(AllocationError, match="only the slice of 2 bits"):
         open_models(tmp_path / "slice", 4)
+
+
+def test_the_thread_that_loads_does_not_stay(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts took twice the time beside OpenMP's workers of the main thread."""
+    threads = []
+
+    def noted(*given: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return matgptq.load(*given, **options)
+
+    monkeypatch.setattr("matgptq.serving.served_models.load", noted)
+    open_models(out, 4)
+    assert threads[0] is not threading.main_thread()
+    assert not threads[0].is_alive()
 
 
 # ---- routes --------------------------------------------------------------------------------------------------------

@@ -25,8 +25,6 @@ from matgptq.block_stack import next_logits, takes_groups
 from matgptq.kv_cache import CACHE_ARGUMENT
 from matgptq.serving.prompt_cache import PromptCache, ReadText
 
-_PIECE = 256  # tokens of a prompt that others wait for at a time
-
 
 @dataclass
 class TextRequest:
@@ -59,32 +57,43 @@ class WithdrawnError(Exception):
 
 
 class DecodingLoop:
-    """Answers requests in a thread of its own, which ends with the process.
+    """Answers requests in a thread of its own, which ends with the process or with ``close``.
 
     Args:
         parallel: requests that are answered at once, 1 or more; others wait.
         cache_bytes: of keys and values that are kept of texts that have ended, for prompts that begin like them.
+        piece: tokens of a prompt that others wait for at a time.
     """
 
-    def __init__(self, parallel: int, cache_bytes: int = 0) -> None:
-        self._parallel = parallel
+    def __init__(self, parallel: int, cache_bytes: int = 0, piece: int = 512) -> None:
+        self._parallel, self._piece = parallel, piece
         self._read = PromptCache(cache_bytes)
-        self._waiting: queue.Queue[TextRequest] = queue.Queue()
-        threading.Thread(target=self._run, daemon=True, name="matgptq-decoding").start()
+        self._waiting: queue.Queue[TextRequest | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="matgptq-decoding")
+        self._thread.start()
 
     def submit(self, request: TextRequest) -> None:
         """Queue a request."""
         self._waiting.put(request)
 
+    def close(self) -> None:
+        """Answer what was submitted so far, then end the thread."""
+        self._waiting.put(None)
+        self._thread.join()
+
     def _run(self) -> None:
         texts: list[_Text] = []
-        while True:
+        closed = False
+        while texts or not closed:
             reading = [text for text in texts if text.is_reading]
-            if not reading and len(texts) < self._parallel and (not texts or not self._waiting.empty()):
-                reading = self._begin(self._waiting.get(), texts)
+            free = not closed and not reading and len(texts) < self._parallel
+            if free and (not texts or not self._waiting.empty()):
+                request = self._waiting.get()
+                closed = request is None
+                reading = [] if request is None else self._begin(request, texts)
                 texts += reading
             for text in reading:
-                text.read(None if len(texts) == 1 else _PIECE)
+                text.read(None if len(texts) == 1 else self._piece)
             ready = [text for text in texts if not (text.ended or text.is_reading)]
             for model in {id(text.request.model): text.request.model for text in ready}.values():
                 _step(model, [text for text in ready if text.request.model is model])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,10 @@ def open_models(
         ConfigurationError, CheckpointError, AllocationError, SourceError: as ``matgptq.load``.
     """
     local = Path(path).expanduser()
-    model = load(path, bits, allocation, trust_remote_code=trust_remote_code, **options)
+    # In a thread that ends: OpenMP has workers for each thread that ever computed, and lets those of the thread that
+    # answers requests sleep between any two products once all of them together are more than there are processors.
+    with ThreadPoolExecutor(1) as aside:
+        model = aside.submit(load, path, bits, allocation, trust_remote_code=trust_remote_code, **options).result()
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     layers = nested_layers(model)
     widths = {layer.bits for layer in layers.values()}

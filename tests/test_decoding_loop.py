@@ -360,6 +360,26 @@ def test_what_a_failed_step_left_is_not_kept(model: Any, monkeypatch: pytest.Mon
     wait_until(lambda: len(loop._read._kept) == 1)
 
 
+def test_what_goes_wrong_before_a_prompt_is_read_fails_its_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise MemoryError("no more")
+
+    loop = DecodingLoop(2, 1 << 30)
+    monkeypatch.setattr(decoding_loop.PromptCache, "begin", broken)
+    with pytest.raises(MemoryError, match="no more"):
+        ask(loop, model, prompt(30)).result(60)
+    monkeypatch.undo()
+    assert torch.equal(ask(loop, model, prompt(30)).result(60), alone(model, prompt(30)))
+
+
+def test_a_loop_that_is_closed_has_answered(model: Any) -> None:
+    loop = DecodingLoop(2)
+    futures = [ask(loop, model, prompt(length)) for length in (4, 5, 6)]
+    loop.close()
+    assert all(future.done() for future in futures)
+    assert not loop._thread.is_alive()
+
+
 def test_a_client_that_went_away_may_come_back(model: Any) -> None:
     loop = DecodingLoop(2, 1 << 30)
     broken = ask(loop, model, prompt(30), Listener(last=3), min_new_tokens=8)

@@ -104,10 +104,14 @@ class DecodingLoop:
 
     def _begin(self, request: TextRequest, texts: Iterable[_Text]) -> list[_Text]:
         """A text whose prompt is to be read; empty if the request is answered by then, or cannot be."""
-        text = _prepare(request)
-        if text is None:
+        try:
+            text = _prepare(request)
+            if text is None:
+                return []
+            held = self._read.begin(request.model, text.ids[0], (each.so_far() for each in texts))
+        except Exception as error:  # whatever it is, others are to be answered
+            request.answer.set_exception(error)
             return []
-        held = self._read.begin(request.model, text.ids[0], (each.so_far() for each in texts))
         if held is not None:
             text.cache = held
         return [text]
@@ -207,20 +211,16 @@ class _Withdrawn(StoppingCriteria):  # type: ignore[misc]
 
 
 def _prepare(request: TextRequest) -> _Text | None:
-    """A text whose prompt is to be read; None if the request is answered by then, or cannot be."""
+    """A text whose prompt is to be read; None if ``generate`` has answered the request alone."""
     model, arguments = request.model, request.arguments
-    try:
-        request.check_wanted()
-        if takes_groups(model) and _is_plain(arguments["generation_config"], model.generation_config):
-            text: _Text = model.generate(**_with_stop_strings(arguments), custom_generate=_keeper(request))
-            return text
-        if request.seed is not None:
-            torch.manual_seed(request.seed)  # texts that are decoded together have generators of their own
-        criteria = StoppingCriteriaList([_Withdrawn(request)])
-        ids = model.generate(**arguments, streamer=request.streamer, stopping_criteria=criteria)
-        request.answer.set_result(ids)
-    except Exception as error:  # whatever it is, others are to be answered
-        request.answer.set_exception(error)
+    request.check_wanted()
+    if takes_groups(model) and _is_plain(arguments["generation_config"], model.generation_config):
+        text: _Text = model.generate(**_with_stop_strings(arguments), custom_generate=_keeper(request))
+        return text
+    if request.seed is not None:
+        torch.manual_seed(request.seed)  # texts that are decoded together have generators of their own
+    criteria = StoppingCriteriaList([_Withdrawn(request)])
+    request.answer.set_result(model.generate(**arguments, streamer=request.streamer, stopping_criteria=criteria))
     return None
 
 

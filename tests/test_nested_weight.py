@@ -7,8 +7,7 @@ import torch
 from brute_force import WIDTHS, slice_weights
 
 from matgptq.errors import ConfigurationError
-from matgptq.nested_weight import NestedWeight, scale_source
-from matgptq.size import layer_bits
+from matgptq.nested_weight import NestedWeight, layer_bits, scale_source
 
 
 def random_nested(rows=5, columns=12, groups=3, widths=(3, 8)):

@@ -31,12 +31,11 @@ from matgptq.errors import ConfigurationError
 from matgptq.families import Family, find_family
 from matgptq.loading import load
 from matgptq.model_config import check_window, longest_window
-from matgptq.progress import Progress, Silent, counting_steps
+from matgptq.progress import Progress, Silent, StageClock, counting_steps
 from matgptq.reference_model import find_reference, load_reference
 from matgptq.run_log import LOG_NAME, RunLog, check_wandb
 from matgptq.slicing import WIDTHS
 from matgptq.source import ModelSource, load_tokenizer
-from matgptq.stage_clock import StageClock
 from matgptq.teacher import observe
 from matgptq.text.windows import SELF, Windows, calibration_windows, check_texts
 from matgptq.width_search.budget import Budget, SearchSpace, bits_budget, size_budget

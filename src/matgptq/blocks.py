@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from matgptq.devices import fast_products
 from matgptq.errors import UnsupportedModelError
-from matgptq.expert_hessians import ExpertLayers
-from matgptq.experts import Experts
+from matgptq.experts import ExpertLayers, Experts
 from matgptq.families import Family
 from matgptq.workers import INLINE, Workers
 

@@ -28,8 +28,7 @@ from matgptq.format import (
 )
 from matgptq.json_files import read_json
 from matgptq.model_config import stored_dtype
-from matgptq.nested_weight import scale_source
-from matgptq.size import layer_bits
+from matgptq.nested_weight import layer_bits, scale_source
 from matgptq.slicing import PARENT_BITS, WIDTHS
 from matgptq.stored_layers import parts_of_layers
 from matgptq.stored_tensors import TensorInfo, read_headers

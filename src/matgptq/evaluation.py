@@ -21,12 +21,11 @@ from matgptq.evaluation_results import Evaluation, Result
 from matgptq.loading import load, load_config
 from matgptq.model_config import check_window, longest_window
 from matgptq.native import Activations
-from matgptq.plan import CPU_SELF_SEQLEN
 from matgptq.progress import Progress, Silent
 from matgptq.reference_model import load_optional_reference
 from matgptq.slicing import PARENT_BITS, check_widths
 from matgptq.source import load_tokenizer
-from matgptq.text.self_text import model_fingerprint
+from matgptq.text.self_text import CPU_SELF_SEQLEN, model_fingerprint
 from matgptq.text.sources import open_text
 from matgptq.text.tokens import TextProtocol
 from matgptq.text.windows import SELF, Windows, check_cut, evaluation_windows

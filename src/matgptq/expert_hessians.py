@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from matgptq.devices import fast_products
 from matgptq.distributed import Processes
-from matgptq.experts import Experts
+from matgptq.experts import ExpertLayers, Experts
 from matgptq.hessian import mirror
 from matgptq.sightings import Notes, Sighting, Watch
 
@@ -53,14 +53,6 @@ class Coverage:
 
     tokens: int
     shared: bool
-
-
-@dataclass(frozen=True)
-class ExpertLayers:
-    """Quantizable layers of one expert: the full name of the first of each group, None for one that is left alone."""
-
-    inner: str | None
-    down: str | None
 
 
 class ExpertTotals:

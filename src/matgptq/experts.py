@@ -9,6 +9,7 @@ files; what it computes stays the same.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ _UNDERSTOOD = {
     "is_transposed": False,
     "has_post_expert_norm": False,
 }
+
+
+@dataclass(frozen=True)
+class ExpertLayers:
+    """Quantizable layers of one expert: the full name of the first of each group, None for one that is left alone."""
+
+    inner: str | None
+    down: str | None
 
 
 class Expert(nn.Module):

@@ -11,6 +11,13 @@ from torch import Tensor
 from matgptq.errors import ConfigurationError
 from matgptq.slicing import PARENT_BITS, WIDTHS, check_bits, dequantize
 
+SCALE_BITS = 16  # of a scale as it is stored and served
+
+
+def layer_bits(out_features: int, in_features: int, group_size: int, bits: int) -> int:
+    """Bits that serving reads of one layer: its codes at ``bits`` each, and one scale per row and group."""
+    return out_features * in_features * bits + out_features * (in_features // group_size) * SCALE_BITS
+
 
 def scale_source(scale_bits: Iterable[int]) -> dict[int, int]:
     """Which stored scales each width reads: its own, or else those of the next larger width that has some.

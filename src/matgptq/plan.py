@@ -16,16 +16,16 @@ from matgptq.errors import ConfigurationError
 from matgptq.families import find_family
 from matgptq.grid import resolve_group_size
 from matgptq.model_config import check_window, longest_window
+from matgptq.nested_weight import SCALE_BITS
 from matgptq.output_hessian import matrix_bytes
 from matgptq.recipe import PER_CHANNEL, Recipe
-from matgptq.size import SCALE_BITS
+from matgptq.text.self_text import CPU_SELF_SEQLEN
 from matgptq.text.windows import takes_self
 
 DEFAULT_NSAMPLES = 128
 DEFAULT_SEQLEN = 2048
-# A CPU sees about a thousandth of a GPU's tokens per second; these keep a small model to minutes.
+# A CPU sees about a thousandth of a GPU's tokens per second; this keeps a small model to minutes.
 CPU_NSAMPLES = 16
-CPU_SELF_SEQLEN = 512
 _OUTPUT_HESSIAN_BYTES = 1 << 31  # of all blocks; of larger models a quarter of their layers in 16 bits
 
 

@@ -1,7 +1,8 @@
-"""How long work tells what it is doing: an interface that the command line draws and the library keeps silent."""
+"""How long work tells what it is doing, which the command line draws and the library keeps silent, and its time."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -44,3 +45,17 @@ def counting_steps(progress: Progress, steps: int) -> Counted:
         reached = now
 
     return report
+
+
+class StageClock:
+    """Wall time by stage. Attributes: ``laps``, ``{stage: seconds}`` of the stages that are over."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """A stage is over; the next begins."""
+        now = time.monotonic()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now

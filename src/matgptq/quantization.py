@@ -23,7 +23,7 @@ from matgptq.format import REPORT_NAME
 from matgptq.json_files import read_json
 from matgptq.plan import CalibrationRequest
 from matgptq.preparation import prepare
-from matgptq.progress import Progress, Silent
+from matgptq.progress import Progress, Silent, StageClock
 from matgptq.quantization_run import QuantizationRun
 from matgptq.recipe import make_recipe
 from matgptq.refinement import refine
@@ -32,7 +32,6 @@ from matgptq.requirements import check_requirements
 from matgptq.run_log import check_wandb
 from matgptq.slicing import check_bits
 from matgptq.source import open_source
-from matgptq.stage_clock import StageClock
 from matgptq.text.windows import SELF
 from matgptq.work_directory import WorkDirectory, kept_bytes
 

@@ -28,14 +28,13 @@ from matgptq.kept_tensors import read_kept
 from matgptq.nested_weight import NestedWeight
 from matgptq.plan import CalibrationRequest, Plan
 from matgptq.preparation import Prepared
-from matgptq.progress import Progress, counting_steps
+from matgptq.progress import Progress, StageClock, counting_steps
 from matgptq.recipe import Recipe
 from matgptq.report import LayerReport, Report
 from matgptq.residency import Streamed, return_freed_memory
 from matgptq.rotated_model import rotate_model
 from matgptq.run_log import LOG_NAME, RunLog
 from matgptq.source import ModelSource
-from matgptq.stage_clock import StageClock
 from matgptq.stored_layers import layer_tensors, read_layer
 from matgptq.stored_tensors import read_header, read_tensor
 from matgptq.text.packing import first_tokens

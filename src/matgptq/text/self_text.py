@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # Sampled side by side, if nothing else is said, and tokens in each.
 BATCH_SIZE, DOCUMENT_TOKENS = 32, 512
+# Tokens of a window where a CPU samples it, if nothing else is said: minutes for a small model.
+CPU_SELF_SEQLEN = 512
 # Part of the cache key: raise it when the same arguments would generate other tokens.
 _GENERATION_VERSION = 3
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matgptq.checkpoint import LayerInfo
 from matgptq.families import Family
-from matgptq.size import layer_bits
+from matgptq.nested_weight import layer_bits
 
 _EXPERTS = ".experts."
 

@@ -21,7 +21,8 @@ setup: .venv/ready
 	touch $@
 
 # Builds the native library, too, where there is a C++ compiler.
-.venv/ready: .venv/dependencies pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+# An editable installation knows which modules are packages: it is made anew when the package changes its face.
+.venv/ready: .venv/dependencies pyproject.toml CMakeLists.txt src/matgptq/__init__.py $(wildcard csrc/*)
 	$(PIP) --no-deps --editable .
 	touch $@
 
@@ -57,7 +58,7 @@ $(VLLM)/dependencies: requirements-vllm.txt
 	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
-$(VLLM)/ready: $(VLLM)/dependencies pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+$(VLLM)/ready: $(VLLM)/dependencies pyproject.toml CMakeLists.txt src/matgptq/__init__.py $(wildcard csrc/*)
 	$(VLLM_PIP) --no-deps --editable .
 	touch $@
 

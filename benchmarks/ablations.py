@@ -27,18 +27,18 @@ from quality_table import EVALUATED, NSAMPLES, SEQLEN, Row, Texts, calibration_t
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matgptq import block_quantizer, calibration_gradients
-from matgptq.block_hessians import collect_hessians
-from matgptq.block_quantizer import BlockQuantizer
-from matgptq.blocks import Block, BlockInputs, run_block
-from matgptq.devices import fast_sums
-from matgptq.grid import refit_scales
+from matgptq.calibration.block_hessians import collect_hessians
+from matgptq.core.grid import refit_scales
+from matgptq.core.output_hessian import OutputHessian, summed_tensors
+from matgptq.core.solver import Solution, solve
+from matgptq.machine.devices import fast_sums
+from matgptq.models.blocks import Block, BlockInputs, run_block
+from matgptq.models.source import open_source
 from matgptq.nested_weight import NestedWeight
-from matgptq.output_hessian import OutputHessian, summed_tensors
+from matgptq.quantization import block_quantizer, calibration_gradients
+from matgptq.quantization.block_quantizer import BlockQuantizer
 from matgptq.recipe import Recipe
 from matgptq.slicing import slice_levels
-from matgptq.solver import Solution, solve
-from matgptq.source import open_source
 from matgptq.text.windows import SELF, calibration_windows
 
 COARSE, FINE = 64, 32  # group sizes

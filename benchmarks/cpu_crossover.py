@@ -1,11 +1,11 @@
-"""From how many rows on dequantized tiles are faster than the fused kernel: `matgptq.kernel_choice.fused_rows`.
+"""From how many rows on dequantized tiles are faster than the fused kernel: `matgptq.kernels.kernel_choice.fused_rows`.
 
     python benchmarks/cpu_crossover.py [-o benchmarks/results/cpu_crossover.json]
 
 Exact activations of each dtype: the fused native kernel (also with activations rounded to int8, for which there is no
 other way), tiles that are dequantized and multiplied by PyTorch, and PyTorch with weights that are dense already, which
-leaves out the work of unpacking and is no contestant; the latter once more inside `matgptq.devices.exact_products`,
-which makes a difference to float32 where oneDNN is faster than MKL.
+leaves out the work of unpacking and is no contestant; the latter once more inside
+`matgptq.machine.devices.exact_products`, which makes a difference to float32 where oneDNN is faster than MKL.
 Medians of interleaved repetitions, in GFLOP/s.
 """
 
@@ -24,8 +24,8 @@ from machine import describe_machine
 from torch import Tensor
 
 from matgptq import native
-from matgptq.devices import exact_products
-from matgptq.kernel_choice import _run_tiled, fused_rows
+from matgptq.kernels.kernel_choice import _run_tiled, fused_rows
+from matgptq.machine.devices import exact_products
 
 SHAPES = [(4096, 4096), (2048, 8192), (1536, 576)]
 ROWS = (8, 16, 24, 32, 48, 64, 128, 256, 512, 2048)

@@ -30,9 +30,9 @@ from machine import describe_machine
 
 import matgptq
 from matgptq import native
-from matgptq.block_stack import BlockStack
-from matgptq.decoding import RowBlock
-from matgptq.speed import _step_seconds
+from matgptq.evaluation.speed import _step_seconds
+from matgptq.inference.block_stack import BlockStack
+from matgptq.inference.decoding import RowBlock
 
 WAYS = ("transformers", "blocks", "stack")
 HEAD_BITS = 8

@@ -21,7 +21,7 @@ from llama_library import Library, Model
 from machine import describe_machine
 
 import matgptq
-from matgptq.source import load_tokenizer
+from matgptq.models.source import load_tokenizer
 
 TEXT = (
     "The lighthouse keeper wrote in his journal that the storm had passed, and the sea was calm again by morning. "

@@ -34,14 +34,14 @@ import torch
 from machine import describe_machine
 from torch import Tensor
 
-from matgptq import kernel_choice
+from matgptq.core.sweep import SweepGrid, compensate, compensation_coupling, descend, descent_coupling
 from matgptq.gpu import layout as gpu_layout
 from matgptq.gpu import support as gpu_support
 from matgptq.gpu.layout import PlaneWeight
 from matgptq.gpu.tuning import candidate_launches
+from matgptq.kernels import kernel_choice
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS
-from matgptq.sweep import SweepGrid, compensate, compensation_coupling, descend, descent_coupling
 
 GROUP_SIZE = 64
 ROUNDS = 7

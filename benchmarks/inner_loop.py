@@ -21,10 +21,10 @@ from machine import describe_machine
 from torch import Tensor
 
 from matgptq import native
-from matgptq.hessian import factorize
+from matgptq.core.hessian import factorize
+from matgptq.core.solver import solve
 from matgptq.recipe import make_recipe
 from matgptq.slicing import level_table
-from matgptq.solver import solve
 
 SHAPES = {"attention 576 x 576": (576, 576), "gate 1536 x 576": (1536, 576), "down 576 x 1536": (576, 1536)}
 GROUP_SIZE = 64

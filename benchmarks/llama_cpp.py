@@ -42,8 +42,8 @@ from machine import describe_machine
 
 import matgptq
 from matgptq import native
+from matgptq.evaluation.speed import _bytes_per_token, _product_seconds, _prompt_seconds, _step_seconds
 from matgptq.native import Activations
-from matgptq.speed import _bytes_per_token, _product_seconds, _prompt_seconds, _step_seconds
 
 TYPES = {8: Type.Q8_0, 4: Type.Q4_0, 3: Type.Q3_K, 2: Type.Q2_K}
 TARGETS = {8: 1.0, 4: 1.0, 3: 1.2, 2: 1.2}

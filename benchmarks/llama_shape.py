@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from matgptq.checkpoint_writer import CheckpointWriter
-from matgptq.format import Settings
+from matgptq.checkpoints.format import Settings
+from matgptq.checkpoints.writer import CheckpointWriter
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS
 

@@ -24,8 +24,8 @@ from torch import nn
 
 import matgptq
 from matgptq import native
-from matgptq.output_head import DenseHead, PackedHead
-from matgptq.speed import _step_seconds
+from matgptq.evaluation.speed import _step_seconds
+from matgptq.inference.output_head import DenseHead, PackedHead
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
 

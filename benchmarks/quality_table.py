@@ -22,7 +22,7 @@ from typing import Any
 from machine import describe_machine, peak_memory_bytes
 from torch import Tensor
 
-from matgptq.source import open_source
+from matgptq.models.source import open_source
 from matgptq.text.windows import evaluation_windows
 
 GROUP_SIZE = 64

@@ -36,7 +36,7 @@ VOCABULARY = 1024
 _RUN = """
 import sys, time, torch
 torch.set_num_threads({threads})
-import matgptq, matgptq.preparation as preparation
+import matgptq, matgptq.quantization.preparation as preparation
 if {whole}:
     preparation.can_stream = lambda source: False
 tokens = torch.randint(3, {vocabulary}, ({windows}, {seqlen}), generator=torch.Generator().manual_seed(0))
@@ -57,8 +57,8 @@ def make_model(directory: Path, blocks: int, shape: dict[str, int]) -> None:
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    from matgptq.residency import build_empty
-    from matgptq.source import ModelSource
+    from matgptq.models.residency import build_empty
+    from matgptq.models.source import ModelSource
 
     directory.mkdir(parents=True)
     config = LlamaConfig(

@@ -29,14 +29,14 @@ from machine import describe_machine
 from torch import Tensor
 
 import matgptq
-from matgptq.allocation_search import Search
-from matgptq.allocation_store import stored_allocations
-from matgptq.checkpoint import open_checkpoint
-from matgptq.families import find_family
+from matgptq.checkpoints.allocation_store import stored_allocations
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.models.families import find_family
+from matgptq.models.source import load_tokenizer
 from matgptq.plotting import plot_search
 from matgptq.slicing import WIDTHS
-from matgptq.source import load_tokenizer
 from matgptq.text.windows import evaluation_windows
+from matgptq.width_search.allocation_search import Search
 from matgptq.width_search.budget import SearchSpace, bits_budget, parse_sweep
 from matgptq.width_search.layer_groups import group_layers
 from matgptq.width_search.optimum import optimum

@@ -22,10 +22,10 @@ from inner_loop import scan
 from machine import describe_machine
 
 import matgptq
-from matgptq import block_quantizer
-from matgptq.hessian import factorize, prepare_hessian
+from matgptq.core.hessian import factorize, prepare_hessian
+from matgptq.core.solver import Solution, solve
+from matgptq.quantization import block_quantizer
 from matgptq.recipe import make_recipe
-from matgptq.solver import Solution, solve
 
 GROUP_SIZE = 64
 BITS = (2, 3, 4, 8)

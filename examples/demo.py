@@ -12,11 +12,11 @@ from rich.console import Console
 from transformers.utils import logging
 
 import matgptq
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.console import ProgressBars, error_table, evaluation_table, report_summary, size_table
-from matgptq.generation import generate_text
+from matgptq.inference.generation import generate_text
+from matgptq.models.source import load_tokenizer
 from matgptq.plotting import plot_widths
-from matgptq.source import load_tokenizer
 
 OUT = Path("demo/smollm2-135m-instruct")
 PLOT = Path("demo/widths.png")

@@ -44,7 +44,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeCh
 @pytest.fixture
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in float32 also where a CPU multiplies bfloat16 faster, for tests that compare to the last digit."""
-    monkeypatch.setattr("matgptq.devices.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("matgptq.machine.devices.multiplies_bfloat16", lambda device: False)
 
 
 @pytest.fixture

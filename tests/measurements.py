@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from matgptq.evaluation_results import Evaluation, Result, Score, TaskEvaluation, TaskResult
+from matgptq.checkpoints.evaluation_results import Evaluation, Result, Score, TaskEvaluation, TaskResult
 
 SETTINGS = {"dtype": "float32", "activations": "exact", "head_bits": None}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from matgptq.hessian import add_to_tile, hessian_rows, hessian_tiles, mirror
+from matgptq.core.hessian import add_to_tile, hessian_rows, hessian_tiles, mirror
 
 
 def accumulate_hessian(total: Tensor, inputs: Tensor, weight: float = 1.0) -> None:

@@ -14,22 +14,22 @@ from typer.testing import CliRunner
 
 import matgptq
 from matgptq.allocation import Allocation
-from matgptq.allocation_scales import find_scales, save_scales, widths_scales
-from matgptq.allocation_store import ALLOCATIONS, find_allocation, save_allocation
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.allocation_scales import find_scales, save_scales, widths_scales
+from matgptq.checkpoints.allocation_store import ALLOCATIONS, find_allocation, save_allocation
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.checkpoints.format import EXPORT_NAME
+from matgptq.checkpoints.integrity import check_integrity
 from matgptq.cli import app
+from matgptq.core.grid import storable_scales
 from matgptq.errors import AllocationError, ConfigurationError, ExportError, UnsupportedModelError
-from matgptq.format import EXPORT_NAME
-from matgptq.grid import storable_scales
-from matgptq.integrity import check_integrity
-from matgptq.nested_linear import nested_layers
+from matgptq.exports.verification import verify
+from matgptq.inference.nested_linear import nested_layers
 from matgptq.nested_weight import NestedWeight
 from matgptq.progress import Silent
-from matgptq.publishing import prepare_upload, published_texts
+from matgptq.publishing.hub import prepare_upload, published_texts
 from matgptq.tuning import run as tuning_run
 from matgptq.tuning import workspace as tuning_workspace
 from matgptq.tuning.goals import default_learning_rate
-from matgptq.verification import verify
 from matgptq.vllm_plugin.choice import Choice, chosen_layers
 
 NAME = "3.5bpw"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from matgptq.atomic_files import replacing, save_tensors, write_text
+from matgptq.files.atomic import replacing, save_tensors, write_text
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])

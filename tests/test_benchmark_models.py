@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
 
 gguf = pytest.importorskip("gguf", reason="writes GGUF files")
 VOCABULARY = 64

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matgptq.checkpoint import LayerInfo, open_checkpoint
+from matgptq.checkpoints.checkpoint import LayerInfo, open_checkpoint
 from matgptq.errors import AllocationError, ConfigurationError
-from matgptq.families import find_family
+from matgptq.models.families import find_family
 from matgptq.slicing import WIDTHS
 from matgptq.width_search.budget import SearchSpace, bits_budget, parse_size, parse_sweep, size_budget
 from matgptq.width_search.layer_groups import LayerGroup, group_layers

@@ -10,17 +10,17 @@ import torch
 from tiny_models import MODELS, blocks_of, build_model, save_model, token_ids
 
 import matgptq
-from matgptq.block_hessians import collect_hessians
-from matgptq.blocks import Block, capture_inputs, run_block
-from matgptq.channel_scaling import channel_scales, scale_channels, scaled_tensors
+from matgptq.calibration.block_hessians import collect_hessians
+from matgptq.calibration.channel_scaling import channel_scales, scale_channels, scaled_tensors
+from matgptq.calibration.saliency import token_saliency
+from matgptq.core.output_hessian import OutputHessian
 from matgptq.errors import ConfigurationError
-from matgptq.families import find_family
-from matgptq.output_hessian import OutputHessian
+from matgptq.files.stored_tensors import read_headers, read_tensor
+from matgptq.models.blocks import Block, capture_inputs, run_block
+from matgptq.models.families import find_family
+from matgptq.models.residency import Whole
+from matgptq.models.source import open_source
 from matgptq.recipe import make_recipe
-from matgptq.residency import Whole
-from matgptq.saliency import token_saliency
-from matgptq.source import open_source
-from matgptq.stored_tensors import read_headers, read_tensor
 
 SCALABLE = [name for name, (kind, _) in MODELS.items() if find_family(kind).channels is not None]
 
@@ -47,7 +47,7 @@ def seen_by(model: Any, blocks: list[Block], index: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", SCALABLE)
 def test_output_hessians_are_those_of_the_scaled_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("saliency", "devices"):
+    for module in ("calibration.saliency", "machine.devices"):
         monkeypatch.setattr(f"matgptq.{module}.multiplies_bfloat16", lambda device: False)
     model = build_model(name).eval()
     blocks = blocks_of(model)

@@ -23,17 +23,18 @@ from tiny_models import GROUP_SIZE, save_model, token_ids
 from transformers import AutoModelForCausalLM
 
 import matgptq
-from matgptq import checkpoint_writer, directories
-from matgptq.checkpoint import open_checkpoint
-from matgptq.checkpoint_writer import CheckpointWriter, check_destination
+from matgptq.checkpoints import writer as checkpoint_writer
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.checkpoints.format import FORMAT_VERSION, Settings, parse_settings
+from matgptq.checkpoints.integrity import check_integrity
+from matgptq.checkpoints.scale_replacement import replace_scales
+from matgptq.checkpoints.writer import CheckpointWriter, check_destination
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
-from matgptq.format import FORMAT_VERSION, Settings, parse_settings
-from matgptq.integrity import check_integrity
-from matgptq.nested_linear import nested_layers
+from matgptq.files import directories
+from matgptq.files.stored_tensors import read_headers, read_tensor
+from matgptq.inference.nested_linear import nested_layers
 from matgptq.nested_weight import scale_source
-from matgptq.scale_replacement import replace_scales
 from matgptq.slicing import WIDTHS
-from matgptq.stored_tensors import read_headers, read_tensor
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -200,7 +201,7 @@ def test_a_failing_write_changes_nothing_and_the_same_command_goes_on(
     assert sorted(file.name for file in work.glob("block-*.json")) == ["block-00000.json", "block-00001.json"]
     assert not (work / "checkpoint").exists()
     monkeypatch.undo()
-    monkeypatch.setattr("matgptq.block_quantizer.solve", lambda *_: pytest.fail("was solved again"))
+    monkeypatch.setattr("matgptq.quantization.block_quantizer.solve", lambda *_: pytest.fail("was solved again"))
     quantize(source, out, force=force, shard_bytes=10_000, method="rtn")
     open_checkpoint(out)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
@@ -716,7 +717,7 @@ def test_replaced_scales(
     exchange: bool, shard_bytes: int, make_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:  # a system that cannot swap two names in one step
-        monkeypatch.setattr("matgptq.directories.ctypes.CDLL", lambda _: object())
+        monkeypatch.setattr("matgptq.files.directories.ctypes.CDLL", lambda _: object())
     path = tmp_path / "out"
     matgptq.quantize(
         make_checkpoint("llama")[0], path, dataset=token_ids(), group_size=GROUP_SIZE, shard_bytes=shard_bytes
@@ -761,7 +762,10 @@ def test_new_scales_in_a_sharded_checkpoint_are_in_the_index(make_checkpoint, tm
 
 @pytest.mark.parametrize(
     "place",
-    [*(f"matgptq.scale_replacement.{name}" for name in ("write_tensors", "exchange", "sync")), "os.replace"],
+    [
+        *(f"matgptq.checkpoints.scale_replacement.{name}" for name in ("write_tensors", "exchange", "sync")),
+        "os.replace",
+    ],
 )
 def test_scales_that_cannot_be_written_leave_the_old_ones(
     place: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,15 +17,15 @@ from tiny_models import GROUP_SIZE, token_ids
 from typer.testing import CliRunner
 
 import matgptq
-from matgptq.checkpoint import open_checkpoint
-from matgptq.checkpoint_writer import CheckpointWriter
-from matgptq.checksums import CHECKSUMS_NAME, read_checksum
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.checkpoints.integrity import check_integrity
+from matgptq.checkpoints.scale_replacement import replace_scales
+from matgptq.checkpoints.writer import CheckpointWriter
 from matgptq.cli import app
 from matgptq.errors import CheckpointError, SourceError
-from matgptq.integrity import check_integrity
-from matgptq.scale_replacement import replace_scales
-from matgptq.stored_tensors import data_starts, read_header, read_headers
-from matgptq.tensor_file import write_tensors
+from matgptq.files.checksums import CHECKSUMS_NAME, read_checksum
+from matgptq.files.stored_tensors import data_starts, read_header, read_headers
+from matgptq.files.tensor_file import write_tensors
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -14,7 +14,7 @@ from tiny_models import save_model
 from typer.testing import CliRunner, Result
 
 import matgptq
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.cli import app
 from matgptq.commands.options import write_json
 from matgptq.errors import MatGPTQError
@@ -131,7 +131,7 @@ def test_json(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.
     assert "made from" in run("info", checkpoint).stdout
     write_json(tmp_path / "odd.json", {"a": [math.inf, 1.5], "b": (math.nan,)})
     assert json.loads((tmp_path / "odd.json").read_text()) == {"a": [None, 1.5], "b": [None]}
-    monkeypatch.setattr("matgptq.evaluation.load", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr("matgptq.evaluation.text_evaluation.load", lambda *_, **__: pytest.fail("was loaded"))
     assert "--plot" in refuse("eval", checkpoint, "--text", text, "--plot", tmp_path / "nowhere" / "plot.png")
 
 

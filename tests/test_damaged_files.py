@@ -31,13 +31,13 @@ from tiny_models import GROUP_SIZE, token_ids
 from transformers import AutoModelForCausalLM
 
 import matgptq
-from matgptq.allocation_store import find_allocation, stored_allocations
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.allocation_store import find_allocation, stored_allocations
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.checkpoints.integrity import check_integrity
 from matgptq.errors import AllocationError, CheckpointError, MatGPTQError
-from matgptq.integrity import check_integrity
-from matgptq.nested_linear import NestedLinear, nested_layers
+from matgptq.files.stored_tensors import INDEX_NAME
+from matgptq.inference.nested_linear import NestedLinear, nested_layers
 from matgptq.slicing import WIDTHS
-from matgptq.stored_tensors import INDEX_NAME
 
 
 @pytest.fixture(scope="module")

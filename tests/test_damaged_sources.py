@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from test_source import write_gguf
 
 from matgptq.errors import MatGPTQError, SourceError
+from matgptq.models.source import open_source
 from matgptq.reference_formats.folders import DATA_NAME, read_data
-from matgptq.source import open_source
 
 LAYER = "model.layers.0.mlp.up_proj"
 SHAPE = (8, 64)

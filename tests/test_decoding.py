@@ -15,10 +15,12 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 import matgptq
-from matgptq import kernel_choice, native
-from matgptq.block_stack import BlockStack, DecodesTokens, decode_in_one_call
-from matgptq.decoding import DecodesRows, RowBlock, decode_in_rows
-from matgptq.kv_cache import CACHE_ARGUMENT
+from matgptq import native
+from matgptq.inference.block_stack import BlockStack, DecodesTokens, decode_in_one_call
+from matgptq.inference.decoding import DecodesRows, RowBlock, decode_in_rows
+from matgptq.inference.nested_linear import nested_layers
+from matgptq.kernels import kernel_choice
+from matgptq.models.kv_cache import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
 
@@ -129,7 +131,7 @@ def test_other_blocks_are_left_alone(name, checkpoint):
 def test_widths_and_activations_follow(checkpoint, calls, monkeypatch):
     for activations in ("exact", "int8"):
         model = matgptq.load(checkpoint("llama"), 4, device="cpu", activations=activations)
-        for bits in (2, 8, {name: 3 for name, _ in list(matgptq.nested_linear.nested_layers(model).items())[:3]}):
+        for bits in (2, 8, dict.fromkeys(list(nested_layers(model))[:3], 3)):
             model.set_bits(bits)
             short = decode(model, 2)
             assert calls
@@ -184,7 +186,7 @@ def _replaced(model: nn.Module) -> None:
 
 
 def _unpacked(model: nn.Module) -> None:
-    for layer in matgptq.nested_linear.nested_layers(model).values():
+    for layer in nested_layers(model).values():
         layer.unpack()
 
 

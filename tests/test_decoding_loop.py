@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 import matgptq
-from matgptq import block_stack, native
-from matgptq.block_stack import next_logits, takes_groups
-from matgptq.kv_cache import CACHE_ARGUMENT, memory_of
+from matgptq import native
+from matgptq.inference import block_stack
+from matgptq.inference.block_stack import next_logits, takes_groups
+from matgptq.inference.width_copies import copy_at
+from matgptq.models.kv_cache import CACHE_ARGUMENT, memory_of
 from matgptq.serving import decoding_loop
 from matgptq.serving.decoding_loop import DecodingLoop, TextRequest, WithdrawnError
-from matgptq.width_copies import copy_at
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
 

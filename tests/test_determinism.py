@@ -9,8 +9,8 @@ import torch
 from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
-from matgptq import block_hessians
-from matgptq.source import open_source
+from matgptq.calibration import block_hessians
+from matgptq.models.source import open_source
 from matgptq.text.self_text import generate_windows
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from matgptq import native
-from matgptq.devices import exact_products, fast_products, multiplies_bfloat16
+from matgptq.machine.devices import exact_products, fast_products, multiplies_bfloat16
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("tiles", [True, False])
 def test_fast_products_are_bfloat16_inside_only_and_sums_stay_float32(tiles, monkeypatch):
-    monkeypatch.setattr("matgptq.devices.multiplies_bfloat16", lambda device: tiles)
+    monkeypatch.setattr("matgptq.machine.devices.multiplies_bfloat16", lambda device: tiles)
     layer = torch.nn.Linear(64, 64)
     inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     exact = layer(inputs)
@@ -31,7 +31,7 @@ def test_fast_products_end_with_an_error(monkeypatch):
             assert torch.get_float32_matmul_precision() == "medium"
             raise RuntimeError("inside")
 
-    monkeypatch.setattr("matgptq.devices.multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("matgptq.machine.devices.multiplies_bfloat16", lambda device: True)
     before = torch.get_float32_matmul_precision()
     with pytest.raises(RuntimeError, match="inside"):
         fail()
@@ -59,7 +59,7 @@ def test_exact_products_are_float32() -> None:
 )
 def test_exact_products_ask_onednn_where_it_is_exact_and_faster(vendor, capability, tiles, asks_onednn, monkeypatch):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    monkeypatch.setattr("matgptq.devices._supports", lambda name: tiles)
+    monkeypatch.setattr("matgptq.machine.devices._supports", lambda name: tiles)
     monkeypatch.setattr(native, "available", lambda: True)
     monkeypatch.setattr(native, "cpu_vendor", lambda: vendor)
     before = torch.get_float32_matmul_precision()
@@ -72,7 +72,7 @@ def test_exact_products_ask_onednn_where_it_is_exact_and_faster(vendor, capabili
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_on_arm_onednn_says_whether_bfloat16_is_fast(monkeypatch, supported):
-    monkeypatch.setattr("matgptq.devices.platform.machine", lambda: "aarch64")
-    monkeypatch.setattr("matgptq.devices._supports", lambda name: not supported)  # what x86 would go by
+    monkeypatch.setattr("matgptq.machine.devices.platform.machine", lambda: "aarch64")
+    monkeypatch.setattr("matgptq.machine.devices._supports", lambda name: not supported)  # what x86 would go by
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False)
     assert multiplies_bfloat16(CPU) is supported

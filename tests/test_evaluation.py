@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 
 import matgptq
 from matgptq.allocation import Allocation, format_lines
-from matgptq.allocation_store import save_allocation, stored_allocations
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.allocation_store import save_allocation, stored_allocations
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.checkpoints.evaluation_record import read_record, record_evaluation
 from matgptq.console import allocations_table
 from matgptq.errors import AllocationError, CalibrationError, ConfigurationError, SourceError
-from matgptq.evaluation import Divergence
-from matgptq.evaluation_record import read_record, record_evaluation
-from matgptq.nested_linear import nested_layers
-from matgptq.source import load_tokenizer
+from matgptq.evaluation.text_evaluation import Divergence
+from matgptq.inference.nested_linear import nested_layers
+from matgptq.models.source import load_tokenizer
 from matgptq.text.windows import Windows
 
 
@@ -106,7 +106,7 @@ def test_without_a_full_model_the_parent_writes_the_text(bits, checkpoint, monke
         widths.append({layer.bits for layer in nested_layers(model).values()})
         return Windows(torch.ones(1, 4, dtype=torch.int64), "ones")
 
-    monkeypatch.setattr("matgptq.evaluation.evaluation_windows", read)
+    monkeypatch.setattr("matgptq.evaluation.text_evaluation.evaluation_windows", read)
     matgptq.evaluate(checkpoint, (2, 8), seqlen=4)
     assert widths == [{8}]
 

@@ -13,14 +13,14 @@ from measurements import SETTINGS, on_tasks, on_text
 from safetensors.torch import load_file, save_file
 
 from matgptq.allocation import Allocation
-from matgptq.allocation_scales import widths_scales
-from matgptq.allocation_store import ALLOCATIONS, save_allocation
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.allocation_scales import widths_scales
+from matgptq.checkpoints.allocation_store import ALLOCATIONS, save_allocation
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.checkpoints.evaluation_record import Record, read_record, record_evaluation
+from matgptq.checkpoints.evaluation_results import Evaluation, TaskEvaluation
+from matgptq.checkpoints.format import RECORD_NAME
+from matgptq.checkpoints.scale_replacement import replace_scales
 from matgptq.errors import CheckpointError
-from matgptq.evaluation_record import Record, read_record, record_evaluation
-from matgptq.evaluation_results import Evaluation, TaskEvaluation
-from matgptq.format import RECORD_NAME
-from matgptq.scale_replacement import replace_scales
 
 
 def perplexities(entry) -> dict[Any, float]:

@@ -18,19 +18,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import matgptq
-from matgptq.block_hessians import collect_hessians
-from matgptq.blocks import capture_inputs, find_blocks
-from matgptq.checkpoint import open_checkpoint
+from matgptq.calibration.block_hessians import collect_hessians
+from matgptq.calibration.expert_hessians import ExpertCalibration
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.core.solver import solve
 from matgptq.errors import ExportError, UnsupportedModelError
-from matgptq.expert_hessians import ExpertCalibration
-from matgptq.experts import Experts, unfuse_experts
-from matgptq.families import find_family
-from matgptq.nested_linear import nested_layers
+from matgptq.exports.verification import verify
+from matgptq.files.stored_tensors import read_headers, read_tensor
+from matgptq.inference.nested_linear import nested_layers
+from matgptq.models.blocks import capture_inputs, find_blocks
+from matgptq.models.experts import Experts, unfuse_experts
+from matgptq.models.families import find_family
 from matgptq.nested_weight import NestedWeight
 from matgptq.recipe import make_recipe
-from matgptq.solver import solve
-from matgptq.stored_tensors import read_headers, read_tensor
-from matgptq.verification import verify
 from matgptq.width_search.layer_groups import group_layers
 
 FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe"]

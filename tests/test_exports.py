@@ -21,9 +21,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from typer.testing import CliRunner
 
 import matgptq
-from matgptq import exporting
 from matgptq.bit_stream import pack_rows, row_bytes, unpack_rows
-from matgptq.checkpoint import LayerInfo, open_checkpoint
+from matgptq.checkpoints.checkpoint import LayerInfo, open_checkpoint
+from matgptq.checkpoints.format import EXPORT_NAME
 from matgptq.cli import app
 from matgptq.errors import (
     AllocationError,
@@ -32,17 +32,16 @@ from matgptq.errors import (
     ExportError,
     MatGPTQError,
 )
-from matgptq.exports import gguf_file
+from matgptq.exports import exporting, gguf_file
 from matgptq.exports.compressed_tensors import CompressedTensors
 from matgptq.exports.gguf_tokenizer import _PRE_TOKENIZERS, add_tokenizer
 from matgptq.exports.gptq import GPTQ
 from matgptq.exports.target import Target, kernel_group_size
-from matgptq.format import EXPORT_NAME
-from matgptq.nested_linear import NestedLinear, SlicedLinear, nested_layers
+from matgptq.exports.verification import unpack_gptq, verify
+from matgptq.inference.nested_linear import NestedLinear, SlicedLinear, nested_layers
 from matgptq.nested_weight import NestedWeight
 from matgptq.sliced_weight import cut, parent_of
 from matgptq.slicing import WIDTHS, dequantize, slice_codes
-from matgptq.verification import unpack_gptq, verify
 
 FORMATS = ("compressed-tensors", "gptq", "gguf", "matgptq-slice", "dense")
 # Layers that engines fuse are alike; nothing else is.

@@ -16,16 +16,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import matgptq
-from matgptq.block_hessians import collect_hessians
-from matgptq.blocks import capture_inputs, find_blocks, propagate
-from matgptq.checkpoint import open_checkpoint
+from matgptq.calibration.block_hessians import collect_hessians
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.core.grid import storable_scales
 from matgptq.errors import ConfigurationError, SourceError, UnsupportedModelError
-from matgptq.families import FAMILIES, find_family
-from matgptq.grid import storable_scales
-from matgptq.nested_linear import NestedLinear, nested_layers
+from matgptq.files.stored_tensors import read_headers, read_tensor
+from matgptq.files.tensor_names import match_names
+from matgptq.inference.nested_linear import NestedLinear, nested_layers
+from matgptq.models.blocks import capture_inputs, find_blocks, propagate
+from matgptq.models.families import FAMILIES, find_family
 from matgptq.slicing import WIDTHS
-from matgptq.stored_tensors import read_headers, read_tensor
-from matgptq.tensor_names import match_names
 
 FORMAT_LEAVES = ("codes", *(f"scales_{bits}" for bits in range(2, 9)))
 QUANTIZED_LAYERS = {

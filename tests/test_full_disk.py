@@ -13,9 +13,10 @@ import torch
 from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
-from matgptq import block_quantizer, quantization_run
 from matgptq.errors import CheckpointError
-from matgptq.work_directory import WorkDirectory, work_path
+from matgptq.quantization import block_quantizer
+from matgptq.quantization import run as quantization_run
+from matgptq.quantization.work_directory import WorkDirectory, work_path
 
 BLOCKS = 3
 SIZE = 64 << 20

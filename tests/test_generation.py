@@ -6,7 +6,7 @@ import torch
 from tiny_models import build_model, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from matgptq.generation import generate_text
+from matgptq.inference.generation import generate_text
 
 
 def test_a_template_has_written_the_special_tokens_already() -> None:

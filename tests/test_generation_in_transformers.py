@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 
 import matgptq
 from matgptq import native
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.errors import ConfigurationError
-from matgptq.nested_linear import nested_layers
+from matgptq.inference.nested_linear import nested_layers
 
 BITS = 3
 NEW = {"max_new_tokens": 8, "min_new_tokens": 8}

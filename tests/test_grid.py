@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matgptq import native
-from matgptq.errors import UnsupportedModelError
-from matgptq.grid import (
+from matgptq.core.grid import (
     MAX_SCALE,
     MIN_SCALE,
     initial_scales,
@@ -19,10 +18,11 @@ from matgptq.grid import (
     search_scales,
     storable_scales,
 )
+from matgptq.core.solver import solve
+from matgptq.errors import UnsupportedModelError
 from matgptq.recipe import make_recipe
 from matgptq.rounding import shared_table
 from matgptq.slicing import slice_levels
-from matgptq.solver import solve
 
 light = settings(deadline=None, max_examples=50, derandomize=True)
 scale_lists = st.lists(st.floats(-(2.0**20), 2.0**20, width=32), min_size=1, max_size=50)
@@ -163,7 +163,7 @@ def test_search_reads_the_importance_of_each_column():
 def test_search_in_pieces_of_rows(monkeypatch):
     weight, hessian = random_problem(7, 32)
     whole = search_scales(weight, hessian.diagonal(), 8, make_recipe())
-    monkeypatch.setattr("matgptq.grid._SEARCH_ELEMENTS", 70)
+    monkeypatch.setattr("matgptq.core.grid._SEARCH_ELEMENTS", 70)
     assert torch.equal(search_scales(weight, hessian.diagonal(), 8, make_recipe()), whole)
 
 

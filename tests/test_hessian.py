@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from summed_hessian import accumulate_hessian
 
-from matgptq.finiteness import all_finite
-from matgptq.hessian import DAMPING_STEPS, factorize, prepare_hessian, quadratic_forms
+from matgptq.core.finiteness import all_finite
+from matgptq.core.hessian import DAMPING_STEPS, factorize, prepare_hessian, quadratic_forms
 
 
 def normal(*shape, dtype=torch.float32, seed=0):

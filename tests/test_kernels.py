@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import matgptq
-from matgptq import kernel_choice, kernels, native, packed_weight
+from matgptq import native
 from matgptq.errors import AllocationError, ConfigurationError
-from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers
+from matgptq.inference.nested_linear import NestedLinear, nested_layers, pack_layers
+from matgptq.kernels import dispatch, kernel_choice, packed_weight
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS
 
@@ -59,7 +60,7 @@ def test_against_dequantized(kernel, dtype, out_features, in_features, groups, m
     for form, bits, rows in itertools.product(forms, WIDTHS, random.Random(0).sample(ROWS, 5)):
         x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)
         expected = x.double() @ weight.dequantize(bits).double().T + bias.double()
-        result = kernels.matmul(x, form, bits, bias)
+        result = dispatch.matmul(x, form, bits, bias)
         assert result.dtype == dtype
         assert result.shape == (rows, out_features)
         magnitude = x.double().abs() @ weight.dequantize(bits).double().abs().T + bias.double().abs()
@@ -73,7 +74,7 @@ def test_a_packed_slice_multiplies_like_the_parent(bits):
     weight = make_weight(40, 128, 4)
     x = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(0))
     parent, only = pack(weight), pack(weight, bits)
-    torch.testing.assert_close(kernels.matmul(x, parent, bits), kernels.matmul(x, only, bits), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dispatch.matmul(x, parent, bits), dispatch.matmul(x, only, bits), rtol=1e-4, atol=1e-4)
     assert only.nbytes < parent.nbytes or bits == 8
 
 
@@ -83,7 +84,7 @@ def test_bad_activations_propagate(rows):
     weight = pack(make_weight(20, 64, 2))
     x = torch.ones(rows, 64)
     x[0, 3] = torch.nan
-    result = kernels.matmul(x, weight, 4)
+    result = dispatch.matmul(x, weight, 4)
     assert result[0].isnan().all()
     assert result[1:].isfinite().all()
 
@@ -300,12 +301,12 @@ def test_gradients_of_input_and_bias(dtype, shape, activations):
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     bias = torch.randn(20, requires_grad=True)
     weights = torch.randn(*shape[:-1], 20, dtype=dtype)
-    expected = torch.autograd.grad((kernels.matmul(x, weight, 3, bias) * weights).sum(), (x, bias))
+    expected = torch.autograd.grad((dispatch.matmul(x, weight, 3, bias) * weights).sum(), (x, bias))
     for form in (pack(weight), pack(weight, 3)):
-        product = kernels.matmul(x, packed_weight.remember(form), 3, bias, activations=activations)
+        product = dispatch.matmul(x, packed_weight.remember(form), 3, bias, activations=activations)
         found = torch.autograd.grad((product * weights).sum(), (x, bias))
         torch.testing.assert_close(found, expected)
-        assert not kernels.matmul(x.detach(), form, 3, bias.detach()).requires_grad
+        assert not dispatch.matmul(x.detach(), form, 3, bias.detach()).requires_grad
 
 
 @needs_native

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from matgptq.kv_cache import append_positions, first_positions, memory_of
+from matgptq.models.kv_cache import append_positions, first_positions, memory_of
 
 HEADS, SIZE = 2, 4
 CONFIG = LlamaConfig(

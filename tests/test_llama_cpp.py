@@ -13,7 +13,7 @@ import torch
 from tiny_models import token_ids
 
 import matgptq
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "build" / "llama.cpp" / "package" / "bins" / "linux-x64"

@@ -23,9 +23,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import matgptq
 from matgptq import native
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError, SourceError
-from matgptq.nested_linear import NestedLinear, nested_layers, set_bits
+from matgptq.inference.nested_linear import NestedLinear, nested_layers, set_bits
 from matgptq.slicing import WIDTHS
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -523,7 +523,7 @@ def test_unknown_attributes_of_the_package():
 def test_registering_twice_is_harmless():
     from transformers.quantizers import auto
 
-    from matgptq.transformers_integration import register
+    from matgptq.inference.transformers_integration import register
 
     before = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
     register()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import matgptq
 from matgptq import native
 from matgptq.errors import ConfigurationError, UnsupportedModelError
-from matgptq.output_head import DENSE_ROWS, DenseHead, PackedHead, pack_head, quicken_head
+from matgptq.inference.output_head import DENSE_ROWS, DenseHead, PackedHead, pack_head, quicken_head
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native library")
 

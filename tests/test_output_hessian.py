@@ -14,20 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from matgptq import joined_rows, native
-from matgptq.errors import ConfigurationError
-from matgptq.nested_weight import NestedWeight
-from matgptq.output_hessian import (
+from matgptq import native
+from matgptq.core import joined_rows
+from matgptq.core.output_hessian import (
     OutputHessian,
     count_parts,
     damp_outputs,
     loosely_joined,
     matrix_bytes,
 )
+from matgptq.core.row_problem import Draft, RowProblem
+from matgptq.core.solver import solve
+from matgptq.errors import ConfigurationError
+from matgptq.machine.workers import Workers
+from matgptq.nested_weight import NestedWeight
 from matgptq.recipe import Recipe, make_recipe
-from matgptq.row_problem import Draft, RowProblem
-from matgptq.solver import solve
-from matgptq.workers import Workers
 
 ROWS, COLUMNS, GROUP_SIZE, SIZE = 96, 40, 8, 48
 

@@ -10,11 +10,12 @@ from tiny_models import token_ids
 from transformers import AutoModel, AutoModelForCausalLM
 
 import matgptq
-from matgptq import native, packed_weight
-from matgptq.decoding import DecodesRows
+from matgptq import native
 from matgptq.errors import ConfigurationError
-from matgptq.nested_linear import NestedLinear, nested_layers
-from matgptq.packing import can_pack, pack_model
+from matgptq.inference.decoding import DecodesRows
+from matgptq.inference.nested_linear import NestedLinear, nested_layers
+from matgptq.inference.packing import can_pack, pack_model
+from matgptq.kernels import packed_weight
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
 NAMES = ["llama", "opt", "gpt_neox", "mixtral"]

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import matgptq
 from matgptq.errors import ConfigurationError, UnsupportedModelError
-from matgptq.nested_linear import NestedLinear
-from matgptq.speed import measure_speed
-from matgptq.stored_tensors import read_headers, read_tensor
-from matgptq.tensor_names import match_names
+from matgptq.evaluation.speed import measure_speed
+from matgptq.files.stored_tensors import read_headers, read_tensor
+from matgptq.files.tensor_names import match_names
+from matgptq.inference.nested_linear import NestedLinear
 
 
 @pytest.fixture(scope="module")

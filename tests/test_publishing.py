@@ -20,14 +20,14 @@ from typer.testing import CliRunner
 
 import matgptq
 from matgptq.allocation import Allocation
-from matgptq.allocation_store import save_allocation
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.allocation_store import save_allocation
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.checkpoints.evaluation_record import record_evaluation
+from matgptq.checkpoints.format import RECORD_NAME
 from matgptq.cli import app
 from matgptq.errors import CheckpointError, ConfigurationError, UploadError
-from matgptq.evaluation_record import record_evaluation
-from matgptq.format import RECORD_NAME
-from matgptq.model_card import without_paths
-from matgptq.nested_linear import nested_layers
+from matgptq.inference.nested_linear import nested_layers
+from matgptq.publishing.model_card import without_paths
 
 REPOSITORY = "someone/tiny"
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import matgptq
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.core.solver import solve
 from matgptq.errors import CheckpointError, ConfigurationError, MatGPTQError, SourceError
-from matgptq.nested_linear import nested_layers
+from matgptq.inference.nested_linear import nested_layers
 from matgptq.recipe import make_recipe
 from matgptq.reference_formats.opened import ReferenceLayer
-from matgptq.reference_import import import_reference, restore_order
-from matgptq.solver import solve
+from matgptq.reference_formats.reference_import import import_reference, restore_order
 
 WIDTHS = range(2, 9)
 GROUP = 32
@@ -649,7 +649,7 @@ def test_interrupted_import_leaves_nothing(tmp_path, model, out, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("matgptq.reference_import._scale_notes", interrupt)
+    monkeypatch.setattr("matgptq.reference_formats.reference_import._scale_notes", interrupt)
     with pytest.raises(KeyboardInterrupt):
         import_reference(tmp_path / "packed", out, shard_bytes=30_000)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "packed"]

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from tiny_models import VOCAB, token_ids
 
 import matgptq
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
+from matgptq.core.grid import storable_scales
 from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError, UnsupportedModelError
-from matgptq.grid import storable_scales
 from matgptq.tuning import run as tuning_run
 from matgptq.tuning import workspace as tuning_workspace
 from matgptq.tuning.text import HELD_OUT
@@ -85,7 +85,7 @@ def test_held_out_kl_is_what_evaluation_measures(checkpoint: Path, windows: torc
     held_out = windows[-HELD_OUT:]
     (result,) = matgptq.refine(checkpoint, (3,), steps=8, dataset=windows)
     model = matgptq.load(checkpoint, 3)
-    from matgptq.source import open_source
+    from matgptq.models.source import open_source
 
     full = open_source(open_checkpoint(checkpoint).settings.source).load_model(torch.float32)
     total = 0.0

@@ -10,16 +10,16 @@ import torch
 from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.errors import ConfigurationError, MatGPTQError
-from matgptq.plan import CalibrationRequest, output_hessian_bytes
-from matgptq.preparation import prepare
+from matgptq.models.residency import build_empty
+from matgptq.models.source import open_source
+from matgptq.quantization.plan import CalibrationRequest, output_hessian_bytes
+from matgptq.quantization.preparation import prepare
+from matgptq.quantization.requirements import available_memory, check_requirements, estimate_requirements
+from matgptq.quantization.run_time import _OfLogits, _seconds_of_logits, _seconds_per_gradient, estimate_seconds
+from matgptq.quantization.stage_memory import BLOCKS, GRADIENTS, TEXT, TUNING, StageMemory, states_bytes
 from matgptq.recipe import make_recipe
-from matgptq.requirements import available_memory, check_requirements, estimate_requirements
-from matgptq.residency import build_empty
-from matgptq.run_time import _OfLogits, _seconds_of_logits, _seconds_per_gradient, estimate_seconds
-from matgptq.source import open_source
-from matgptq.stage_memory import BLOCKS, GRADIENTS, TEXT, TUNING, StageMemory, states_bytes
 from matgptq.text import self_text
 
 
@@ -98,7 +98,7 @@ def test_states_on_a_gpu_do_not_follow_the_memory_of_the_cpu(many, monkeypatch):
     source, windows = many
     memory = memory_of(source, windows)
     free = sum(memory.stages()[GRADIENTS].values())  # of one window
-    monkeypatch.setattr("matgptq.requirements.available_memory", lambda: free)
+    monkeypatch.setattr("matgptq.quantization.requirements.available_memory", lambda: free)
     assert needs_of(source, windows).windows_together == 1
     on_gpu = estimate_requirements(
         memory.network, memory.plan, memory.recipe, 0, streamed=True, activations="auto",
@@ -123,7 +123,7 @@ def test_windows_whose_gradients_are_found_at_a_time(streamed, rows_together, ma
 
 
 def test_no_more_than_a_quarter_of_memory_goes_to_windows(many, monkeypatch):
-    monkeypatch.setattr("matgptq.stage_memory._PROGRAM_BYTES", 0)
+    monkeypatch.setattr("matgptq.quantization.stage_memory._PROGRAM_BYTES", 0)
     memory = memory_of(*many)
     monkeypatch.setattr(StageMemory, "_weights", lambda _: {})
     monkeypatch.setattr(StageMemory, "_graph", lambda *_: 0)
@@ -136,7 +136,8 @@ def test_no_more_than_a_quarter_of_memory_goes_to_windows(many, monkeypatch):
 
 def test_blocks_that_stay_in_memory_are_not_run_over_more_windows_than_bring_something(many, monkeypatch):
     memory = memory_of(*many, streamed=False)
-    monkeypatch.setattr("matgptq.stage_memory._STATES_BYTES", 5 * states_bytes(memory.network, memory.plan))
+    states = states_bytes(memory.network, memory.plan)
+    monkeypatch.setattr("matgptq.quantization.stage_memory._STATES_BYTES", 5 * states)
     assert memory.with_windows(None).windows_together == 5
     assert memory.with_windows(1 << 40).windows_together == 5
     assert replace(memory, threads=8).with_windows(1 << 40).windows_together == 8
@@ -159,7 +160,7 @@ def test_text_in_bfloat16_takes_a_copy_of_what_is_stored_in_more(fast, stored, t
 def test_where_activations_go(tmp_path, monkeypatch):
     source = save_model("llama", tmp_path / "source")
     assert needs_of(source).activations == "memory"
-    monkeypatch.setattr("matgptq.requirements.available_memory", lambda: 1000)
+    monkeypatch.setattr("matgptq.quantization.requirements.available_memory", lambda: 1000)
     assert needs_of(source).activations == "disk"
     assert needs_of(source, activations="memory").activations == "memory"
     with pytest.raises(ConfigurationError, match="memory, on disk or auto, not 'tape'"):
@@ -173,7 +174,7 @@ def test_where_output_hessians_go(tmp_path, monkeypatch):
     size = needs.stages[GRADIENTS]["output Hessians"]
     assert size == needs.disk["output Hessians"] > 0
     assert needs_of(source, activations="disk").output_hessians == "disk"
-    monkeypatch.setattr("matgptq.requirements.available_memory", lambda: 4 * size)
+    monkeypatch.setattr("matgptq.quantization.requirements.available_memory", lambda: 4 * size)
     elsewhere = needs_of(source, activations="memory")
     assert elsewhere.output_hessians == "disk"
     assert "output Hessians" not in elsewhere.stages[GRADIENTS]
@@ -187,12 +188,12 @@ def test_fewer_rows_are_solved_together_where_their_matrices_would_be_large(tmp_
     whole = plan_of(source)
     assert whole.rows_together == 4096
     assert not any("together" in note for note in whole.notes)
-    monkeypatch.setattr("matgptq.plan._OUTPUT_HESSIAN_BYTES", output_hessian_bytes(whole.blocks, 4096) - 1)
+    monkeypatch.setattr("matgptq.quantization.plan._OUTPUT_HESSIAN_BYTES", output_hessian_bytes(whole.blocks, 4096) - 1)
     fewer = plan_of(source)
     assert 1 < fewer.rows_together < 256
     assert output_hessian_bytes(fewer.blocks, fewer.rows_together) < output_hessian_bytes(whole.blocks, 4096)
     assert f"at most {fewer.rows_together} rows are solved together" in " ".join(fewer.notes)
-    monkeypatch.setattr("matgptq.plan._OUTPUT_HESSIAN_BYTES", 0)
+    monkeypatch.setattr("matgptq.quantization.plan._OUTPUT_HESSIAN_BYTES", 0)
     assert plan_of(source, rows_together=0).rows_together == 0
     matgptq.quantize(source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE)
     assert torch.isfinite(matgptq.load(tmp_path / "out", bits=4)(token_ids()).logits).all()
@@ -200,15 +201,15 @@ def test_fewer_rows_are_solved_together_where_their_matrices_would_be_large(tmp_
 
 def test_too_little_memory_is_refused_before_the_first_token(tmp_path, monkeypatch):
     source = save_model("llama", tmp_path / "source")
-    monkeypatch.setattr("matgptq.requirements.available_memory", lambda: 500_000_000)
-    monkeypatch.setattr("matgptq.quantization_run.calibration_windows", lambda *_, **__: pytest.fail("text was read"))
+    monkeypatch.setattr("matgptq.quantization.requirements.available_memory", lambda: 500_000_000)
+    monkeypatch.setattr("matgptq.quantization.run.calibration_windows", lambda *_, **__: pytest.fail("text was read"))
     message = r"about 0\.\d GB of memory while blocks are solved, 0\.5 GB are free: --activations disk, or fewer"
     with pytest.raises(ConfigurationError, match=message):
         matgptq.quantize(
             source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE, activations="memory", quality="fast"
         )
     # Where the whole model is what takes most: it is written with as a whole, and read block by block otherwise.
-    monkeypatch.setattr("matgptq.stage_memory._SWEEP_BYTES", 0)
+    monkeypatch.setattr("matgptq.quantization.stage_memory._SWEEP_BYTES", 0)
     large = save_model("llama", tmp_path / "large", shape={"vocab_size": 1 << 16})
     with pytest.raises(ConfigurationError, match=r"while the model writes text, .*a text of your own \(--dataset\)"):
         matgptq.quantize(large, tmp_path / "out", dataset="self", group_size=GROUP_SIZE, quality="fast")
@@ -237,7 +238,7 @@ def test_too_little_disk(tmp_path, monkeypatch):
     class Usage:
         free = 10_000
 
-    monkeypatch.setattr("matgptq.requirements.shutil.disk_usage", lambda _: Usage)
+    monkeypatch.setattr("matgptq.quantization.requirements.shutil.disk_usage", lambda _: Usage)
     with pytest.raises(ConfigurationError, match=r"of disk while it runs, 0\.0 GB are free at"):
         check_requirements(needs, tmp_path / "out")
     check_requirements(needs, tmp_path / "out", sum(needs.disk.values()) - 10_000)  # the rest lies there already
@@ -263,8 +264,8 @@ def test_time_is_said_where_there_is_something_to_go_by(tmp_path):
 
 
 def test_time_grows_with_the_square_of_columns_and_with_what_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr("matgptq.run_time._products_per_second", lambda: 1e11)
-    monkeypatch.setattr("matgptq.run_time._seconds_per_square", lambda recipe, device: 1e-9)
+    monkeypatch.setattr("matgptq.quantization.run_time._products_per_second", lambda: 1e11)
+    monkeypatch.setattr("matgptq.quantization.run_time._seconds_per_square", lambda recipe, device: 1e-9)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     plan = plan_of(save_model("llama", tmp_path / "source"))
     squares = sum(layer.out_features * layer.in_features**2 for layer in plan.layers.values())
@@ -278,8 +279,8 @@ def test_time_grows_with_the_square_of_columns_and_with_what_is_done(tmp_path, m
 
 
 def test_experts_take_the_time_of_the_tokens_that_are_given_to_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("matgptq.run_time._products_per_second", lambda: 1.0)
-    monkeypatch.setattr("matgptq.run_time._seconds_per_square", lambda recipe, device: 0.0)
+    monkeypatch.setattr("matgptq.quantization.run_time._products_per_second", lambda: 1.0)
+    monkeypatch.setattr("matgptq.quantization.run_time._seconds_per_square", lambda recipe, device: 0.0)
     source, options = save_model("mixtral", tmp_path / "source"), {"rows_together": 0, "group_size": GROUP_SIZE}
 
     def seconds(share, **more):
@@ -295,8 +296,8 @@ def test_experts_take_the_time_of_the_tokens_that_are_given_to_them(tmp_path, mo
 
 
 def test_only_rows_that_are_solved_together_take_as_long_as_those(tmp_path, monkeypatch):
-    monkeypatch.setattr("matgptq.run_time._products_per_second", lambda: 1e30)
-    monkeypatch.setattr("matgptq.run_time._seconds_per_square", lambda recipe, device: 1.0)
+    monkeypatch.setattr("matgptq.quantization.run_time._products_per_second", lambda: 1e30)
+    monkeypatch.setattr("matgptq.quantization.run_time._seconds_per_square", lambda recipe, device: 1.0)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     plan = plan_of(save_model("mixtral", tmp_path / "source"), quality="balanced")
     squares = {name: layer.out_features * layer.in_features**2 for name, layer in plan.layers.items()}
@@ -307,11 +308,11 @@ def test_only_rows_that_are_solved_together_take_as_long_as_those(tmp_path, monk
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
 def test_time_of_tuning_grows_with_steps_and_widths(threads, tmp_path, monkeypatch):
-    monkeypatch.setattr("matgptq.run_time._products_per_second", lambda: 1e15)
-    monkeypatch.setattr("matgptq.run_time._seconds_per_square", lambda recipe, device: 0.0)
-    monkeypatch.setattr("matgptq.run_time._seconds_per_gradient", lambda device: 1e-9)
-    monkeypatch.setattr("matgptq.run_time._seconds_of_logits", lambda hidden: _OfLogits(1e-9, 1e-9))
-    monkeypatch.setattr("matgptq.run_time._TUNING_FACTOR", 1.0)
+    monkeypatch.setattr("matgptq.quantization.run_time._products_per_second", lambda: 1e15)
+    monkeypatch.setattr("matgptq.quantization.run_time._seconds_per_square", lambda recipe, device: 0.0)
+    monkeypatch.setattr("matgptq.quantization.run_time._seconds_per_gradient", lambda device: 1e-9)
+    monkeypatch.setattr("matgptq.quantization.run_time._seconds_of_logits", lambda hidden: _OfLogits(1e-9, 1e-9))
+    monkeypatch.setattr("matgptq.quantization.run_time._TUNING_FACTOR", 1.0)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
     plan = plan_of(save_model("llama", tmp_path / "source"))

@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import GROUP_SIZE, MODELS, blocks_of, save_model, token_ids
 
 import matgptq
-from matgptq.blocks import capture_inputs, propagate
 from matgptq.errors import SourceError
-from matgptq.families import find_family
-from matgptq.residency import Streamed, build_empty, can_stream, needs_conversion
-from matgptq.source import open_source
+from matgptq.models.blocks import capture_inputs, propagate
+from matgptq.models.families import find_family
+from matgptq.models.residency import Streamed, build_empty, can_stream, needs_conversion
+from matgptq.models.source import open_source
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def test_a_streamed_run_gives_the_codes_of_a_whole_one(quality, tmp_path, monkey
     source = save_model("llama-tied", tmp_path / "source", torch.bfloat16)
     options = {"dataset": token_ids(), "group_size": GROUP_SIZE, "quality": quality, "tuned_bits": ()}
     matgptq.quantize(source, tmp_path / "streamed", **options)
-    monkeypatch.setattr("matgptq.preparation.can_stream", lambda _: False)
+    monkeypatch.setattr("matgptq.quantization.preparation.can_stream", lambda _: False)
     matgptq.quantize(source, tmp_path / "whole", **options)
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "whole"))
     assert set(found) == set(expected)

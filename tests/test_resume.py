@@ -15,8 +15,8 @@ from tiny_models import GROUP_SIZE, save_model, token_ids
 
 import matgptq
 from matgptq.errors import CheckpointError, ConfigurationError
+from matgptq.quantization.work_directory import WorkDirectory, work_path
 from matgptq.tuning import run as tuning_run
-from matgptq.work_directory import WorkDirectory, work_path
 
 BLOCKS = 3
 
@@ -59,7 +59,7 @@ def stop(*_: object, **__: object) -> None:
 
 
 def stop_after(monkeypatch, solves: int) -> None:
-    import matgptq.block_quantizer as block_quantizer
+    import matgptq.quantization.block_quantizer as block_quantizer
 
     real, calls = block_quantizer.solve, []
 
@@ -89,13 +89,13 @@ def test_the_same_command_goes_on(solves, activations, source, whole, tmp_path, 
 
 
 def test_states_in_memory_are_kept_now_and_then(source, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("matgptq.quantization_run._SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr("matgptq.quantization.run._SECONDS_BETWEEN_STATES", 0.0)
     stop_after(monkeypatch, 9)
     with pytest.raises(Stop):
         quantize(source, tmp_path / "out")
     assert [place.name for place in (work_path(tmp_path / "out") / "states-1-of-1").iterdir()] == ["000002"]
     monkeypatch.undo()
-    monkeypatch.setattr("matgptq.quantization_run.QuantizationRun._install", lambda *_: pytest.fail("was run again"))
+    monkeypatch.setattr("matgptq.quantization.run.QuantizationRun._install", lambda *_: pytest.fail("was run again"))
     quantize(source, tmp_path / "out")
     assert what_counts(tmp_path / "out") == whole
 
@@ -128,11 +128,13 @@ def test_what_gradients_say_is_kept_before_the_first_block_is_finished(source, w
         with monkeypatch.context() as patch:
             stop_after(patch, solves)
             if not solves:
-                patch.setattr("matgptq.quantization.prepare", stop)
+                patch.setattr("matgptq.quantization.quantize.prepare", stop)
             with pytest.raises(Stop):
                 quantize(source, out)
         assert (work_path(out) / "token_weights.safetensors").is_file()
-    monkeypatch.setattr("matgptq.calibration_gradients.token_saliency", lambda *_, **__: pytest.fail("was found again"))
+    monkeypatch.setattr(
+        "matgptq.quantization.calibration_gradients.token_saliency", lambda *_, **__: pytest.fail("was found again")
+    )
     quantize(source, out)
     assert what_counts(out) == whole
     assert list(tmp_path.iterdir()) == [out]
@@ -146,14 +148,14 @@ def test_a_text_that_the_model_wrote_is_kept(source, tmp_path, monkeypatch):
         with pytest.raises(Stop):
             matgptq.quantize(source, tmp_path / "out", dataset="self", **options)
     monkeypatch.setattr(
-        "matgptq.quantization_run.calibration_windows", lambda *_, **__: pytest.fail("was written again")
+        "matgptq.quantization.run.calibration_windows", lambda *_, **__: pytest.fail("was written again")
     )
     matgptq.quantize(source, tmp_path / "out", dataset="self", **options)
     assert what_counts(tmp_path / "out") == what_counts(tmp_path / "whole")
 
 
 def test_nothing_found_nothing_left(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("matgptq.calibration_gradients.token_saliency", stop)
+    monkeypatch.setattr("matgptq.quantization.calibration_gradients.token_saliency", stop)
     with pytest.raises(Stop):
         quantize(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -240,7 +242,7 @@ def test_interrupted_tuning_goes_on(widths_done, source, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ConfigurationError, match=r"recipe\.seed: 1, was 0"):  # and throws nothing away
         matgptq.quantize(source, tmp_path / "out", dataset=windows, group_size=GROUP_SIZE, seed=1, **options)
-    monkeypatch.setattr("matgptq.quantization.prepare", lambda *_, **__: pytest.fail("was begun again"))
+    monkeypatch.setattr("matgptq.quantization.quantize.prepare", lambda *_, **__: pytest.fail("was begun again"))
     matgptq.quantize(source, tmp_path / "out", dataset=windows, group_size=GROUP_SIZE, **options)
     assert what_counts(tmp_path / "out") == what_counts(tmp_path / "whole")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "whole"]
@@ -281,7 +283,7 @@ def test_killed_between_commit_and_cleaning_up(force, source, whole, tmp_path, m
     with pytest.raises(Stop):
         quantize(source, out, force=force)
     monkeypatch.undo()
-    monkeypatch.setattr("matgptq.quantization.prepare", lambda *_, **__: pytest.fail("was begun again"))
+    monkeypatch.setattr("matgptq.quantization.quantize.prepare", lambda *_, **__: pytest.fail("was begun again"))
     report = quantize(source, out)
     assert len(report.layers) == 7 * BLOCKS
     assert what_counts(out) == whole
@@ -296,7 +298,7 @@ _ATTEMPTS = """
     sys.path.insert(0, {tests!r})
     import torch
     torch.set_num_threads(1)
-    import transformers, matgptq, matgptq.quantization
+    import transformers, matgptq, matgptq.quantization.quantize
     from pathlib import Path
     from tiny_models import GROUP_SIZE, token_ids
 

@@ -9,14 +9,14 @@ import torch
 from tiny_models import MODELS, blocks_of, build_model, save_model, token_ids
 
 import matgptq
-from matgptq.blocks import find_blocks
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.errors import UnsupportedModelError
-from matgptq.families import find_family
-from matgptq.nested_linear import nested_layers
-from matgptq.residency import Whole
-from matgptq.rotated_model import make_rotation, rotate_block, rotate_model, rotated_tensors
-from matgptq.stored_tensors import read_headers, read_tensor
+from matgptq.files.stored_tensors import read_headers, read_tensor
+from matgptq.inference.nested_linear import nested_layers
+from matgptq.models.blocks import find_blocks
+from matgptq.models.families import find_family
+from matgptq.models.residency import Whole
+from matgptq.models.rotated_model import make_rotation, rotate_block, rotate_model, rotated_tensors
 
 ROTATABLE = [name for name, (kind, _) in MODELS.items() if not isinstance(find_family(kind).rotation, str)]
 REFUSED = {

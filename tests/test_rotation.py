@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matgptq.rotation import Rotation, hadamard_factors, make_factors, random_signs
+from matgptq.core.rotation import Rotation, hadamard_factors, make_factors, random_signs
 
 # Hidden and head sizes of real models; 52 has a Hadamard matrix, but not by these constructions.
 KNOWN = (2, 12, 28, 64, 80, 96, 128, 576, 640, 896, 960, 1152, 1536, 2048, 2304, 2560, 3072, 3584, 4096, 5120, 14336)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny_models import MODELS, blocks_of, build_model, token_ids
 
-from matgptq.block_hessians import collect_hessians
-from matgptq.blocks import capture_inputs
-from matgptq.output_hessian import OutputHessian
-from matgptq.residency import Whole
-from matgptq.saliency import _window_seed, draw_tokens, token_saliency, token_weights
-from matgptq.workers import Workers
+from matgptq.calibration.block_hessians import collect_hessians
+from matgptq.calibration.saliency import _window_seed, draw_tokens, token_saliency, token_weights
+from matgptq.core.output_hessian import OutputHessian
+from matgptq.machine.workers import Workers
+from matgptq.models.blocks import capture_inputs
+from matgptq.models.residency import Whole
 
 
 def model_and_blocks(name, **overrides):
@@ -41,7 +41,7 @@ def expected_gradients(model, blocks, window, seed, number=0):
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_against_plain_differentiation(name, monkeypatch):
-    monkeypatch.setattr("matgptq.saliency.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("matgptq.calibration.saliency.multiplies_bfloat16", lambda device: False)
     model, blocks = model_and_blocks(name)
     windows = token_ids()[:1, :12]
     found = token_saliency(Whole(model), blocks, windows, seed=3)
@@ -58,8 +58,8 @@ def output_hessians(blocks, most=48):
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_output_hessians_against_plain_differentiation(name, monkeypatch):
-    monkeypatch.setattr("matgptq.saliency.multiplies_bfloat16", lambda device: False)
-    monkeypatch.setattr("matgptq.devices.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("matgptq.calibration.saliency.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("matgptq.machine.devices.multiplies_bfloat16", lambda device: False)
     model, blocks = model_and_blocks(name)
     windows = token_ids()[:3, :12]
     found = output_hessians(blocks)
@@ -101,7 +101,7 @@ def test_output_hessians_do_not_depend_on_how_windows_are_shared_out():
 
 @pytest.mark.parametrize("stretch", [1, 2, 3, 4, 128])
 def test_tokens_are_drawn_as_often_as_their_probability_says(stretch, monkeypatch):
-    monkeypatch.setattr("matgptq.saliency._STRETCH", stretch)
+    monkeypatch.setattr("matgptq.calibration.saliency._STRETCH", stretch)
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
     drawn = draw_tokens(probabilities.expand(20000, -1), torch.Generator().manual_seed(0))
     assert drawn.shape == (20000, 1)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matgptq.core.grid import storable_scales
 from matgptq.errors import ConfigurationError
-from matgptq.grid import storable_scales
 from matgptq.slicing import dequantize, slice_levels
 from matgptq.tuning.scales import ScaledProduct, ScaleVector, Schedule, TunedLinear, TuningState, tune
 

@@ -18,16 +18,16 @@ from tiny_models import token_ids
 
 import matgptq
 from matgptq.allocation import format_lines, read_allocation
-from matgptq.allocation_search import Search
-from matgptq.allocation_store import stored_allocations
-from matgptq.blocks import block_modules
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.allocation_store import stored_allocations
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.errors import AllocationError, ConfigurationError, MatGPTQError
-from matgptq.families import find_family
+from matgptq.models.blocks import block_modules
+from matgptq.models.families import find_family
+from matgptq.models.source import open_source
+from matgptq.models.teacher import observe
 from matgptq.slicing import WIDTHS
-from matgptq.source import open_source
-from matgptq.teacher import observe
 from matgptq.width_search import scoring
+from matgptq.width_search.allocation_search import Search
 from matgptq.width_search.block_runner import BlockRunner
 from matgptq.width_search.evolution import EvolutionSettings
 from matgptq.width_search.layer_groups import group_layers

@@ -23,12 +23,12 @@ from typer.testing import CliRunner
 
 import matgptq
 from matgptq.allocation import Allocation
-from matgptq.allocation_scales import save_scales
-from matgptq.allocation_store import save_allocation
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.allocation_scales import save_scales
+from matgptq.checkpoints.allocation_store import save_allocation
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.cli import app
 from matgptq.errors import AllocationError, ConfigurationError
-from matgptq.nested_linear import nested_layers
+from matgptq.inference.nested_linear import nested_layers
 from matgptq.serving.served_models import ServedModels, UnknownModelError, open_models
 from matgptq.serving.server import listen
 

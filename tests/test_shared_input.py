@@ -10,11 +10,12 @@ from test_kernels import make_weight
 from tiny_models import token_ids
 
 import matgptq
-from matgptq import kernel_choice, kernels, native
-from matgptq.families import find_family
-from matgptq.kv_cache import CACHE_ARGUMENT
+from matgptq import native
+from matgptq.inference.nested_linear import NestedLinear, nested_layers, pack_layers, set_bits
+from matgptq.kernels import dispatch, kernel_choice
+from matgptq.models.families import find_family
+from matgptq.models.kv_cache import CACHE_ARGUMENT
 from matgptq.native import products
-from matgptq.nested_linear import NestedLinear, nested_layers, pack_layers, set_bits
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native library")
 
@@ -37,7 +38,7 @@ class Attention(torch.nn.Module):
 
     def alone(self, name: str, x: torch.Tensor) -> torch.Tensor:
         layer = self.get_submodule(name)
-        return kernels.matmul(x, *layer.operand, activations=layer.activations)
+        return dispatch.matmul(x, *layer.operand, activations=layer.activations)
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_a_width_changed_while_the_library_computes_takes_effect_afterwards(rows
     model = Attention()
     x = torch.randn(rows, 64)
     expected = model.alone("q", x)
-    for module, name in ((kernels, "matmul_shared"), (native.Joined, "__call__")):
+    for module, name in ((dispatch, "matmul_shared"), (native.Joined, "__call__")):
         original = getattr(module, name)
 
         def meddling(*given, original=original, **options):

@@ -7,9 +7,9 @@ import torch
 from tiny_models import build_model, make_tokenizer, save_model, token_ids
 
 import matgptq
-from matgptq.block_hessians import collect_hessians
-from matgptq.blocks import capture_inputs, find_blocks, propagate
-from matgptq.families import find_family
+from matgptq.calibration.block_hessians import collect_hessians
+from matgptq.models.blocks import capture_inputs, find_blocks, propagate
+from matgptq.models.families import find_family
 from matgptq.text.packing import first_tokens
 
 

@@ -10,12 +10,12 @@ from brute_force import LEVELS, WIDTHS, code_costs, excess, output_error, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matgptq.core.grid import initial_scales, search_scales, storable_scales
+from matgptq.core.output_errors import output_errors
+from matgptq.core.solver import solve
 from matgptq.errors import ConfigurationError
-from matgptq.grid import initial_scales, search_scales, storable_scales
 from matgptq.nested_weight import NestedWeight
-from matgptq.output_errors import output_errors
 from matgptq.recipe import make_recipe
-from matgptq.solver import solve
 
 light = settings(deadline=None, max_examples=25, derandomize=True)
 METHODS = {"matgptq": None, "paper": None, "gptq": [3], "rtn": None}
@@ -214,7 +214,7 @@ def test_pieces_of_rows_make_the_same_codes(monkeypatch, method, options):
         options = {key: value for key, value in options.items() if key == "column_order"}
     recipe = make_recipe(method, METHODS[method], **options)
     whole = solve(weight, hessian, recipe, 8).weight
-    monkeypatch.setattr("matgptq.solver._SWEEP_ELEMENTS", 40 * 4 * 3)
+    monkeypatch.setattr("matgptq.core.solver._SWEEP_ELEMENTS", 40 * 4 * 3)
     pieces = solve(weight, hessian, recipe, 8).weight
     assert (pieces.codes == whole.codes).double().mean() > 0.99
     assert pieces.scales.keys() == whole.scales.keys()

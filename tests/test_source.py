@@ -15,13 +15,13 @@ from tiny_models import VOCAB, build_model, make_tokenizer, save_model, token_id
 from transformers import AutoTokenizer
 
 import matgptq
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.errors import SourceError, UnsupportedModelError
-from matgptq.json_files import read_json
-from matgptq.model_config import attention_options
-from matgptq.nested_linear import nested_layers
-from matgptq.source import open_source
-from matgptq.stored_tensors import DTYPE_BITS, read_header, read_headers, read_tensor
+from matgptq.files.json_files import read_json
+from matgptq.files.stored_tensors import DTYPE_BITS, read_header, read_headers, read_tensor
+from matgptq.inference.nested_linear import nested_layers
+from matgptq.models.model_config import attention_options
+from matgptq.models.source import open_source
 
 INDEX = "model.safetensors.index.json"
 

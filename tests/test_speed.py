@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 import matgptq
 from matgptq import native
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.cli import app
 from matgptq.errors import ConfigurationError
-from matgptq.nested_linear import nested_layers
-from matgptq.speed import REFERENCE_BITS, measure_speed
+from matgptq.evaluation.speed import REFERENCE_BITS, measure_speed
+from matgptq.inference.nested_linear import nested_layers
 
 FIELDS = {
     "bits",

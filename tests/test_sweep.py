@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from matgptq import native
+from matgptq.core.sweep import SweepGrid, code_levels, compensate, compensation_coupling, descend, descent_coupling
 from matgptq.errors import ConfigurationError
 from matgptq.slicing import level_table
-from matgptq.sweep import SweepGrid, code_levels, compensate, compensation_coupling, descend, descent_coupling
 
 GROUP_SIZE = 8
 TIE = 1e-3

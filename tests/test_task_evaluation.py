@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import matgptq
-from matgptq import evaluation
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.cli import app
 from matgptq.errors import CalibrationError, CheckpointError, ConfigurationError, SourceError
-from matgptq.task_evaluation import evaluate_tasks
+from matgptq.evaluation import text_evaluation as evaluation
+from matgptq.evaluation.task_evaluation import evaluate_tasks
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="lm-evaluation-harness is not installed")
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tiny_models import MODELS, VOCAB, build_model, token_ids
 from torch import nn
 
-from matgptq import teacher as teacher_module
 from matgptq.errors import UnsupportedModelError
-from matgptq.teacher import OutputHead, Teacher, chunks, last_hidden, observe, output_head
+from matgptq.models import teacher as teacher_module
+from matgptq.models.teacher import OutputHead, Teacher, chunks, last_hidden, observe, output_head
 
 
 def kl_error_bound(kl: float, logit_error: float) -> float:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matgptq.checkpoint import LayerInfo
+from matgptq.checkpoints.checkpoint import LayerInfo
+from matgptq.checkpoints.tensor_parallel import fitting_sizes, shard_obstacle
 from matgptq.errors import UnsupportedModelError
-from matgptq.families import FAMILIES, RotationSites
-from matgptq.tensor_parallel import fitting_sizes, shard_obstacle
+from matgptq.models.families import FAMILIES, RotationSites
 
 
 @given(group_size=st.sampled_from([1, 8, 32, 64]), groups=st.integers(1, 24), ranks=st.integers(1, 24))

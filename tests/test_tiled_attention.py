@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from matgptq import tiled_attention
-from matgptq.tiled_attention import TiledAttention, causal_attention
+from matgptq.machine import tiled_attention
+from matgptq.machine.tiled_attention import TiledAttention, causal_attention
 
 
 def parts(heads: int, key_heads: int, tokens: int, size: int = 16, value_size: int | None = None) -> list[torch.Tensor]:

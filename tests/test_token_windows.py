@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from texts import TEMPLATE, decode, make_model, make_tokenizer, write_json_lines, write_parquet
 
 from matgptq.errors import CalibrationError, ConfigurationError
-from matgptq.fingerprint import fingerprint_data
+from matgptq.quantization.fingerprint import fingerprint_data
 from matgptq.text import order as document_order
 from matgptq.text import windows as token_windows
 from matgptq.text.packing import pack_windows

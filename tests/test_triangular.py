@@ -7,9 +7,9 @@ import torch
 from brute_force import random_problem
 from summed_hessian import accumulate_hessian
 
-from matgptq.hessian import factorize
-from matgptq.triangular import PANEL, factorize_lower, invert_lower, panels
-from matgptq.workers import INLINE, Workers
+from matgptq.core.hessian import factorize
+from matgptq.core.triangular import PANEL, factorize_lower, invert_lower, panels
+from matgptq.machine.workers import INLINE, Workers
 
 SIZES = [1, 2, 17, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL, 2 * PANEL + 88]
 

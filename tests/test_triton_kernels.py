@@ -12,13 +12,13 @@ from tiny_models import token_ids
 from transformers import AutoModelForCausalLM
 
 import matgptq
-from matgptq import kernel_choice, kernels, packed_weight
 from matgptq.errors import AllocationError, ConfigurationError
 from matgptq.gpu import layout as gpu_layout
 from matgptq.gpu import support as gpu_support
 from matgptq.gpu.layout import PlaneWeight
 from matgptq.gpu.tuning import Launch
-from matgptq.nested_linear import NestedLinear, nested_layers
+from matgptq.inference.nested_linear import NestedLinear, nested_layers
+from matgptq.kernels import dispatch, kernel_choice, packed_weight
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS
 
@@ -129,7 +129,7 @@ def test_batches(kernel, rows, monkeypatch):
     weight = make_weight(37, 96, 3)
     dtype = HALVES[rows % 2]
     x, bias = normal(rows, 96, dtype=dtype), normal(37, dtype=dtype)
-    result = kernels.matmul(x.to(DEVICE), pack(weight), 3, bias.to(DEVICE))
+    result = dispatch.matmul(x.to(DEVICE), pack(weight), 3, bias.to(DEVICE))
     # Tiles are rounded to the dtype of the activations, as the reference's weights are.
     check(result, x, weight.dequantize(3, dtype) if kernel == "triton-tiled" else weight.dequantize(3), bias)
 
@@ -177,7 +177,7 @@ def test_bad_activations_propagate(kernel, bad, monkeypatch):
     weight = make_weight(20, 64, 2)
     x = torch.ones(3, 64, dtype=torch.float16)
     x[1, 5] = bad
-    result = kernels.matmul(x.to(DEVICE), pack(weight), 4).cpu()
+    result = dispatch.matmul(x.to(DEVICE), pack(weight), 4).cpu()
     expected = x.float() @ weight.dequantize(4).T
     torch.testing.assert_close(result.float(), expected, equal_nan=True, rtol=2**-10, atol=2**-10)
 
@@ -192,7 +192,7 @@ def test_activations_anywhere_in_memory(monkeypatch):
     wide = flat[:384].view(2, 3, 64)
     for x in (unaligned, strided, wide, wide[:0]):
         flat_rows = x.reshape(-1, 64).cpu()
-        check(kernels.matmul(x, packed, 5).reshape(-1, 20), flat_rows, weight.dequantize(5))
+        check(dispatch.matmul(x, packed, 5).reshape(-1, 20), flat_rows, weight.dequantize(5))
 
 
 @pytest.mark.parametrize("kernel", ["triton-fused", "triton-tiled"])
@@ -203,7 +203,7 @@ def test_gradients(kernel, monkeypatch):
     packed = packed_weight.remember(pack(weight))
     x = normal(3, 64, dtype=torch.float16).to(DEVICE).requires_grad_()
     bias = normal(20, dtype=torch.float16).to(DEVICE).requires_grad_()
-    kernels.matmul(x, packed, 3, bias).sum().backward()
+    dispatch.matmul(x, packed, 3, bias).sum().backward()
     torch.testing.assert_close(x.grad.cpu(), (torch.ones(3, 20) @ weight.dequantize(3)).half(), rtol=2e-3, atol=2e-3)
     assert torch.equal(bias.grad.cpu(), torch.full((20,), 3.0).half())
 
@@ -331,7 +331,7 @@ def test_the_choice_of_a_kernel(monkeypatch):
 
 def test_importing_the_package_imports_no_triton_and_touches_no_device():
     code = (
-        "import sys, torch, matgptq, matgptq.kernels, matgptq.sweep, matgptq.nested_linear;"
+        "import sys, torch, matgptq, matgptq.kernels.dispatch, matgptq.core.sweep, matgptq.inference.nested_linear;"
         "assert not any(name.split('.')[0] == 'triton' for name in sys.modules);"
         "assert not torch.cuda.is_initialized()"
     )

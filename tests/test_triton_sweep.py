@@ -10,12 +10,12 @@ import torch
 from brute_force import random_problem
 from test_sweep import TIE, Sweep
 
+from matgptq.core.output_hessian import OutputHessian
+from matgptq.core.solver import solve
+from matgptq.core.sweep import SweepGrid, compensate, descend
 from matgptq.errors import ConfigurationError
 from matgptq.gpu import support as gpu_support
-from matgptq.output_hessian import OutputHessian
 from matgptq.recipe import make_recipe
-from matgptq.solver import solve
-from matgptq.sweep import SweepGrid, compensate, descend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 reason = gpu_support.obstacle(DEVICE)
@@ -90,7 +90,7 @@ def test_descent_minimises_one_column_after_the_other(widths, bit_weights, rows,
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_whole_solve(joined, monkeypatch):
-    monkeypatch.setattr("matgptq.joined_rows._ROWS", 2)
+    monkeypatch.setattr("matgptq.core.joined_rows._ROWS", 2)
     weight, hessian = random_problem(4, 32, 5)
     recipe = make_recipe("matgptq", [2, 8], group_size=16)
     factor = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))

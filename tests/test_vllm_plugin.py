@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import matgptq
-from matgptq import kernels, native, packed_weight
+from matgptq import native
 from matgptq.bit_stream import pack_rows
-from matgptq.checkpoint import Checkpoint, open_checkpoint
+from matgptq.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from matgptq.checkpoints.format import Settings
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError
-from matgptq.format import Settings
+from matgptq.kernels import dispatch, packed_weight
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import WIDTHS, slice_codes
 from matgptq.vllm_plugin.choice import Choice, ServedLayer, chosen_layers, held_layers, read_choice
@@ -126,10 +127,10 @@ def test_joined_products_are_the_shared_ones() -> None:
         packed_weight.pack(NestedWeight(part.codes, {8: part.scales}), part.bits)
         for part in (_part(64, 3), _part(32, 6))
     ]
-    operands = [kernels.Operand(weights[0], 3, torch.randn(64)), kernels.Operand(weights[1], 6, None)]
+    operands = [dispatch.Operand(weights[0], 3, torch.randn(64)), dispatch.Operand(weights[1], 6, None)]
     for activations in ("exact", "int8"):
-        shared = kernels.matmul_shared(x, operands, activations=activations)
-        joined = kernels.JoinedProduct(operands, activations=activations)
+        shared = dispatch.matmul_shared(x, operands, activations=activations)
+        joined = dispatch.JoinedProduct(operands, activations=activations)
         assert torch.equal(joined(x), torch.cat(shared, 1))
         assert torch.equal(joined(x[:, None]), torch.cat(shared, 1)[:, None])
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from matgptq.workers import INLINE, Workers, one_thread_each
+from matgptq.machine.workers import INLINE, Workers, one_thread_each
 
 
 @pytest.fixture(params=[1, 2, 5])

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from matgptq.blocks import Block, find_blocks
-from matgptq.experts import unfuse_experts
-from matgptq.families import find_family
+from matgptq.models.blocks import Block, find_blocks
+from matgptq.models.experts import unfuse_experts
+from matgptq.models.families import find_family
 
 VOCAB = 288  # 256 bytes and a few specials, and more rows than the tokenizer has tokens, as real models have
 GROUP_SIZE = 64  # divides some layers below; the others fall back to 32

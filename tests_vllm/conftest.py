@@ -16,8 +16,8 @@ from tiny_models import build_model, make_tokenizer, token_ids
 
 import matgptq
 from matgptq.allocation import Allocation
-from matgptq.allocation_store import save_allocation
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.allocation_store import save_allocation
+from matgptq.checkpoints.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
 MIXED = (2, 3, 4, 6, 8, 5)

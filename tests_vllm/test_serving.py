@@ -19,7 +19,7 @@ import torch
 from server import Server
 
 import matgptq
-from matgptq.source import load_tokenizer
+from matgptq.models.source import load_tokenizer
 
 FLOAT32_TOLERANCE = 2e-3
 BFLOAT16_MEAN_TOLERANCE = 0.15

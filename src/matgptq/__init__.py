@@ -7,22 +7,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from matgptq.registration import register_when_imported
+from matgptq.inference.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from matgptq.allocation_search import search
-    from matgptq.evaluation import evaluate
-    from matgptq.exporting import export
-    from matgptq.loading import load
-    from matgptq.model_card import write_card
-    from matgptq.publishing import push
-    from matgptq.quantization import quantize
-    from matgptq.reference_import import import_reference
-    from matgptq.refinement import refine
-    from matgptq.run_forecast import forecast
-    from matgptq.task_evaluation import evaluate_tasks
-    from matgptq.transformers_integration import MatGPTQConfig
-    from matgptq.verification import verify
+    from matgptq.evaluation.task_evaluation import evaluate_tasks
+    from matgptq.evaluation.text_evaluation import evaluate
+    from matgptq.exports.exporting import export
+    from matgptq.exports.verification import verify
+    from matgptq.inference.loading import load
+    from matgptq.inference.transformers_integration import MatGPTQConfig
+    from matgptq.publishing.hub import push
+    from matgptq.publishing.model_card import write_card
+    from matgptq.quantization.forecast import forecast
+    from matgptq.quantization.quantize import quantize
+    from matgptq.reference_formats.reference_import import import_reference
+    from matgptq.tuning.refinement import refine
+    from matgptq.width_search.allocation_search import search
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -43,19 +43,19 @@ __all__ = [
 ]
 
 _HOME = {
-    "quantize": "matgptq.quantization",
-    "forecast": "matgptq.run_forecast",
-    "load": "matgptq.loading",
-    "evaluate": "matgptq.evaluation",
-    "evaluate_tasks": "matgptq.task_evaluation",
-    "write_card": "matgptq.model_card",
-    "push": "matgptq.publishing",
-    "export": "matgptq.exporting",
-    "verify": "matgptq.verification",
-    "import_reference": "matgptq.reference_import",
-    "refine": "matgptq.refinement",
-    "search": "matgptq.allocation_search",
-    "MatGPTQConfig": "matgptq.transformers_integration",
+    "quantize": "matgptq.quantization.quantize",
+    "forecast": "matgptq.quantization.forecast",
+    "load": "matgptq.inference.loading",
+    "evaluate": "matgptq.evaluation.text_evaluation",
+    "evaluate_tasks": "matgptq.evaluation.task_evaluation",
+    "write_card": "matgptq.publishing.model_card",
+    "push": "matgptq.publishing.hub",
+    "export": "matgptq.exports.exporting",
+    "verify": "matgptq.exports.verification",
+    "import_reference": "matgptq.reference_formats.reference_import",
+    "refine": "matgptq.tuning.refinement",
+    "search": "matgptq.width_search.allocation_search",
+    "MatGPTQConfig": "matgptq.inference.transformers_integration",
 }
 
 

@@ -23,22 +23,23 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from matgptq import figures, native
-from matgptq.allocation_scales import SCALES
-from matgptq.allocation_search import Search
-from matgptq.checkpoint import Checkpoint
+from matgptq import native
+from matgptq.checkpoints.allocation_scales import SCALES
+from matgptq.checkpoints.checkpoint import Checkpoint
+from matgptq.checkpoints.evaluation_results import Evaluation, TaskEvaluation
+from matgptq.checkpoints.integrity import Integrity
 from matgptq.errors import ConfigurationError
-from matgptq.evaluation_results import Evaluation, TaskEvaluation
-from matgptq.figures import megabytes
-from matgptq.integrity import Integrity
-from matgptq.kernel_choice import Product, choose
+from matgptq.evaluation.speed import Speed
+from matgptq.exports.verification import Verification
+from matgptq.kernels.kernel_choice import Product, choose
+from matgptq.kernels.packed_weight import Form, obstacle
 from matgptq.nested_weight import scale_source
-from matgptq.packed_weight import Form, obstacle
+from matgptq.publishing import figures
+from matgptq.publishing.figures import megabytes
+from matgptq.quantization.forecast import Forecast
 from matgptq.report import LayerReport, Refinement, Report
-from matgptq.run_forecast import Forecast
 from matgptq.slicing import WIDTHS
-from matgptq.speed import Speed
-from matgptq.verification import Verification
+from matgptq.width_search.allocation_search import Search
 
 
 class ProgressBars:

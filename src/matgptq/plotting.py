@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matgptq.allocation_search import Search
+from matgptq.checkpoints.evaluation_results import Result
 from matgptq.errors import ConfigurationError
-from matgptq.evaluation_results import Result
-from matgptq.figures import MEGABYTE
+from matgptq.publishing.figures import MEGABYTE
 from matgptq.slicing import MIN_BITS, PARENT_BITS, WIDTHS
+from matgptq.width_search.allocation_search import Search
 
 _MARGIN = 0.1  # room for labels, of the axes
 

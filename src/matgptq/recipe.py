@@ -62,22 +62,22 @@ class Recipe:
             tokens, it finds them by itself.
         saliency: exponent of the weight that a token gets in a layer's Hessian: the norm of the gradient that the
             model's predictions have in the layer's output there, to this power. 0 counts all tokens alike, 2 is the
-            Fisher information (``matgptq.saliency``). Costs one backward pass over the calibration windows.
+            Fisher information (``calibration.saliency``). Costs one backward pass over the calibration windows.
         rows_together: output rows of layers with the same input whose errors are weighed together by those gradients
-            (``matgptq.output_hessian``), at most: more are cut into equal parts, and so are those whose matrices would
-            be large beside the model's layers (``matgptq.plan``). 0 or 1 solves each row as if there were no others,
+            (``core.output_hessian``), at most: more are cut into equal parts, and so are those whose matrices would
+            be large beside the model's layers (``plan``). 0 or 1 solves each row as if there were no others,
             and so do ``saliency`` 0 and another ``compensation`` than ``per-width``. Costs a product of the gradients
             with themselves in the backward pass.
         output_damping: added to the output Hessian's diagonal, as a fraction of its mean.
         tuned_bits: widths whose scales are tuned end to end once the checkpoint stands (``matgptq.refine``).
         tuning_steps: steps of that tuning for each width.
         channel_scaling: exponent e by which channels with large activations are rounded more finely, with the model
-            left the same function (``matgptq.channel_scaling``); 0 for none. Costs nothing at inference. Families that
+            left the same function (``channel_scaling``); 0 for none. Costs nothing at inference. Families that
             it is not known for (OPT, GPT-NeoX) go without.
         rotate: spread outliers over all channels by rotating the weights before anything else, with the model left
-            the same function (``matgptq.rotated_model``).
+            the same function (``matgptq.models.rotated_model``).
         min_expert_tokens: calibration tokens that an expert has to see for Hessians of its own; one with fewer gets
-            those of all tokens of its block (``matgptq.expert_hessians``).
+            those of all tokens of its block (``matgptq.calibration.expert_hessians``).
         all_experts: calibrate every expert with every token, whatever the router says.
         seed: of the calibration windows, the first tokens and the rotation.
     """

@@ -51,7 +51,7 @@ def bench(
     import torch
 
     from matgptq.console import speed_table
-    from matgptq.speed import measure_speed
+    from matgptq.evaluation.speed import measure_speed
 
     if threads is not None:
         if threads < 1:

@@ -27,7 +27,7 @@ from matgptq.commands.options import (
 from matgptq.errors import AllocationError, CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
-    from matgptq.evaluation_results import Evaluation, TaskEvaluation
+    from matgptq.checkpoints.evaluation_results import Evaluation, TaskEvaluation
 
 EPILOG = examples(
     "matgptq eval out",
@@ -188,8 +188,8 @@ def _evaluate_tasks(
 
 
 def _keep(checkpoint: Path, evaluation: Evaluation | TaskEvaluation, no_record: bool) -> None:
-    from matgptq.checkpoint import open_checkpoint
-    from matgptq.evaluation_record import record_evaluation
+    from matgptq.checkpoints.checkpoint import open_checkpoint
+    from matgptq.checkpoints.evaluation_record import record_evaluation
 
     if no_record:
         return

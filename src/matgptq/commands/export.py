@@ -37,7 +37,7 @@ def export(
 ) -> None:
     """Write one width of a checkpoint in the format of another engine, exactly."""
     import matgptq
-    from matgptq.figures import megabytes
+    from matgptq.publishing.figures import megabytes
 
     with progress_bars() as progress:
         report = matgptq.export(

@@ -43,8 +43,8 @@ def generate(
 ) -> None:
     """Continue a prompt with one width of a checkpoint."""
     import matgptq
-    from matgptq.generation import generate_text
-    from matgptq.source import load_tokenizer
+    from matgptq.inference.generation import generate_text
+    from matgptq.models.source import load_tokenizer
 
     with progress_bars() as progress:
         progress.start("load the model", 1)

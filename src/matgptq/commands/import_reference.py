@@ -36,7 +36,7 @@ def import_reference(
 ) -> None:
     """Turn a checkpoint of the published reference implementation into one of ours, or say why it cannot be."""
     import matgptq
-    from matgptq.checkpoint import open_checkpoint
+    from matgptq.checkpoints.checkpoint import open_checkpoint
     from matgptq.console import size_table
 
     with progress_bars() as progress:

@@ -35,11 +35,11 @@ def info(
 
 
 def _show_checkpoint(checkpoint: Path, json_file: Path | None) -> None:
-    from matgptq.allocation_store import stored_allocations
-    from matgptq.checkpoint import open_checkpoint
+    from matgptq.checkpoints.allocation_store import stored_allocations
+    from matgptq.checkpoints.checkpoint import open_checkpoint
+    from matgptq.checkpoints.tensor_parallel import fitting_sizes
     from matgptq.console import allocations_table, recipe_lines, size_table
     from matgptq.errors import UnsupportedModelError
-    from matgptq.tensor_parallel import fitting_sizes
 
     opened = open_checkpoint(checkpoint, slices=True)
     try:

@@ -22,9 +22,9 @@ def card(
 
     The figures are those that `matgptq eval` recorded. Text of yours in the file is kept.
     """
-    from matgptq.checkpoint import open_checkpoint
-    from matgptq.evaluation_record import read_record
-    from matgptq.model_card import write_card
+    from matgptq.checkpoints.checkpoint import open_checkpoint
+    from matgptq.checkpoints.evaluation_record import read_record
+    from matgptq.publishing.model_card import write_card
 
     file = write_card(checkpoint, name=name)
     if not any(read_record(open_checkpoint(checkpoint, slices=True)).values()):
@@ -40,7 +40,7 @@ def push(
     message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload checkpoint",
 ) -> None:
     """Upload the checkpoint OUT to the Hugging Face Hub with a model card and without paths of this machine."""
-    from matgptq.publishing import push
+    from matgptq.publishing.hub import push
 
     url = push(checkpoint, repository, private=private or None, revision=revision, message=message)
     out_console.print(f"pushed: {url}", markup=False, highlight=False)

@@ -94,9 +94,9 @@ def quantize(
 ) -> None:
     """Quantize MODEL once for all widths and write the checkpoint OUT."""
     import matgptq
-    from matgptq.activations import check_placement
-    from matgptq.checkpoint import open_checkpoint
+    from matgptq.checkpoints.checkpoint import open_checkpoint
     from matgptq.console import error_table, plan_table, refinement_table, report_summary, size_table
+    from matgptq.quantization.activations import check_placement
 
     ingredients: dict[str, Any] = {
         "sink_weight": sink_weight, "rotate": rotate, "min_expert_tokens": min_expert_tokens, "all_experts": all_experts

@@ -26,14 +26,14 @@ def verify(
     """
     with progress_bars() as progress:
         if against is None:
+            from matgptq.checkpoints.integrity import check_integrity
             from matgptq.console import integrity_table
-            from matgptq.integrity import check_integrity
 
             integrity = check_integrity(directory, progress=progress)
             table, record, passed = integrity_table(integrity), integrity.to_dict(), integrity.passed
         else:
             from matgptq.console import verification_table
-            from matgptq.verification import verify as compare
+            from matgptq.exports.verification import verify as compare
 
             verification = compare(directory, against, progress=progress)
             table, record, passed = verification_table(verification), verification.to_dict(), verification.passed

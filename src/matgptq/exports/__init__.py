@@ -1,1 +1,1 @@
-"""One file per format that a slice is exported to; ``matgptq.exporting`` drives them."""
+"""One file per format that a slice is exported to; ``matgptq.exports.exporting`` drives them."""

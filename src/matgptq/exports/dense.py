@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from matgptq.core.finiteness import all_finite
 from matgptq.errors import ExportError
 from matgptq.exports.target import SafetensorsExport, Target, check_untied
-from matgptq.finiteness import all_finite
 from matgptq.sliced_weight import SlicedWeight
 
 

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from matgptq.checkpoint_writer import CheckpointWriter
-from matgptq.directories import disk_errors
+from matgptq.checkpoints.writer import CheckpointWriter
 from matgptq.errors import ExportError
 from matgptq.exports.gguf_tokenizer import add_tokenizer
 from matgptq.exports.target import Export, Target, check_untied
-from matgptq.model_config import head_dim
+from matgptq.files.directories import disk_errors
+from matgptq.files.stored_tensors import TensorInfo
+from matgptq.models.model_config import head_dim
+from matgptq.models.source import load_tokenizer
 from matgptq.sliced_weight import SlicedWeight
-from matgptq.source import load_tokenizer
-from matgptq.stored_tensors import TensorInfo
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from matgptq.bit_stream import pack_rows
+from matgptq.checkpoints.format import GUARD, SLICED_CODES, SLICED_SCALES, slice_settings
 from matgptq.exports.target import SafetensorsExport
-from matgptq.format import GUARD, SLICED_CODES, SLICED_SCALES, slice_settings
 from matgptq.sliced_weight import SlicedWeight
 from matgptq.slicing import PARENT_BITS
 

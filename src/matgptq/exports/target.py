@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matgptq.checkpoint import Checkpoint
-from matgptq.checkpoint_writer import CheckpointWriter
+from matgptq.checkpoints.checkpoint import Checkpoint
+from matgptq.checkpoints.format import CODES, GUARD, scales_name
+from matgptq.checkpoints.stored_layers import read_layer
+from matgptq.checkpoints.writer import CheckpointWriter
+from matgptq.core.finiteness import all_finite
 from matgptq.errors import ExportError
-from matgptq.families import Family, known_family
-from matgptq.finiteness import all_finite
-from matgptq.format import CODES, GUARD, scales_name
+from matgptq.files.stored_tensors import read_tensor
+from matgptq.models.families import Family, known_family
 from matgptq.nested_weight import NestedWeight
 from matgptq.sliced_weight import SlicedWeight, cut
-from matgptq.stored_layers import read_layer
-from matgptq.stored_tensors import read_tensor
 
 # What Marlin takes, the kernel that stock vLLM runs 4- and 8-bit weights with; whole rows besides.
 KERNEL_GROUP_SIZES = (32, 64, 128)

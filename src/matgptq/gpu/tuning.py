@@ -13,8 +13,8 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from matgptq.atomic_files import replacing
-from matgptq.cache import cache_dir
+from matgptq.files.atomic import replacing
+from matgptq.files.cache import cache_dir
 from matgptq.gpu.layout import CHUNK_COLUMNS, PlaneWeight
 
 

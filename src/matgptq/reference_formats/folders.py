@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from matgptq.errors import ConfigurationError, SourceError
+from matgptq.models.source import ModelSource
 from matgptq.reference_formats.opened import (
     Reference,
     ReferenceLayer,
@@ -23,7 +24,6 @@ from matgptq.reference_formats.opened import (
 )
 from matgptq.reference_formats.packed import REFERENCE_METHOD
 from matgptq.slicing import PARENT_BITS
-from matgptq.source import ModelSource
 
 DATA_NAME = "data.pt"
 _DATA_FIELDS = {"qweight", "scale", "zero", "perm"}

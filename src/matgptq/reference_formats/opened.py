@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from matgptq.errors import SourceError
+from matgptq.files.tensor_names import is_derived, match_names
+from matgptq.models.source import ModelSource
 from matgptq.slicing import ZERO_POINT
-from matgptq.source import ModelSource
-from matgptq.tensor_names import is_derived, match_names
 
 
 @dataclass(frozen=True)

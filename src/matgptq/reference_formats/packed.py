@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matgptq.checkpoints.format import QUANT_METHOD
 from matgptq.errors import ConfigurationError, SourceError
-from matgptq.format import QUANT_METHOD
-from matgptq.json_files import read_json
+from matgptq.files.json_files import read_json
+from matgptq.files.stored_tensors import read_headers, read_tensor
+from matgptq.files.tensor_names import match_names
+from matgptq.models.source import ModelSource
 from matgptq.recipe import PER_CHANNEL
 from matgptq.reference_formats.opened import (
     Reference,
@@ -20,9 +23,6 @@ from matgptq.reference_formats.opened import (
     place_kept,
 )
 from matgptq.slicing import PARENT_BITS, WIDTHS
-from matgptq.source import ModelSource
-from matgptq.stored_tensors import read_headers, read_tensor
-from matgptq.tensor_names import match_names
 
 REFERENCE_METHOD = "matgptq_quant"
 _CONFIG_FIELDS = {

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from matgptq.block_stack import next_logits, takes_groups
-from matgptq.kv_cache import CACHE_ARGUMENT
+from matgptq.inference.block_stack import next_logits, takes_groups
+from matgptq.models.kv_cache import CACHE_ARGUMENT
 from matgptq.serving.prompt_cache import PromptCache, ReadText
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache
 
-from matgptq.kv_cache import first_positions, memory_of
+from matgptq.models.kv_cache import first_positions, memory_of
 
 _FEWEST = 16  # tokens; fewer are read again as soon as found
 

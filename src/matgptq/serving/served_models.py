@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from matgptq.allocation_scales import has_own_scales
-from matgptq.allocation_store import find_allocation, stored_allocations
-from matgptq.checkpoint import open_checkpoint
+from matgptq.checkpoints.allocation_scales import has_own_scales
+from matgptq.checkpoints.allocation_store import find_allocation, stored_allocations
+from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.errors import ConfigurationError
-from matgptq.loading import load
-from matgptq.nested_linear import SlicedLinear, nested_layers
+from matgptq.inference.loading import load
+from matgptq.inference.nested_linear import SlicedLinear, nested_layers
+from matgptq.inference.width_copies import copy_at
+from matgptq.models.source import load_tokenizer
 from matgptq.slicing import WIDTHS
-from matgptq.source import load_tokenizer
-from matgptq.width_copies import copy_at
 
 Widths = int | Mapping[str, int]
 

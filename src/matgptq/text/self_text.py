@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from matgptq import cache
-from matgptq.atomic_files import replacing
-from matgptq.devices import multiplies_bfloat16
+from matgptq.core.finiteness import all_finite
 from matgptq.errors import CalibrationError, ConfigurationError
-from matgptq.finiteness import all_finite
-from matgptq.model_config import longest_window
+from matgptq.files import cache
+from matgptq.files.atomic import replacing
+from matgptq.machine.devices import multiplies_bfloat16
+from matgptq.machine.workers import one_thread_each
+from matgptq.models.model_config import longest_window
 from matgptq.progress import Counted
 from matgptq.text.packing import check_counts
-from matgptq.workers import one_thread_each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,7 +219,7 @@ def _generate(
     progress: Counted | None,
 ) -> Tensor:
     """Sample ``documents`` sequences; ``torch.int64`` ``[documents, length]`` on the CPU."""
-    from matgptq.kv_cache import CACHE_ARGUMENT
+    from matgptq.models.kv_cache import CACHE_ARGUMENT
 
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     chooser = torch.Generator().manual_seed(seed)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matgptq.blocks import Block, BlockInputs, run_block
+from matgptq.machine.workers import INLINE, Workers
+from matgptq.models.blocks import Block, BlockInputs, run_block
 from matgptq.tuning.scales import ScaleVector, Schedule, TunedLinear, mean_gradient, tune
-from matgptq.workers import INLINE, Workers
 
 
 @dataclass

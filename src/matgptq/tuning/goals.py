@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from matgptq.allocation_scales import find_scales, widths_scales
-from matgptq.allocation_store import find_allocation, stored_allocations
-from matgptq.checkpoint import Checkpoint, open_checkpoint
+from matgptq.checkpoints.allocation_scales import find_scales, widths_scales
+from matgptq.checkpoints.allocation_store import find_allocation, stored_allocations
+from matgptq.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from matgptq.errors import ConfigurationError
 from matgptq.slicing import check_widths
 

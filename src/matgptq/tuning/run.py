@@ -11,25 +11,25 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from matgptq.allocation_scales import save_scales
-from matgptq.blocks import Block, block_modules, capture_inputs, complete
-from matgptq.checkpoint import Checkpoint
+from matgptq.checkpoints.allocation_scales import save_scales
+from matgptq.checkpoints.checkpoint import Checkpoint
+from matgptq.checkpoints.scale_replacement import replace_scales
 from matgptq.errors import UnsupportedModelError
-from matgptq.families import find_family
-from matgptq.loading import load
-from matgptq.nested_linear import nested_layers
+from matgptq.inference.loading import load
+from matgptq.inference.nested_linear import nested_layers
+from matgptq.machine.workers import Workers
+from matgptq.models.blocks import Block, block_modules, capture_inputs, complete
+from matgptq.models.families import find_family
+from matgptq.models.teacher import Teacher, observe, output_head
 from matgptq.progress import Progress
 from matgptq.report import Refinement
-from matgptq.scale_replacement import replace_scales
 from matgptq.slicing import slice_levels
-from matgptq.teacher import Teacher, observe, output_head
 from matgptq.text.windows import Windows
 from matgptq.tuning.blocks import tune_blocks
 from matgptq.tuning.goals import Goal, by_layer, stored_scales
 from matgptq.tuning.scales import ModelObjective, ScaleVector, Schedule, TunedLinear, TuningState, fast_dtype, tune
 from matgptq.tuning.text import HELD_OUT
 from matgptq.tuning.workspace import TuningWorkspace, digest_of
-from matgptq.workers import Workers
 
 Scope = Literal["model", "block"]
 

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matgptq.devices import MEDIUM_PRECISION, multiplies_bfloat16
+from matgptq.core.grid import storable_scales
 from matgptq.errors import ConfigurationError
-from matgptq.grid import storable_scales
+from matgptq.machine.devices import MEDIUM_PRECISION, multiplies_bfloat16
+from matgptq.machine.workers import INLINE, Workers
+from matgptq.models.teacher import OutputHead, Teacher, chunks, last_hidden
 from matgptq.recipe import check_seed
-from matgptq.teacher import OutputHead, Teacher, chunks, last_hidden
-from matgptq.workers import INLINE, Workers
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-12  # gradients of a mean over many tokens for one group of weights are tiny

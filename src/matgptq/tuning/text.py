@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from matgptq.checkpoint import Checkpoint
+from matgptq.checkpoints.checkpoint import Checkpoint
 from matgptq.errors import CalibrationError
-from matgptq.model_config import check_window, longest_window
+from matgptq.models.model_config import check_window, longest_window
+from matgptq.models.source import load_tokenizer
 from matgptq.progress import Progress, counting_steps
-from matgptq.source import load_tokenizer
 from matgptq.text.windows import SELF, Windows, calibration_windows, takes_self, text_names
 
 DEFAULT_SEQLEN = 512

@@ -25,11 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matgptq.atomic_files import json_text, save_tensors, write_text
-from matgptq.checkpoint import Checkpoint
-from matgptq.directories import disk_errors, lock_directory
+from matgptq.checkpoints.checkpoint import Checkpoint
 from matgptq.errors import CheckpointError, SourceError
-from matgptq.json_files import read_json
+from matgptq.files.atomic import json_text, save_tensors, write_text
+from matgptq.files.directories import disk_errors, lock_directory
+from matgptq.files.json_files import read_json
 from matgptq.progress import Progress
 from matgptq.tuning.goals import Goal, stored_scales
 from matgptq.tuning.scales import TuningState

@@ -11,7 +11,7 @@ def register() -> None:
     """Make vLLM know our quantization methods; harmless when called again."""
     from vllm.model_executor.layers import quantization
 
-    from matgptq.format import QUANT_METHOD, SLICE_METHOD
+    from matgptq.checkpoints.format import QUANT_METHOD, SLICE_METHOD
     from matgptq.vllm_plugin.config import ServedConfig
 
     for method in (QUANT_METHOD, SLICE_METHOD):

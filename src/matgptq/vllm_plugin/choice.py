@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
-from matgptq.allocation_scales import has_own_scales
-from matgptq.allocation_store import find_allocation
-from matgptq.checkpoint import Checkpoint
+from matgptq.checkpoints.allocation_scales import has_own_scales
+from matgptq.checkpoints.allocation_store import find_allocation
+from matgptq.checkpoints.checkpoint import Checkpoint
 from matgptq.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from matgptq.loading import check_held
+from matgptq.inference.loading import check_held
 from matgptq.native import Activations
 from matgptq.slicing import check_bits
 

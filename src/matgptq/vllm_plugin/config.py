@@ -15,10 +15,10 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from matgptq.checkpoint import Checkpoint, open_checkpoint
+from matgptq.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from matgptq.checkpoints.format import QUANT_METHOD, Settings
+from matgptq.checkpoints.tensor_parallel import fitting_sizes
 from matgptq.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from matgptq.format import QUANT_METHOD, Settings
-from matgptq.tensor_parallel import fitting_sizes
 from matgptq.vllm_plugin.choice import Choice, ServedLayer, chosen_layers, held_layers, read_choice
 from matgptq.vllm_plugin.vllm_version import check_version
 
@@ -37,7 +37,7 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
         settings: of the checkpoint.
         ignore: Linear layers that the checkpoint leaves at full precision.
         plain: whatever has a matrix at full precision, routers among them.
-        sizes: tensor-parallel sizes that fit; None for an architecture that ``matgptq.families`` does not know.
+        sizes: tensor-parallel sizes that fit; None for an architecture that ``matgptq.models.families`` does not know.
     """
 
     def __init__(self, choice: Choice) -> None:
@@ -163,7 +163,7 @@ def _check_architecture(checkpoint: Checkpoint) -> None:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from matgptq.transformers_integration import replace_linears
+    from matgptq.inference.transformers_integration import replace_linears
 
     config = AutoConfig.from_pretrained(checkpoint.path)
     if type(config) not in AutoModelForCausalLM._model_mapping:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
+from matgptq.checkpoints.format import GUARD, Settings
+from matgptq.checkpoints.tensor_parallel import shard_obstacle
 from matgptq.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from matgptq.format import GUARD, Settings
 from matgptq.native import Activations
-from matgptq.tensor_parallel import shard_obstacle
 from matgptq.vllm_plugin.choice import ServedLayer
 from matgptq.vllm_plugin.fused_experts import ExpertParts, FusedExperts
 from matgptq.vllm_plugin.fused_linear import Part

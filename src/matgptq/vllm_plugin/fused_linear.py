@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matgptq import kernels, native, packed_weight
+from matgptq import native
 from matgptq.errors import ConfigurationError
+from matgptq.kernels import dispatch, packed_weight
 from matgptq.nested_weight import NestedWeight
 from matgptq.slicing import PARENT_BITS
 
@@ -101,10 +102,10 @@ class FusedLinear:
             self._bias = bias
         return self._product(x)
 
-    def _prepare(self, bias: Tensor | None) -> kernels.JoinedProduct:
+    def _prepare(self, bias: Tensor | None) -> dispatch.JoinedProduct:
         biases = [None] * len(self._rows) if bias is None else torch.split(bias, self._rows)
-        operands = [kernels.Operand(*pair, part) for pair, part in zip(self._weights, biases, strict=True)]
-        return kernels.JoinedProduct(operands, activations=self.activations)
+        operands = [dispatch.Operand(*pair, part) for pair, part in zip(self._weights, biases, strict=True)]
+        return dispatch.JoinedProduct(operands, activations=self.activations)
 
 
 def merge_equal_widths(parts: Sequence[Part]) -> list[Part]:

@@ -11,10 +11,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter
 
+from matgptq.checkpoints.format import CODES, GUARD, SLICED_CODES, Settings
+from matgptq.checkpoints.tensor_parallel import shard_obstacle
 from matgptq.errors import ConfigurationError, UnsupportedModelError
-from matgptq.format import CODES, GUARD, SLICED_CODES, Settings
 from matgptq.native import Activations
-from matgptq.tensor_parallel import shard_obstacle
 from matgptq.vllm_plugin.choice import ServedLayer
 from matgptq.vllm_plugin.fused_linear import FusedLinear, Part
 from matgptq.vllm_plugin.parameters import SlicedCodes, guard, unread

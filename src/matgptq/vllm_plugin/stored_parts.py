@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from matgptq.bit_stream import unpack_rows
+from matgptq.checkpoints.format import CODES, SLICED_CODES, SLICED_SCALES, Settings, scales_name
+from matgptq.core.finiteness import all_finite
 from matgptq.errors import CheckpointError
-from matgptq.finiteness import all_finite
-from matgptq.format import CODES, SLICED_CODES, SLICED_SCALES, Settings, scales_name
 from matgptq.nested_weight import scale_source
 from matgptq.sliced_weight import parent_of
 

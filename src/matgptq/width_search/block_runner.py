@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matgptq.blocks import replaced_forwards
+from matgptq.models.blocks import replaced_forwards
 
 
 class BlockRunner:

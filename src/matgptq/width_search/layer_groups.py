@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from matgptq.checkpoint import LayerInfo
-from matgptq.families import Family
+from matgptq.checkpoints.checkpoint import LayerInfo
+from matgptq.models.families import Family
 from matgptq.nested_weight import layer_bits
 
 _EXPERTS = ".experts."

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matgptq.atomic_files import write_text
+from matgptq.files.atomic import write_text
+from matgptq.files.run_log import RunLog
 from matgptq.progress import Progress
-from matgptq.run_log import RunLog
 from matgptq.width_search.budget import Budget, SearchSpace
 from matgptq.width_search.evolution import EvolutionState, fill, next_generation, stopped
 from matgptq.width_search.optimum import Genome, optimum

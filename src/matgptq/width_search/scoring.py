@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from matgptq.teacher import Teacher, chunks
+from matgptq.models.teacher import Teacher, chunks
 from matgptq.width_search.block_runner import BlockRunner
 from matgptq.width_search.layer_groups import LayerGroup
 from matgptq.width_search.optimum import Genome

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from matgptq.atomic_files import write_text
+from matgptq.files.atomic import write_text
 from matgptq.width_search.budget import SearchSpace
 from matgptq.width_search.optimum import Genome
 

@@ -1,0 +1,1 @@
+"""Files and directories: written whole or not at all, opened without trust, checked."""

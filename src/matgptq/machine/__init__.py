@@ -1,0 +1,1 @@
+"""What a run has to work with: devices, threads and processes."""

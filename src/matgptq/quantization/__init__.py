@@ -1,0 +1,1 @@
+"""A quantization from what was asked for to the finished checkpoint."""

@@ -12,13 +12,14 @@ from tiny_models import GROUP_SIZE, save_model, token_ids
 import matgptq
 from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.errors import ConfigurationError, MatGPTQError
+from matgptq.machine.memory import available_memory, gpu_memory, has_own_memory
 from matgptq.models.residency import build_empty
-from matgptq.models.source import open_source
+from matgptq.models.source import ModelSource, open_source
 from matgptq.quantization.plan import CalibrationRequest, output_hessian_bytes
 from matgptq.quantization.preparation import prepare
-from matgptq.quantization.requirements import available_memory, check_requirements, estimate_requirements
+from matgptq.quantization.requirements import check_requirements, estimate_requirements
 from matgptq.quantization.run_time import _OfLogits, _seconds_of_logits, _seconds_per_gradient, estimate_seconds
-from matgptq.quantization.stage_memory import BLOCKS, GRADIENTS, TEXT, TUNING, StageMemory, states_bytes
+from matgptq.quantization.stage_memory import BLOCKS, GRADIENTS, TEXT, TUNING, StageMemory, entering_bytes, states_bytes
 from matgptq.recipe import make_recipe
 from matgptq.text import self_text
 
@@ -94,17 +95,94 @@ def of_one_window(memory):
     return two - one
 
 
-def test_states_on_a_gpu_do_not_follow_the_memory_of_the_cpu(many, monkeypatch):
+def needs_on_gpu(memory, free=None, gpu_free=None, **options):
+    return estimate_requirements(
+        memory.network, memory.plan, memory.recipe, 0, free=free, gpu_free=gpu_free,
+        **{"streamed": True, "activations": "auto", "device": torch.device("cuda"), "stored_dtype": None,
+           "whole_for_text": False, **options},
+    )  # fmt: skip
+
+
+def test_states_on_a_gpu_follow_its_memory_and_not_that_of_the_system(many, monkeypatch):
     source, windows = many
     memory = memory_of(source, windows)
     free = sum(memory.stages()[GRADIENTS].values())  # of one window
-    monkeypatch.setattr("matgptq.quantization.requirements.available_memory", lambda: free)
+    monkeypatch.setattr("matgptq.quantization.preparation.available_memory", lambda: free)
     assert needs_of(source, windows).windows_together == 1
-    on_gpu = estimate_requirements(
-        memory.network, memory.plan, memory.recipe, 0, streamed=True, activations="auto",
-        device=torch.device("cuda"), stored_dtype=None, whole_for_text=False,
-    )  # fmt: skip
-    assert on_gpu.windows_together == 40
+    assert needs_on_gpu(memory, free=free).windows_together == 40
+    for count in (1, 7, 39):
+        on_gpu = replace(memory, on_gpu=True, threads=1, windows_together=count)
+        of_stage = sum(on_gpu.gpu_stages()[GRADIENTS].values())
+        assert needs_on_gpu(memory, gpu_free=of_stage).windows_together == count
+
+
+def test_a_run_on_a_gpu_holds_there_what_one_on_a_cpu_holds_in_memory(many):
+    memory = memory_of(*many)
+    on_gpu = replace(memory, on_gpu=True)
+    assert not memory.gpu_stages()
+    here, there = on_gpu.stages(), on_gpu.gpu_stages()
+    for stage, parts in memory.stages().items():
+        beside = {name for name in parts if name in here[stage]}
+        assert beside == ({"program", "output Hessians"} if stage == GRADIENTS else {"program"})
+        assert {**{name: here[stage][name] for name in beside}, **there[stage]}.items() >= parts.items()
+    largest = max(each.numel() for each in memory.network.parameters()) * 4
+    assert all(parts["tensors between files and GPU"] >= largest for parts in here.values())
+
+
+def test_what_has_a_choice_of_its_place_stays_where_there_is_room(many):
+    memory = memory_of(*many)
+    states = memory.plan.nsamples * entering_bytes(memory.network, memory.plan)
+    sums = output_hessian_bytes(memory.plan.blocks, memory.plan.rows_together)
+    assert needs_on_gpu(memory).activations == "memory"
+    assert needs_on_gpu(memory, free=1 << 40, gpu_free=4 * states).activations == "disk"
+    small = needs_on_gpu(memory, free=4 * sums + 4, gpu_free=4 * states + 4)
+    assert (small.activations, small.output_hessians) == ("memory", "memory")
+    smaller = needs_on_gpu(memory, free=4 * sums, gpu_free=4 * states + 4)
+    assert (smaller.activations, smaller.output_hessians) == ("memory", "disk")
+
+
+def test_too_little_memory_of_a_gpu(many, tmp_path):
+    memory = memory_of(*many)
+    needs = needs_on_gpu(memory, free=1 << 40, gpu_free=1 << 40)
+    check_requirements(needs, tmp_path / "out")
+    wanted = sum(needs.gpu_memory.values())
+    assert wanted == max(sum(parts.values()) for parts in needs.gpu_stages.values())
+    check_requirements(replace(needs, gpu_free=wanted), tmp_path / "out")
+    message = f"of GPU memory while {needs.gpu_fullest}, .* are free: --activations disk, or .*, or --device cpu$"
+    with pytest.raises(ConfigurationError, match=message):
+        check_requirements(replace(needs, gpu_free=wanted - 1), tmp_path / "out")
+    # all of it in the system's memory would not fit; it is not there
+    check_requirements(replace(needs, free=sum(needs.memory.values())), tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="of memory while"):
+        check_requirements(replace(needs, free=sum(needs.memory.values()) - 1), tmp_path / "out")
+
+
+def test_what_a_gpu_has_free(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 30)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 20)
+    assert gpu_memory(torch.device("cuda")) == 110
+    assert gpu_memory(torch.device("cpu")) is None
+    assert [has_own_memory(torch.device(name)) for name in ("cuda", "cpu", "mps")] == [True, False, False]
+
+
+def test_a_model_in_memory_is_not_counted_twice(tmp_path, monkeypatch):
+    """What was free is asked before the model is read."""
+    source = save_model("llama", tmp_path / "source")
+    monkeypatch.setattr("matgptq.quantization.preparation.can_stream", lambda _: False)
+    free = [1 << 40]
+    monkeypatch.setattr("matgptq.quantization.preparation.available_memory", lambda: free[0])
+    load = ModelSource.load_model
+
+    def load_and_fill(*arguments):
+        free[0] = 0
+        return load(*arguments)
+
+    monkeypatch.setattr(ModelSource, "load_model", load_and_fill)
+    needs = needs_of(source)
+    assert not needs.streamed
+    assert free == [0]
+    check_requirements(needs, tmp_path / "out")
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -160,7 +238,7 @@ def test_text_in_bfloat16_takes_a_copy_of_what_is_stored_in_more(fast, stored, t
 def test_where_activations_go(tmp_path, monkeypatch):
     source = save_model("llama", tmp_path / "source")
     assert needs_of(source).activations == "memory"
-    monkeypatch.setattr("matgptq.quantization.requirements.available_memory", lambda: 1000)
+    monkeypatch.setattr("matgptq.quantization.preparation.available_memory", lambda: 1000)
     assert needs_of(source).activations == "disk"
     assert needs_of(source, activations="memory").activations == "memory"
     with pytest.raises(ConfigurationError, match="memory, on disk or auto, not 'tape'"):
@@ -174,7 +252,7 @@ def test_where_output_hessians_go(tmp_path, monkeypatch):
     size = needs.stages[GRADIENTS]["output Hessians"]
     assert size == needs.disk["output Hessians"] > 0
     assert needs_of(source, activations="disk").output_hessians == "disk"
-    monkeypatch.setattr("matgptq.quantization.requirements.available_memory", lambda: 4 * size)
+    monkeypatch.setattr("matgptq.quantization.preparation.available_memory", lambda: 4 * size)
     elsewhere = needs_of(source, activations="memory")
     assert elsewhere.output_hessians == "disk"
     assert "output Hessians" not in elsewhere.stages[GRADIENTS]
@@ -201,7 +279,7 @@ def test_fewer_rows_are_solved_together_where_their_matrices_would_be_large(tmp_
 
 def test_too_little_memory_is_refused_before_the_first_token(tmp_path, monkeypatch):
     source = save_model("llama", tmp_path / "source")
-    monkeypatch.setattr("matgptq.quantization.requirements.available_memory", lambda: 500_000_000)
+    monkeypatch.setattr("matgptq.quantization.preparation.available_memory", lambda: 500_000_000)
     monkeypatch.setattr("matgptq.quantization.run.calibration_windows", lambda *_, **__: pytest.fail("text was read"))
     message = r"about 0\.\d GB of memory while blocks are solved, 0\.5 GB are free: --activations disk, or fewer"
     with pytest.raises(ConfigurationError, match=message):

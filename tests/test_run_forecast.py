@@ -78,7 +78,7 @@ def test_a_checkpoint_that_stands_there_is_not_replaced_unasked(make_checkpoint)
 
 def test_room_is_asked_for_when_the_forecast_is_known(tmp_path, monkeypatch):
     source = save_model("llama", tmp_path / "source", torch.bfloat16)
-    monkeypatch.setattr("matgptq.quantization.requirements.available_memory", lambda: 500_000_000)
+    monkeypatch.setattr("matgptq.quantization.preparation.available_memory", lambda: 500_000_000)
     found = matgptq.forecast(
         source, tmp_path / "out", dataset=token_ids(), group_size=GROUP_SIZE, activations="memory", quality="fast"
     )

@@ -114,6 +114,7 @@ def plan_table(forecast: Forecast) -> Table:
         "calibration": f"{plan.nsamples} windows of {plan.seqlen} tokens" if plan.nsamples else "none",
         "codes and scales on disk": megabytes(forecast.stored_bytes),
         "memory, about": _parts(needs.memory, f" while {needs.fullest}"),
+        **({"GPU memory, about": _parts(needs.gpu_memory, f" while {needs.gpu_fullest}")} if needs.gpu_fullest else {}),
         "disk while it runs, about": _parts(needs.disk),
         "activations": f"in {needs.activations}" if needs.activations == "memory" else "on disk",
         "weights": "read one block at a time" if needs.streamed else "in memory as a whole",

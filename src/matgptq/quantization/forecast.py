@@ -70,6 +70,8 @@ class Forecast:
             "seconds": self.seconds,
             "memory": dict(self.needs.memory),
             "fullest": self.needs.fullest,
+            "gpu_memory": dict(self.needs.gpu_memory),
+            "gpu_fullest": self.needs.gpu_fullest,
         }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from matgptq.calibration.channel_scaling import scaled_tensors
 from matgptq.errors import CalibrationError
+from matgptq.machine.memory import available_memory, gpu_memory
 from matgptq.models.experts import check_expert_tensors, unfuse_experts
 from matgptq.models.families import Family, check_parts, find_family
 from matgptq.models.kept_tensors import ROTATED_DTYPE, KeptTensors, find_kept
@@ -63,6 +64,7 @@ def prepare(
     Of a model in safetensors files only headers and what stands around the blocks are read.
     """
     check_placement(activations)
+    free, gpu_free = available_memory(), gpu_memory(device)  # before the model takes any
     residency: Residency
     streamed = can_stream(source)
     if streamed:
@@ -106,6 +108,8 @@ def prepare(
         device=device,
         stored_dtype=source.stored_dtype,
         whole_for_text=recipe.needs_calibration and takes_self(request.dataset),
+        free=free,
+        gpu_free=gpu_free,
     )
     residency = Streamed(network, source, family.blocks, device) if streamed else Whole(network)
     return Prepared(source, family, residency, plan, kept, needs, device)

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from matgptq.errors import ConfigurationError
+from matgptq.machine.memory import has_own_memory
 from matgptq.quantization.activations import Placement
 from matgptq.quantization.plan import Plan, output_hessian_bytes
 from matgptq.quantization.stage_memory import MEMORY_SHARE, TEXT, TUNING, StageMemory, entering_bytes
 from matgptq.recipe import Recipe
 from matgptq.text.self_text import writes_in_bfloat16
+
+_GPU_MEMORY = "GPU memory"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Requirements:
 
     Attributes:
         stages: bytes of memory by stage and by what they are for; those of a stage are needed together.
+        gpu_stages: the same of the GPU's memory; empty where the run needs none.
+        free: bytes of memory that this process might still take before any of the model was read, if that is known.
+        gpu_free: the same of the GPU's.
         disk: bytes by what they are for, while the run goes on.
         activations: where they will be kept.
         output_hessians: where they will be summed.
@@ -34,6 +40,9 @@ class Requirements:
     """
 
     stages: Mapping[str, Mapping[str, int]]
+    gpu_stages: Mapping[str, Mapping[str, int]]
+    free: int | None
+    gpu_free: int | None
     disk: Mapping[str, int]
     activations: Placement
     output_hessians: Placement
@@ -44,12 +53,22 @@ class Requirements:
     @property
     def fullest(self) -> str:
         """The stage that takes most memory."""
-        return max(self.stages, key=lambda name: sum(self.stages[name].values()))
+        return _fullest(self.stages)
 
     @property
     def memory(self) -> Mapping[str, int]:
         """Bytes of that stage by what they are for."""
         return self.stages[self.fullest]
+
+    @property
+    def gpu_fullest(self) -> str | None:
+        """The stage that takes most of the GPU's memory; None where the run needs none."""
+        return _fullest(self.gpu_stages) if self.gpu_stages else None
+
+    @property
+    def gpu_memory(self) -> Mapping[str, int]:
+        """Bytes of that stage by what they are for."""
+        return {} if self.gpu_fullest is None else self.gpu_stages[self.gpu_fullest]
 
 
 def estimate_requirements(
@@ -63,6 +82,8 @@ def estimate_requirements(
     device: torch.device,
     stored_dtype: str | None,
     whole_for_text: bool,
+    free: int | None,
+    gpu_free: int | None = None,
 ) -> Requirements:
     """Add up what each stage of a run holds at the same time.
 
@@ -76,22 +97,21 @@ def estimate_requirements(
         device: where the model runs.
         stored_dtype: of the model's weights in their files, if that is known.
         whole_for_text: the model writes its own text, for which it must be in memory as a whole.
+        free, gpu_free: bytes without anything of the model, if that is known.
     """
     states = plan.nsamples * entering_bytes(network, plan)
     outputs = output_hessian_bytes(plan.blocks, plan.rows_together) if plan.rows_together else 0
-    free = available_memory()
-    room = None if free is None else free // MEMORY_SHARE
+    on_gpu = has_own_memory(device)
     if activations == "auto":
-        activations = "memory" if room is None or states < room else "disk"
-    output_hessians = activations if room is None or outputs < room else "disk"
+        activations = "memory" if _has_room(states, gpu_free if on_gpu else free) else "disk"
+    output_hessians = activations if _has_room(outputs, free) else "disk"
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     rounded = device.type == "cpu" and writes_in_bfloat16(network) and stored_dtype != "bfloat16"
     memory = StageMemory(
         network, plan, recipe, streamed=streamed, activations=activations, output_hessians=output_hessians,
-        threads=threads, writes_text=whole_for_text, writes_in_a_copy=rounded,
+        threads=threads, writes_text=whole_for_text, writes_in_a_copy=rounded, on_gpu=on_gpu,
     )  # fmt: skip
-    # What a GPU has free, where blocks and what they leave lie then, is not known here.
-    memory = memory.with_windows(free if device.type == "cpu" else None)
+    memory = memory.with_windows(gpu_free if on_gpu else free)
     output = plan.stored_bytes(recipe) + kept_bytes
     disk = {"finished blocks": output, "checkpoint": output}
     if plan.nsamples:
@@ -99,7 +119,16 @@ def estimate_requirements(
     if outputs:
         disk["output Hessians"] = outputs if output_hessians == "memory" else 2 * outputs
     return Requirements(
-        memory.stages(), disk, activations, output_hessians, memory.windows_together, streamed, whole_for_text
+        stages=memory.stages(),
+        gpu_stages=memory.gpu_stages(),
+        free=free,
+        gpu_free=gpu_free,
+        disk=disk,
+        activations=activations,
+        output_hessians=output_hessians,
+        windows_together=memory.windows_together,
+        streamed=streamed,
+        writes_text=whole_for_text,
     )
 
 
@@ -114,13 +143,9 @@ def check_requirements(needs: Requirements, destination: Path, present: int = 0)
     Raises:
         ConfigurationError: says how much is needed of what, how much there is, and what would need less.
     """
-    free = available_memory()
-    wanted = sum(needs.memory.values())
-    if free is not None and wanted > free:
-        raise ConfigurationError(
-            f"this needs about {_gigabytes(wanted)} of memory while {needs.fullest}, {_gigabytes(free)} are free: "
-            f"{_advice(needs)}"
-        )
+    if needs.gpu_fullest is not None:
+        _check_memory(needs, _GPU_MEMORY, needs.gpu_memory, needs.gpu_fullest, needs.gpu_free)
+    _check_memory(needs, "memory", needs.memory, needs.fullest, needs.free)
     place = Path(os.path.abspath(destination)).parent
     while not place.exists():
         place = place.parent
@@ -132,31 +157,29 @@ def check_requirements(needs: Requirements, destination: Path, present: int = 0)
         )
 
 
-def available_memory() -> int | None:
-    """Bytes that this process may still take: what the system has free, within the limit of its control group."""
-    found = []
-    try:
-        with open("/proc/meminfo", encoding="ascii") as handle:
-            fields = dict(line.split(":", 1) for line in handle)
-        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        if limit != "max":
-            found.append(max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass
-    return min(found, default=None)
+def _check_memory(needs: Requirements, name: str, parts: Mapping[str, int], stage: str, free: int | None) -> None:
+    wanted = sum(parts.values())
+    if free is not None and wanted > free:
+        raise ConfigurationError(
+            f"this needs about {_gigabytes(wanted)} of {name} while {stage}, {_gigabytes(free)} are free: "
+            f"{_advice(stage, needs)}{', or --device cpu' if name == _GPU_MEMORY else ''}"
+        )
 
 
-def _advice(needs: Requirements) -> str:
-    """What would take less memory."""
-    if needs.fullest == TEXT:
+def _fullest(stages: Mapping[str, Mapping[str, int]]) -> str:
+    return max(stages, key=lambda name: sum(stages[name].values()))
+
+
+def _has_room(count: int, free: int | None) -> bool:
+    """Whether something that could lie elsewhere stays in memory."""
+    return free is None or count < free // MEMORY_SHARE
+
+
+def _advice(stage: str, needs: Requirements) -> str:
+    """What would take less memory in a stage."""
+    if stage == TEXT:
         return "a text of your own (--dataset) instead of self, for which the whole model must be in memory"
-    if needs.fullest == TUNING:
+    if stage == TUNING:
         return "--quality balanced, which tunes nothing (`matgptq refine --scope block` takes less)"
     advice = "fewer or shorter windows (--nsamples, --seqlen)"
     return f"--activations disk, or {advice}" if needs.activations == "memory" else advice

@@ -1,4 +1,4 @@
-"""What a run holds in memory at the same time, stage by stage.
+"""What a run holds in memory at the same time, stage by stage: in the system's, and in a GPU's where it runs on one.
 
 Computed from the shapes of the model and the text. What these do not say (what PyTorch takes for itself, how much of a
 block a backward pass wants again) was measured: docs/scale.md.
@@ -6,6 +6,7 @@ block a backward pass wants again) was measured: docs/scale.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -34,6 +35,9 @@ TEXT, GRADIENTS, BLOCKS, TUNING = (
 )
 
 _PROGRAM_BYTES = 700_000_000  # Python, PyTorch and its workspaces
+# What CUDA's libraries take, and what PyTorch's allocator leaves between pieces: an allowance, not measured.
+_GPU_PROGRAM_BYTES = 500_000_000
+_BESIDE_A_GPU = {(GRADIENTS, "output Hessians")}  # what a run on a GPU keeps in the system's memory
 _HESSIAN_COPIES = 7  # as collected, prepared, in processing order, factored, and what a factorization works in
 _OUTPUT_HESSIAN_COPIES = 4  # damped, factored, how rows pull each other, and what a factorization works in
 _LEFT_COPIES = 2  # of what is left of rows that are solved together, counting what moves them
@@ -62,6 +66,7 @@ class StageMemory:
         threads: that windows and rows are shared out among.
         writes_text: the model writes its own text first.
         writes_in_a_copy: for that its weights are rounded to 16 bits.
+        on_gpu: blocks are run on a GPU, and almost everything lies in its memory.
         windows_together: whose gradients are found at a time, see ``with_windows``.
     """
 
@@ -74,10 +79,26 @@ class StageMemory:
     threads: int
     writes_text: bool
     writes_in_a_copy: bool
+    on_gpu: bool = False
     windows_together: int = 1
 
     def stages(self) -> dict[str, dict[str, int]]:
-        """Bytes of each stage by what they are for; those of a stage are needed together."""
+        """Bytes of the system's memory in each stage by what they are for; those of a stage are needed together."""
+        found = {}
+        for stage, parts in self._stages().items():
+            if self.on_gpu:
+                parts = {name: count for name, count in parts.items() if (stage, name) in _BESIDE_A_GPU}
+                parts["tensors between files and GPU"] = self._on_the_way
+            found[stage] = {"program": _PROGRAM_BYTES, **parts}
+        return found
+
+    def gpu_stages(self) -> dict[str, dict[str, int]]:
+        """Bytes of a GPU's memory in each stage by what they are for; of no stage if the run needs none."""
+        if not self.on_gpu:
+            return {}
+        return {stage: self._on_gpu(stage, parts) for stage, parts in self._stages().items()}
+
+    def _stages(self) -> dict[str, dict[str, int]]:
         stages = {}
         if self.writes_text:
             stages[TEXT] = self._of_text()
@@ -86,7 +107,11 @@ class StageMemory:
         stages[BLOCKS] = self._of_blocks()
         if self.recipe.tuned_bits:
             stages[TUNING] = self._of_tuning()
-        return {name: {"program": _PROGRAM_BYTES, **parts} for name, parts in stages.items()}
+        return stages
+
+    def _on_gpu(self, stage: str, parts: Mapping[str, int]) -> dict[str, int]:
+        there = {name: count for name, count in parts.items() if (stage, name) not in _BESIDE_A_GPU}
+        return {"libraries": _GPU_PROGRAM_BYTES, **there}
 
     def with_windows(self, free: int | None) -> StageMemory:
         """The same with as many windows at a time in the gradients' stage as are good; results do not depend on it.
@@ -102,8 +127,10 @@ class StageMemory:
         most = max(self.threads, _STATES_BYTES // max(1, states_bytes(self.network, self.plan)))
         if free is not None:
             threads = min(self.threads, self.plan.nsamples)
-            busy = sum(replace(self, windows_together=threads)._of_gradients().values()) - threads * of_one
-            room = min(free // MEMORY_SHARE, free - _PROGRAM_BYTES - busy) // of_one
+            parts = replace(self, windows_together=threads)._of_gradients()
+            parts = self._on_gpu(GRADIENTS, parts) if self.on_gpu else {"program": _PROGRAM_BYTES, **parts}
+            busy = sum(parts.values()) - threads * of_one
+            room = min(free // MEMORY_SHARE, free - busy) // of_one
             most = room if self.streamed else min(most, room)
         return replace(self, windows_together=max(1, min(most, self.plan.nsamples)))
 
@@ -209,6 +236,12 @@ class StageMemory:
         embedding = network.get_input_embeddings().weight
         tied = self.recipe.rotate and network.get_output_embeddings().weight is embedding
         return _bytes(network) + (embedding.numel() * embedding.element_size() if tied else 0)
+
+    @property
+    def _on_the_way(self) -> int:
+        """The largest of what is read or written at a time: a tensor, or a block."""
+        tensor = max(int(each.numel() * each.element_size()) for each in self.network.parameters())
+        return max(tensor, *(_bytes(block.module) for block in self.plan.blocks))
 
     @property
     def _itemsize(self) -> int:

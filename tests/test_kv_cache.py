@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from matgptq.models.kv_cache import append_positions, first_positions, memory_of
@@ -17,6 +17,8 @@ HEADS, SIZE = 2, 4
 CONFIG = LlamaConfig(
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=HEADS, hidden_size=16, intermediate_size=8
 )
+
+SLIDING = MistralConfig(**{**CONFIG.to_dict(), "model_type": "mistral", "sliding_window": 8})
 
 
 def vectors(length: int, seed: int) -> Tensor:
@@ -117,7 +119,7 @@ def test_other_operations_of_a_cache():
     append(cache, 1)
     check(cache, [0, 1])
     cache.reset()
-    assert room(cache, 1) is None
+    assert room(cache, 1, sequences=3)[0][0].shape == (3, HEADS, 1, SIZE)
 
 
 def test_several_sequences_have_room_of_their_own():
@@ -149,7 +151,7 @@ def test_all_caches_or_none():
 
 def test_other_caches_are_left_alone():
     assert room(StaticCache(config=CONFIG, max_cache_len=8), 0) is None
-    assert room(DynamicCache(), 0) is None
+    assert room(DynamicCache(offloading=False, config=SLIDING), 0) is None
     assert room(None, 0) is None
     cache = filled()
     assert room(cache, 1, dtype=torch.bfloat16) is None
@@ -227,3 +229,36 @@ def test_memory_counts_the_room() -> None:
     room_of = plain // 4 // 5 * (5 + 1 + 256)
     assert memory_of(cache) == plain // 2 + 2 * room_of
     assert memory_of(DynamicCache()) == 0
+
+
+@pytest.mark.parametrize("config", [None, CONFIG], ids=["without configuration", "with one"])
+def test_a_cache_that_holds_nothing_yet(config):
+    cache = DynamicCache(config=config)
+    held = append_positions([cache], [0, 1], 1, HEADS, SIZE, torch.float32, 3)
+    assert held is not None
+    for layer, (keys, values) in enumerate(held[0]):
+        assert keys.shape == (1, HEADS, 3, SIZE)
+        keys.copy_(vectors(3, layer))
+        values.copy_(-vectors(3, layer))
+    assert cache.get_seq_length() == 3
+    assert torch.equal(cache.layers[1].keys, vectors(3, 1))
+    keys, values = cache.update(vectors(1, 7), -vectors(1, 7), 1)
+    assert torch.equal(keys, torch.cat([vectors(3, 1), vectors(1, 7)], 2))
+    assert torch.equal(values, -keys)
+
+
+def test_positions_side_by_side():
+    cache = filled()
+    memory = None
+    for count in (1, 300, 2, 17):
+        length = cache.get_seq_length()
+        held = append_positions([cache], [0, 1], 1, HEADS, SIZE, torch.float32, count)
+        assert held is not None
+        (_, _), (keys, values) = held[0]
+        assert keys.shape[2] == values.shape[2] == length + count == cache.get_seq_length()
+        keys[:, :, length:] = vectors(count, count)
+        if count in (2, 17):  # there was room
+            assert keys.data_ptr() == memory
+        memory = keys.data_ptr()
+    wanted = torch.cat([vectors(5, 1), *(vectors(count, count) for count in (1, 300, 2, 17))], 2)
+    assert torch.equal(cache.layers[1].keys, wanted)

@@ -1,9 +1,10 @@
-"""All transformer blocks of a model for one token of each sequence, in one call of the native library.
+"""All transformer blocks of a model for a few tokens of each sequence, in one call of the native library.
 
 ``decoding`` makes two calls of a block. What an interpreter does around them, for every block and token, still takes a
-third of a small model's time. Here the model below the output head finds out once for a token that all of its blocks
-are as they were, makes room in the cache, and lets the library go through them; embedding, rotary embedding and last
-norm stay the model's own modules. Whatever is not this case goes to the model's own code, and in it to the blocks.
+third of a small model's time, and most of what a few tokens take: a short turn of a conversation, what a draft model
+proposed. Here the model below the output head finds out once for all tokens that all of its blocks are as they were,
+makes room in the cache, and lets the library go through them; embedding, rotary embedding and last norm stay the
+model's own modules. Whatever is not this case goes to the model's own code, and in it to the blocks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from matgptq.kernels import kernel_choice
 from matgptq.models.kv_cache import CACHE_ARGUMENT, CacheGroup, append_positions
 from matgptq.native import BlockCalls, StackCall
 
+# Of a sequence at a time; more are faster as the products of many rows that transformers' blocks make of them.
+MOST_TOKENS = 48
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 # Arguments of a model that are no obstacle to the short way. ``generate`` hands the tokenizer of stop strings on, too.
 _KNOWN = frozenset({"inputs_embeds", "attention_mask", "position_ids", CACHE_ARGUMENT, "use_cache", "tokenizer"})
@@ -34,7 +37,7 @@ class _GroupError(Exception):
 
 
 class DecodesTokens(Mixin):
-    """Mixed into the class of a model without its head: the next token of each sequence takes the short way."""
+    """Mixed into the class of a model without its head: the next few tokens of each sequence take the short way."""
 
     _block_stack: BlockStack
     norm: nn.Module
@@ -48,7 +51,8 @@ class DecodesTokens(Mixin):
             and not positional
             and given is not None
             and (input_ids is None or inputs_embeds is None)
-            and given.shape[1:2] == (1,)
+            and given.ndim > 1
+            and 0 < given.shape[1] <= MOST_TOKENS
             and all(value is None or name in _KNOWN for name, value in keywords.items())
         ):
             cache = keywords.get(CACHE_ARGUMENT)
@@ -86,7 +90,7 @@ def decode_in_one_call(model: nn.Module, blocks: str) -> bool:
 
 
 class BlockStack:
-    """The way of the next token of each sequence through all blocks of a model.
+    """The way of the next tokens of each sequence through all blocks of a model.
 
     Args:
         base: the model without its head.
@@ -101,52 +105,58 @@ class BlockStack:
         self._call: StackCall | None = None
 
     def run(self, base: Any, given: Tensor, mask: Any, positions: Tensor | None, cache: Any) -> Tensor | None:
-        """What the last block gives, ``[sequences, 1, hidden]``; None where the short way cannot be taken.
+        """What the last block gives, ``[sequences, tokens, hidden]``; None where the short way cannot be taken.
 
         Args:
             base: the model without its head.
-            given: ids of tokens ``[sequences, 1]``, or what stands for them, ``[sequences, 1, hidden]``.
-            mask, positions, cache: as transformers' models take them; or a ``CacheGroup`` and neither of the others.
+            given: ids of tokens ``[sequences, tokens]``, or what stands for them, ``[sequences, tokens, hidden]``.
+            mask, positions, cache: as transformers' models take them; or a ``CacheGroup`` and neither of the others,
+                for one token of each sequence.
         """
         caches = cache.caches if type(cache) is CacheGroup else [cache]
         if torch.is_grad_enabled() or any(type(each) is not DynamicCache for each in caches):
             return None
         lengths: list[int] = [each.get_seq_length() for each in caches]
-        sequences = len(given)
+        sequences, tokens = given.shape[:2]
         first: list[int] | None = None
         if type(cache) is CacheGroup:
-            if mask is not None or positions is not None or sequences != len(caches):
+            if mask is not None or positions is not None or sequences != len(caches) or tokens != 1:
                 return None
         else:
-            first = _first_seen(mask, sequences, lengths[0] + 1)
+            first = _first_seen(mask, sequences, lengths[0], tokens)
             if first is None:
                 return None
         if not self._is_as_it_was(base):
             return None
-        ready = self._ready(sequences)
+        ready = self._ready(sequences * tokens)
         if ready is None:
             return None
         call, _weights = ready  # which stay alive until the call is made
         hidden: Tensor = base.embed_tokens(given) if given.ndim == 2 else given
+        if positions is not None and not lengths[0] and bool((positions.diff() != 1).any()):
+            return None  # sequences that are packed into one
         if positions is None:
-            positions = torch.tensor(lengths, device=hidden.device)[:, None]
+            positions = torch.tensor(lengths, device=hidden.device)[:, None] + torch.arange(
+                tokens, device=hidden.device
+            )
         cosine, sine = base.rotary_emb(hidden, position_ids=positions)
-        if not self._blocks[0].fits(hidden, (cosine, sine)):
+        if not self._blocks[0].fits(hidden, (cosine, sine), tokens):
             return None
-        held = append_positions(caches, self._layers, sequences // len(caches), call.key_heads, call.size, call.dtype)
+        of_each_cache = sequences // len(caches)
+        held = append_positions(caches, self._layers, of_each_cache, call.key_heads, call.size, call.dtype, tokens)
         if held is None:
             return None
         rows = rows_of(hidden)
-        call.run(rows, of_each(cosine, sequences), of_each(sine, sequences), held, first)
+        call.run(rows, of_each(cosine, sequences), of_each(sine, sequences), held, first, tokens)
         return rows.view(hidden.shape)
 
-    def _ready(self, sequences: int) -> tuple[StackCall, list[list[native.Weight]]] | None:
+    def _ready(self, rows: int) -> tuple[StackCall, list[list[native.Weight]]] | None:
         """The call for all blocks as they are, and the weights that must live while it is made."""
         forced = kernel_choice.forced_kernel()
         calls: list[BlockCalls] = []
         weights = []
         for block in self._blocks:
-            ready = block.ready(forced, sequences)
+            ready = block.ready(forced, rows)
             if ready is None:
                 return None
             calls.append(ready[0])
@@ -208,18 +218,24 @@ def takes_groups(model: Any) -> bool:
     return isinstance(model.base_model, DecodesTokens)
 
 
-def _first_seen(mask: Any, sequences: int, length: int) -> list[int] | None:
-    """The position before which each sequence sees nothing; None where a mask, as a caller gives it, hides others."""
+def _first_seen(mask: Any, sequences: int, length: int, tokens: int) -> list[int] | None:
+    """The position before which each sequence sees nothing; None where a mask, as a caller gives it, hides others.
+
+    Args:
+        mask: of the positions so far and of the new tokens, or None.
+        sequences, length, tokens: how many there are, positions so far and new tokens of each.
+    """
     if mask is None:
         return [0] * sequences
-    if not isinstance(mask, Tensor) or mask.shape != (sequences, length):
+    if not isinstance(mask, Tensor) or mask.shape != (sequences, length + tokens):
         return None
     seen = mask.bool()
     if bool(seen.all()):
         return [0] * sequences
     hidden = seen.logical_not().sum(1)
-    in_front = torch.arange(length, device=mask.device) < hidden[:, None]  # where tokenizers pad for decoding
-    if bool((seen == in_front).any()) or not bool(seen[:, -1].all()):
+    # where tokenizers pad for decoding
+    in_front = torch.arange(length + tokens, device=mask.device) < hidden[:, None]
+    if bool((seen == in_front).any()) or not bool(seen[:, -tokens:].all()):
         return None
     first: list[int] = hidden.tolist()
     return first

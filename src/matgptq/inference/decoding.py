@@ -118,18 +118,18 @@ class RowBlock:
             and self.watch.untouched()
         )
 
-    def fits(self, hidden: Tensor, position: tuple[Tensor, Tensor]) -> bool:
-        """Whether such inputs are what the block can take in rows, in the attention that it has."""
+    def fits(self, hidden: Tensor, position: tuple[Tensor, Tensor], tokens: int = 1) -> bool:
+        """Whether so many tokens of each sequence are what the block can take in rows, in the attention that it has."""
         sequences = hidden.shape[0]
         return (
             hidden.ndim == 3
-            and hidden.shape[1] == 1
+            and hidden.shape[1] == tokens
             and sequences > 0
             and hidden.dtype == self._dtype
             and not torch.is_grad_enabled()
             and dispatch.is_plain(hidden)
             and hidden.is_cpu
-            and position[0].shape in ((1, 1, self._size), (sequences, 1, self._size))
+            and position[0].shape in ((1, tokens, self._size), (sequences, tokens, self._size))
             and position[0].dtype == self._dtype
             and self._attention.config._attn_implementation == "sdpa"
             and not (self._attention.training and self._attention.attention_dropout)
@@ -179,14 +179,14 @@ class RowBlock:
         index: int = self._attention.layer_idx
         return index
 
-    def ready(self, forced: str, sequences: int) -> tuple[BlockCalls, list[native.Weight]] | None:
+    def ready(self, forced: str, rows: int) -> tuple[BlockCalls, list[native.Weight]] | None:
         """The calls for the block as it is, and the weights that must live while they are made; None if there are none.
 
         Args:
             forced: the kernel that ``MATGPTQ_KERNEL`` names.
-            sequences: of which a token each is multiplied.
+            rows: that are multiplied, one for each token.
         """
-        asked = forced, sequences, self._linears[0].activations
+        asked = forced, rows, self._linears[0].activations
         if asked != self._fused:
             if not kernel_choice.fuses(kernel_choice.Product("native", "cpu", self._dtype, *asked[1:])):
                 return None
@@ -252,12 +252,12 @@ class RowBlock:
 
 
 def rows_of(hidden: Tensor) -> Tensor:
-    """``[sequences, 1, hidden]`` as the calls take it and write to it, a copy ``[sequences, hidden]``."""
-    return hidden[:, 0].clone(memory_format=torch.contiguous_format)
+    """``[sequences, tokens, hidden]`` as the calls take it and write to it, a copy ``[sequences * tokens, hidden]``."""
+    return hidden.clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def of_each(part: Tensor, sequences: int) -> Tensor:
-    """Cosine or sine ``[1 or sequences, 1, size]`` for each sequence, contiguous."""
+    """Cosine or sine ``[1 or sequences, tokens, size]`` for each sequence, contiguous."""
     return part.expand(sequences, -1, -1).contiguous()
 
 

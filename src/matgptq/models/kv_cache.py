@@ -1,4 +1,4 @@
-"""Room for the next token in transformers' cache of keys and values.
+"""Room for the next tokens in transformers' cache of keys and values.
 
 ``DynamicLayer`` copies all that it holds for each token. Here it holds the beginning of a longer tensor, so that a
 token is written behind the others and only a context that has outgrown its tensor is copied.
@@ -42,17 +42,24 @@ class CacheGroup:
 
 
 def append_positions(
-    caches: Sequence[Any], layers: Sequence[int], sequences: int, heads: int, size: int, dtype: torch.dtype
+    caches: Sequence[Any],
+    layers: Sequence[int],
+    sequences: int,
+    heads: int,
+    size: int,
+    dtype: torch.dtype,
+    positions: int = 1,
 ) -> list[list[tuple[Tensor, Tensor]]] | None:
-    """Let layers of caches hold one position more, which is still to be written.
+    """Let layers of caches hold some positions more, which are still to be written.
 
     Args:
         caches: transformers'.
         layers: their indices.
-        sequences, heads, size, dtype: of the keys and values to come, ``[sequences, heads, 1, size]`` in each cache.
+        sequences, heads, size, dtype, positions: of the keys and values to come, in each cache
+            ``[sequences, heads, positions, size]``.
 
     Returns:
-        Of each cache the keys and values ``[sequences, heads, positions, size]`` of each layer with adjacent elements,
+        Of each cache the keys and values ``[sequences, heads, all positions, size]`` of each layer, adjacent elements,
         which the cache holds from now on; None if one is of another kind: then nothing has happened to any.
     """
     chosen = []
@@ -62,7 +69,11 @@ def append_positions(
             return None
         chosen.append(fitting)
     for layer in itertools.chain.from_iterable(chosen):
-        layer.keys, layer.values = _longer(layer.keys), _longer(layer.values)
+        if not layer.is_initialized:
+            nothing = torch.empty(sequences, heads, 0, size, dtype=dtype)
+            layer.lazy_initialization(nothing, nothing)
+            layer.keys, layer.values = nothing, nothing.clone()
+        layer.keys, layer.values = _longer(layer.keys, positions), _longer(layer.values, positions)
     return [[(layer.keys, layer.values) for layer in fitting] for fitting in chosen]
 
 
@@ -105,6 +116,8 @@ def _fitting(
     cache: Any, layers: Sequence[int], sequences: int, heads: int, size: int, dtype: torch.dtype
 ) -> list[Any] | None:
     """The layers of a cache, if they are such as hold what is to come."""
+    if type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0:
+        return _empty_layers(cache, layers)
     held = _plain_layers(cache)
     if held is None or max(layers) >= len(held):
         return None
@@ -119,15 +132,26 @@ def _fitting(
     return chosen
 
 
-def _longer(held: Tensor) -> Tensor:
+def _empty_layers(cache: DynamicCache, layers: Sequence[int]) -> list[Any] | None:
+    """The layers of a cache that holds nothing yet, if they will hold keys and values of every position."""
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers.extend(DynamicLayer() for _ in range(len(cache.layers), max(layers) + 1))
+    if max(layers) >= len(cache.layers):
+        return None
+    chosen = [cache.layers[index] for index in layers]
+    return None if any(type(layer) is not DynamicLayer or layer.is_initialized for layer in chosen) else chosen
+
+
+def _longer(held: Tensor, positions: int) -> Tensor:
     length = held.shape[2]
+    longest = length + positions
     room: _Room | None = held.__dict__.get(_ROOM)
     # After a crop, or where two caches began as one, what is behind is another's.
-    if room is None or room.filled != length or room.memory.shape[2] == length:
-        memory = held.new_empty((*held.shape[:2], length + length // 4 + 256, held.shape[3]))
+    if room is None or room.filled != length or room.memory.shape[2] < longest:
+        memory = held.new_empty((*held.shape[:2], longest + length // 4 + 255, held.shape[3]))
         memory[:, :, :length] = held
         room = _Room(memory, length)
-    room.filled = length + 1
-    longer = room.memory.narrow(2, 0, length + 1)
+    room.filled = longest
+    longer = room.memory.narrow(2, 0, longest)
     longer.__dict__[_ROOM] = room
     return longer

@@ -1,4 +1,4 @@
-"""A token of each sequence through a transformer block of the plain kind, as two native calls, and through all, as one.
+"""Tokens of some sequences through a transformer block of the plain kind, as two native calls, and through all, as one.
 
 ``csrc/block.cpp``. Between the two calls of a block keys and values join a cache, which is PyTorch's business;
 the one call writes them itself. Calls are made dozens of times for a token, and check their arguments no more than the
@@ -176,9 +176,10 @@ class _Caches:
     Args:
         held: of each cache the keys and values ``[sequences, key heads, positions, size]`` of each layer.
         first: see ``BlockCalls.attend``; of the sequences of all caches.
+        tokens: of each sequence, for each of which the library is told as many positions as it sees.
     """
 
-    def __init__(self, held: Sequence[Held], first: Sequence[int] | None) -> None:
+    def __init__(self, held: Sequence[Held], first: Sequence[int] | None, tokens: int = 1) -> None:
         self._tables = []
         addresses: list[int] = []
         lengths: list[int] = []
@@ -192,7 +193,8 @@ class _Caches:
                 ],
                 dtype=np.int64,
             )
-            begin = [0] * sequences if first is None else first[len(lengths) : len(lengths) + sequences]
+            done = len(lengths) // tokens
+            begin = [0] * sequences if first is None else first[done : done + sequences]
             if sequences > 1 or begin[0]:
                 size = layers[0][0].element_size()
                 apart = np.array([(keys.stride(0), values.stride(0)) for keys, values in layers])
@@ -201,8 +203,8 @@ class _Caches:
                 table[:, :, :2] += size * (np.arange(sequences)[:, None, None] * apart + skipped)
             self._tables.append(table)
             address, step = table.ctypes.data, table.nbytes // sequences
-            addresses += [address + number * step for number in range(sequences)]
-            lengths += [length - skipped for skipped in begin]
+            addresses += [address + number * step for number in range(sequences) for _ in range(tokens)]
+            lengths += [length - skipped - later for skipped in begin for later in reversed(range(tokens))]
         self._arrays = (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * len(lengths))(*lengths)
         self.where, self.lengths = ctypes.addressof(self._arrays[0]), ctypes.addressof(self._arrays[1])
 
@@ -238,17 +240,19 @@ class StackCall:
         sine: Tensor,
         held: Sequence[Held],
         first: Sequence[int] | None = None,
+        tokens: int = 1,
     ) -> None:
         """``x`` through all blocks, in place; keys and values are written to the last positions of what is held.
 
         Args:
-            x: ``[sequences, hidden]``, contiguous.
-            cosine, sine: of the rotary embedding, as many elements for each sequence as a head has, contiguous.
+            x: ``[sequences * tokens, hidden]``, contiguous, the tokens of a sequence one after the other.
+            cosine, sine: of the rotary embedding, as many elements for each token as a head has, contiguous.
             held: of each cache the keys and values ``[its sequences, key heads, positions, size]`` for each block, such
                 as it ``reads``; the sequences of the caches one after the other are those of ``x``.
             first: as of ``BlockCalls.attend``.
+            tokens: of each sequence; each sees those before it.
         """
-        caches = _Caches(held, first)
+        caches = _Caches(held, first, tokens)
         status = self._run(
             self._where,
             len(self._blocks),

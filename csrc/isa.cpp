@@ -42,7 +42,7 @@ bool cpu_has_avx512() {
 bool cpu_has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr long ask = 0x1023, tiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return cpu_has_avx512() && cpuid_bit(7, 0, 3, 24) && cpuid_bit(7, 0, 3, 25) &&
+    return cpu_has_avx512() && cpuid_bit(7, 0, 3, 22) && cpuid_bit(7, 0, 3, 24) && cpuid_bit(7, 0, 3, 25) &&
            syscall(SYS_arch_prctl, ask, tiles) == 0;
 #else
     return false;

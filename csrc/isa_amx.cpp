@@ -2,9 +2,10 @@
 // AVX-512's.
 #include "layout.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__AVX512VNNI__) && defined(__GFNI__)
 
+#include "attention_amx.h"
 #include "avx512.h"
 
 namespace matgptq {
@@ -173,6 +174,8 @@ MatrixKernels make_matrix_kernels() {
         table.multiply[1][i] = multiply<kDigits, rows>;
     });
     table.store = store;
+    table.attention_bytes = token_attention_bytes;
+    table.attend = attend_tokens;
     return table;
 }
 

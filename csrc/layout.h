@@ -112,6 +112,7 @@ using QuantizeKernel = void (*)(const float* x, int rows, int64_t columns, int64
 // Matrix units, where a processor has them, multiply the digits of 16 rows of activations and the codes of the 16 rows of a
 // tile at once, `step` columns at a time: half of an activation block of 128 columns, else the whole.
 constexpr int kMatrixRows = 16;
+constexpr int kAttentionStep = 64;
 constexpr int kMatrixRowStep = 4;  // fewer rows, in multiples of it, take less time
 // Some blocks of columns of one panel and one tile.
 struct MatrixProduct {
@@ -132,6 +133,19 @@ struct MatrixTarget {
     const float* bias;
     bool bfloat16;
 };
+// Attention of neighbouring tokens of one sequence, of the queries that share one head of keys; bfloat16, distances in
+// bytes.
+struct TokenAttention {
+    const uint8_t* query;  // [tokens, queries, size], tokens query_bytes apart
+    int64_t query_bytes;
+    const uint8_t *keys, *values;  // of that head
+    int64_t key_bytes, value_bytes;
+    float* out;       // [tokens, queries, size]
+    uint8_t* memory;  // as many bytes as the kernel says, on a cache line
+    int64_t tokens, queries, size;
+    int64_t length;  // positions that the first token sees; each one more than the one before
+    float scale;
+};
 struct MatrixKernels {
     // Prepares the calling thread for products of that step and so many rows; finish returns the units to others.
     void (*begin)(int step, int rows);
@@ -144,6 +158,9 @@ struct MatrixKernels {
     // The first rows alone; [exact ? 1 : 0][rows / kMatrixRowStep - 1].
     void (*multiply[2][kMatrixRows / kMatrixRowStep])(const MatrixProduct&);
     void (*store)(const float* totals, const MatrixTarget&);
+    // Attention, behind `begin` with kAttentionStep and kMatrixRows; query, keys and values are not asked for.
+    int64_t (*attention_bytes)(const TokenAttention&);
+    void (*attend)(const TokenAttention&);
 };
 
 // Sum of the 64-bit words of a multiple of 256 bytes.

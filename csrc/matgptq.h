@@ -219,7 +219,8 @@ MATGPTQ_API int matgptq_refit(const matgptq_refit_job *job);
  * than the products of a small model. Here a block is two calls, between which keys and values join a cache; or all
  * blocks are one call, which writes them into it. One token of each of `sequences` sequences (1 or more) goes through,
  * x [sequences, hidden]; sequences are independent of one another, to the bit. Neighbouring ones may be tokens of one
- * sequence, with its cache and a length more each: keys and values of all are written before any of them attends. */
+ * sequence, with its cache and a length more each: keys and values of all are written before any of them attends, which they
+ * may do together. Then a later one's value that is not finite reaches the earlier ones, too. */
 
 /* Keys and values of a layer and a sequence: key heads x positions, distances in elements, rows of `size` adjacent ones. */
 typedef struct {

@@ -218,6 +218,18 @@ def test_more_rows_than_are_fused_go_the_long_way(llama, taken, monkeypatch):
         kernel_choice._choose.cache_clear()
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_where_each_token_attends_alone_there_is_a_limit(together, llama, taken, monkeypatch):
+    """As many positions as all tokens see, but for one token and where matrix units attend."""
+    monkeypatch.setattr(block_stack, "MOST_SEEN", 60)
+    monkeypatch.setattr(native, "attends_to_many", lambda dtype: together and dtype is torch.float32)
+    found, _ = read(llama, token_ids(1, 90), 6, 10, 15, 16)
+    assert taken == ([6, 4, 5, 1, 74] if together else [6, 4, 1])
+    with long_way():
+        expected, _ = read(llama, token_ids(1, 90), 6, 10, 15, 16)
+    assert_alike(found, expected)
+
+
 def test_gradients_and_hooks_go_the_long_way(llama, taken):
     logits = llama(token_ids(1, 5), use_cache=True).logits
     assert logits.requires_grad is False or not taken

@@ -742,6 +742,103 @@ void test_dense(const std::vector<std::string>& sets) {
     std::printf("dense: 960 shapes and dtypes\n");
 }
 
+// What a query sees of so many positions, whose keys and values are `stride` apart.
+void attend_in_double(const float* query, const float* keys, const float* values, int64_t seen, int64_t stride, int64_t size,
+                      double scale, double* out) {
+    std::vector<double> weights(static_cast<size_t>(seen));
+    double top = -1e300, total = 0;
+    for (int64_t t = 0; t < seen; ++t) {
+        double& score = weights[static_cast<size_t>(t)];
+        for (int64_t i = 0; i < size; ++i) score += static_cast<double>(query[i]) * keys[t * stride + i];
+        score *= scale;
+        top = std::max(top, score);
+    }
+    for (double& weight : weights) total += weight = std::exp(weight - top);
+    for (int64_t i = 0; i < size; ++i) {
+        out[i] = 0;
+        for (int64_t t = 0; t < seen; ++t) out[i] += weights[static_cast<size_t>(t)] / total * values[t * stride + i];
+    }
+}
+
+// Neighbouring tokens of a sequence, behind and before tokens of others.
+void test_attend_tokens(const std::vector<std::string>& sets) {
+    const auto at = [](int64_t i) { return static_cast<size_t>(i); };
+    int shapes = 0;
+    for (const bool half : {false, true})
+        for (const auto& shape : {std::pair<int64_t, int64_t>{1, 1}, {4, 2}, {9, 3}, {8, 1}})
+            for (const int64_t size : {32, 64, 96})
+                for (const int64_t before : {0, 1, 15, 31, 64})
+                    for (const int64_t tokens : {2, 3, 5, 16, 17, 33}) {
+                        const int64_t heads = shape.first, key_heads = shape.second, stride = size + 3;
+                        const int64_t capacity = before + tokens, head_stride = capacity * stride + 1;
+                        const int64_t query_stride = heads * size + 7, rows = tokens + 2;
+                        Vector query(rows * query_stride, half, -2, 2), keys(2 * key_heads * head_stride, half, -2, 2);
+                        Vector values(2 * key_heads * head_stride, half, -1, 1);
+                        matgptq_kv_cache layers[2];
+                        for (int64_t i = 0; i < 2; ++i) {
+                            const int64_t bytes = i * key_heads * head_stride * (half ? 2 : 4);
+                            layers[i] = {static_cast<char*>(keys.data()) + bytes, static_cast<char*>(values.data()) + bytes,
+                                         head_stride, stride, head_stride, stride};
+                        }
+                        std::vector<const matgptq_kv_cache*> caches(at(rows), &layers[0]);
+                        std::vector<int64_t> lengths(at(rows));
+                        caches.front() = caches.back() = &layers[1];
+                        for (int64_t i = 0; i < tokens; ++i) lengths[at(i + 1)] = before + 1 + i;
+                        lengths.front() = before + 1;
+                        lengths.back() = capacity;
+                        const float scale = 1 / std::sqrt(static_cast<float>(size));
+                        std::vector<double> expected(at(rows * heads * size));
+                        for (int64_t h = 0; h < rows * heads; ++h) {
+                            const int64_t row = h / heads, head = h % heads, other = row == 0 || row == rows - 1;
+                            const int64_t from = (other * key_heads + head / (heads / key_heads)) * head_stride;
+                            attend_in_double(&query.values[at(row * query_stride + head * size)], &keys.values[at(from)],
+                                             &values.values[at(from)], lengths[at(row)], stride, size, scale,
+                                             &expected[at(h * size)]);
+                        }
+                        ++shapes;
+                        for (const std::string& set : sets) {
+                            matgptq_set_isa(set.c_str());
+                            where = set + ", attend, " + std::to_string(tokens) + " tokens behind " + std::to_string(before) +
+                                    ", heads " + std::to_string(heads) + " size " + std::to_string(size) +
+                                    (half ? ", bfloat16" : "");
+                            Vector out(rows * heads * size, half, 7, 7);
+                            check(!matgptq_attend(query.data(), query_stride, rows, caches.data(), 0, lengths.data(),
+                                                  out.data(), heads, key_heads, size, scale, out.dtype(),
+                                                  static_cast<int>(tokens % 3 + 1)),
+                                  "attend runs");
+                            out.read();
+                            bool near = true;
+                            for (size_t i = 0; i < expected.size(); ++i)
+                                near &= std::fabs(out.values[i] - expected[i]) <=
+                                        (half ? 1e-5 + 0.004 * std::fabs(expected[i]) : 3e-6);
+                            check(near, "attend is its formula");
+                        }
+                    }
+    // Keys and values that are not finite reach those who see them.
+    for (const std::string& set : sets) {
+        matgptq_set_isa(set.c_str());
+        where = set + ", attend, tokens, values that are not finite";
+        for (const float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
+            for (const bool of_key : {false, true}) {
+                Vector query(4 * 32, true, 1, 1), keys(20 * 32, true, 1, 1), values(20 * 32, true, 1, 1), out(4 * 32, true, 0, 0);
+                Vector& changed = of_key ? keys : values;
+                changed.values[3 * 32 + 5] = bad;
+                changed.write();
+                const matgptq_kv_cache cache{keys.data(), values.data(), 0, 32, 0, 32};
+                const matgptq_kv_cache* const caches[4] = {&cache, &cache, &cache, &cache};
+                const int64_t lengths[4] = {17, 18, 19, 20};
+                check(!matgptq_attend(query.data(), 32, 4, caches, 0, lengths, out.data(), 1, 1, 32, 1.0f, out.dtype(), 1),
+                      "attend runs");
+                out.read();
+                for (size_t token = 0; token < 4; ++token) {
+                    check(!std::isfinite(out.values[token * 32 + 5]), "what is not finite propagates");
+                    if (!of_key) check(std::fabs(out.values[token * 32 + 6] - 1) < 1e-6f, "to where it belongs");
+                }
+            }
+    }
+    std::printf("attend: %d shapes and dtypes of several tokens\n", shapes);
+}
+
 void test_attend(const std::vector<std::string>& sets) {
     const auto at = [](int64_t i) { return static_cast<size_t>(i); };
     for (const bool half : {false, true})
@@ -766,24 +863,11 @@ void test_attend(const std::vector<std::string>& sets) {
                     const float scale = 1 / std::sqrt(static_cast<float>(size));
                     std::vector<double> expected(at(sequences * heads * size));
                     for (int64_t h = 0; h < sequences * heads; ++h) {
-                        const int64_t sequence = h / heads, head = h % heads, seen = lengths[sequence];
+                        const int64_t sequence = h / heads, head = h % heads;
                         const int64_t from = sequence * sequence_stride + head / (heads / key_heads) * head_stride;
-                        const int64_t asked = sequence * query_stride + head * size;
-                        std::vector<double> weights(at(seen));
-                        double top = -1e300, total = 0;
-                        for (int64_t t = 0; t < seen; ++t) {
-                            double& score = weights[at(t)];
-                            for (int64_t i = 0; i < size; ++i)
-                                score += static_cast<double>(query.values[at(asked + i)]) *
-                                         keys.values[at(from + t * stride + i)];
-                            score *= scale;
-                            top = std::max(top, score);
-                        }
-                        for (int64_t t = 0; t < seen; ++t) total += weights[at(t)] = std::exp(weights[at(t)] - top);
-                        for (int64_t t = 0; t < seen; ++t)
-                            for (int64_t i = 0; i < size; ++i)
-                                expected[at(h * size + i)] +=
-                                    weights[at(t)] / total * values.values[at(from + t * stride + i)];
+                        attend_in_double(&query.values[at(sequence * query_stride + head * size)], &keys.values[at(from)],
+                                         &values.values[at(from)], lengths[sequence], stride, size, scale,
+                                         &expected[at(h * size)]);
                     }
                     for (const std::string& set : sets) {
                         matgptq_set_isa(set.c_str());
@@ -1253,6 +1337,7 @@ int main() {
     test_read(sets);
     test_dense(sets);
     test_attend(sets);
+    test_attend_tokens(sets);
     test_row_steps();
     test_block(sets);
     test_refusals();

@@ -25,8 +25,10 @@ from matgptq.kernels import kernel_choice
 from matgptq.models.kv_cache import CACHE_ARGUMENT, CacheGroup, append_positions
 from matgptq.native import BlockCalls, StackCall
 
-# Of a sequence at a time; more are faster as the products of many rows that transformers' blocks make of them.
-MOST_TOKENS = 48
+# Of a sequence at a time: products of more rows are not what the library is the fastest for.
+MOST_TOKENS = 128
+# Positions that tokens see, over all of them, where each attends alone: for more PyTorch's attention is faster.
+MOST_SEEN = 1 << 16
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 # Arguments of a model that are no obstacle to the short way. ``generate`` hands the tokenizer of stop strings on, too.
 _KNOWN = frozenset({"inputs_embeds", "attention_mask", "position_ids", CACHE_ARGUMENT, "use_cache", "tokenizer"})
@@ -126,6 +128,9 @@ class BlockStack:
             first = _first_seen(mask, sequences, lengths[0], tokens)
             if first is None:
                 return None
+        seen = tokens * (max(lengths) + tokens)
+        if tokens > 1 and seen > MOST_SEEN and not native.attends_to_many(self._blocks[0].dtype):
+            return None
         if not self._is_as_it_was(base):
             return None
         ready = self._ready(sequences * tokens)

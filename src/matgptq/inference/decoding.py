@@ -105,7 +105,7 @@ class RowBlock:
         self._prepared: _Prepared | None = None
         self._fused: tuple[str, int, native.Activations] | None = None  # what the fused kernel is known to take
         self._size: int = attention.head_dim
-        self._dtype = block.input_layernorm.weight.dtype
+        self._dtype: torch.dtype = block.input_layernorm.weight.dtype
         self.watch = Watch([block, attention, mlp], block)
 
     def takes(self, hidden: Tensor, keywords: dict[str, Any]) -> bool:
@@ -167,6 +167,11 @@ class RowBlock:
             )
             calls.finish(residual, attended.reshape(sequences, -1))
         return residual.view(hidden.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what goes through it."""
+        return self._dtype
 
     @property
     def attends(self) -> bool:

@@ -7,7 +7,7 @@ Kernels know nothing of autograd. Tensors are read through ``data_ptr`` and copi
 Invalid arguments raise ``ConfigurationError`` before any work starts.
 """
 
-from matgptq.native.block_calls import BlockCalls, RMSNorm, StackCall, attends
+from matgptq.native.block_calls import BlockCalls, RMSNorm, StackCall, attends, attends_to_many
 from matgptq.native.dense import linear
 from matgptq.native.library import (
     DTYPES,
@@ -39,6 +39,7 @@ __all__ = [
     "SweepMode",
     "Weight",
     "attends",
+    "attends_to_many",
     "available",
     "cpu_vendor",
     "dequantize_rows",

@@ -23,6 +23,7 @@ from matgptq.native.library import (
     Block,
     check_status,
     expect_tensor,
+    isa,
     require_library,
 )
 from matgptq.native.weights import Weight
@@ -34,6 +35,11 @@ _ATTEND_UNIT = 32
 def attends(size: int) -> bool:
     """Whether the library computes attention with heads of that size."""
     return not size % _ATTEND_UNIT
+
+
+def attends_to_many(dtype: torch.dtype) -> bool:
+    """Whether tokens of one sequence meet its keys and values together, in matrix units, and not each alone."""
+    return dtype is torch.bfloat16 and isa() == "amx"
 
 
 @dataclass(frozen=True)

@@ -294,6 +294,17 @@ class Model:
 
         return self._run(read, threads)
 
+    def turn_seconds(self, context: Sequence[int], turn: Sequence[int], threads: int) -> float:
+        """Time that some tokens take up to the logits of the last, behind a context and one generated token."""
+
+        def read() -> float:
+            self._decode([self._decode(context)])
+            started = time.perf_counter()
+            self._decode(turn)
+            return time.perf_counter() - started
+
+        return self._run(read, threads)
+
     def _run(self, work: Callable[[], float], threads: int) -> float:
         """What ``work`` returns, with an empty cache and threads that nothing else uses."""
         # In a thread that has never run anything else: llama.cpp configures the AMX tiles once per thread, and PyTorch

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -53,6 +54,11 @@ def measure(
                 seconds[way].append(_step_seconds(model, prompt, steps))
         if theirs is not None:
             seconds.setdefault("llama_cpp", []).append(theirs.step_seconds(prompt.tolist(), steps, threads))
+    return summarize(seconds)
+
+
+def summarize(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians of each way, and of the rounds' own ratios to all blocks in one call."""
     result = {f"{way}_ms": round(statistics.median(taken) * 1e3, 2) for way, taken in seconds.items()}
     for other in seconds.keys() - {"stack"}:
         ratios = [a / b for a, b in zip(seconds[other], seconds["stack"], strict=True)]
@@ -60,25 +66,40 @@ def measure(
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str | None, lengths: str, rounds: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--batch", default="1", help="sequences decoded at once")
-    parser.add_argument("--lengths", default="16,128,512,2048")
+    parser.add_argument("--lengths", default=lengths, help="of the context")
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--llama-cpp", type=Path, help="directory of libllama")
-    parser.add_argument("--gguf", type=Path, help="what llama.cpp decodes with")
+    parser.add_argument("--gguf", type=Path, help="what llama.cpp runs")
     parser.add_argument("-o", "--output", type=Path)
-    arguments = parser.parse_args()
+    return parser
+
+
+def run(
+    arguments: argparse.Namespace,
+    name: str,
+    cases: Sequence[int],
+    measure: Callable[[Any, Model | None, int, int, int], dict[str, Any]],
+    sequences: int = 1,
+) -> None:
+    """Measure each case behind each length, with each dtype and number of threads.
+
+    Args:
+        arguments: of ``make_parser``.
+        name: of what differs between the cases.
+        cases: its values.
+        measure: of (our model, llama.cpp's, case, length, threads).
+        sequences: most that llama.cpp decodes at once.
+    """
     if not native.available():
         raise SystemExit(f"no native kernels: {native.reason()}")
-    batches = [int(batch) for batch in arguments.batch.split(",")]
     theirs = None
     if arguments.llama_cpp is not None and arguments.gguf is not None:
-        theirs = Model(Library(arguments.llama_cpp), arguments.gguf, sequences=max(batches))
+        theirs = Model(Library(arguments.llama_cpp), arguments.gguf, sequences=sequences)
     records = []
     for dtype in ("float32", "bfloat16"):
         model = matgptq.load(
@@ -86,14 +107,13 @@ def main() -> None:
         )
         for threads in map(int, arguments.threads.split(",")):
             torch.set_num_threads(threads)
-            for length, batch in product(map(int, arguments.lengths.split(",")), batches):
-                found = measure(model, theirs, batch, length, arguments.steps, arguments.rounds, threads)
-                records.append({"dtype": dtype, "threads": threads, "context": length, "batch": batch, **found})
+            for length, case in product(map(int, arguments.lengths.split(",")), cases):
+                found = measure(model, theirs, case, length, threads)
+                records.append({"dtype": dtype, "threads": threads, "context": length, name: case, **found})
                 print(records[-1], flush=True)
     if arguments.output:
-        machine = describe_machine() | {"threads": None, "native": native.isa()}
         result = {
-            "machine": machine,
+            "machine": describe_machine() | {"threads": None, "native": native.isa()},
             "model": arguments.checkpoint.name,
             "bits": arguments.bits,
             "head_bits": HEAD_BITS,
@@ -101,6 +121,19 @@ def main() -> None:
             "records": records,
         }
         arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = make_parser(__doc__, "16,128,512,2048", 3)
+    parser.add_argument("--batch", default="1", help="sequences decoded at once")
+    parser.add_argument("--steps", type=int, default=16)
+    arguments = parser.parse_args()
+    batches = [int(batch) for batch in arguments.batch.split(",")]
+
+    def of_batch(model: Any, theirs: Model | None, batch: int, length: int, threads: int) -> dict[str, Any]:
+        return measure(model, theirs, batch, length, arguments.steps, arguments.rounds, threads)
+
+    run(arguments, "batch", batches, of_batch, max(batches))
 
 
 if __name__ == "__main__":

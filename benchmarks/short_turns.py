@@ -13,26 +13,18 @@ bits. All ways take turns in one run; medians of the rounds, and the medians of 
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import time
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from llama_library import Library, Model
-from machine import describe_machine
+from decoding import make_parser, run, summarize
+from llama_library import Model
 from torch import Tensor
 from transformers import DynamicCache
 
-import matgptq
-from matgptq import native
 from matgptq.inference import block_stack
 from matgptq.models.kv_cache import CACHE_ARGUMENT
-
-HEAD_BITS = 8
 
 
 @torch.inference_mode()
@@ -57,52 +49,18 @@ def measure(model: Any, theirs: Model | None, length: int, tokens: int, rounds: 
         if theirs is not None:
             taken = theirs.turn_seconds(context[0].tolist(), turn[0].tolist(), threads)
             seconds.setdefault("llama_cpp", []).append(taken)
-    result = {f"{way}_ms": round(statistics.median(taken) * 1e3, 2) for way, taken in seconds.items()}
-    for other in seconds.keys() - {"stack"}:
-        ratios = [a / b for a, b in zip(seconds[other], seconds["stack"], strict=True)]
-        result[f"times_as_fast_as_{other}"] = round(statistics.median(ratios), 2)
-    return result
+    return summarize(seconds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--bits", type=int, default=4)
+    parser = make_parser(__doc__, "512", 5)
     parser.add_argument("--tokens", default="2,4,8,16,32,64,128")
-    parser.add_argument("--lengths", default="512")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--llama-cpp", type=Path, help="directory of libllama")
-    parser.add_argument("--gguf", type=Path, help="what llama.cpp reads with")
-    parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    if not native.available():
-        raise SystemExit(f"no native kernels: {native.reason()}")
-    theirs = None
-    if arguments.llama_cpp is not None and arguments.gguf is not None:
-        theirs = Model(Library(arguments.llama_cpp), arguments.gguf)
-    records = []
-    for dtype in ("float32", "bfloat16"):
-        model = matgptq.load(
-            arguments.checkpoint, arguments.bits, device="cpu", dtype=dtype, resident=False, head_bits=HEAD_BITS
-        )
-        for threads in map(int, arguments.threads.split(",")):
-            torch.set_num_threads(threads)
-            for length in map(int, arguments.lengths.split(",")):
-                for tokens in map(int, arguments.tokens.split(",")):
-                    found = measure(model, theirs, length, tokens, arguments.rounds, threads)
-                    records.append({"dtype": dtype, "threads": threads, "context": length, "tokens": tokens, **found})
-                    print(records[-1], flush=True)
-    if arguments.output:
-        result = {
-            "machine": describe_machine() | {"threads": None, "native": native.isa()},
-            "model": arguments.checkpoint.name,
-            "bits": arguments.bits,
-            "head_bits": HEAD_BITS,
-            "gguf": None if theirs is None else arguments.gguf.name,
-            "records": records,
-        }
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    def of_tokens(model: Any, theirs: Model | None, tokens: int, length: int, threads: int) -> dict[str, Any]:
+        return measure(model, theirs, length, tokens, arguments.rounds, threads)
+
+    run(arguments, "tokens", [int(tokens) for tokens in arguments.tokens.split(",")], of_tokens)
 
 
 if __name__ == "__main__":

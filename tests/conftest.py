@@ -41,6 +41,25 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeCh
     shutil.rmtree(root, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """``plain_checkpoint("llama", 32)``: the path of one in float32 with heads of that size, rounded to nearest."""
+    made: dict[tuple[str, int], str] = {}
+
+    def make(name: str, head_dim: int = 32) -> str:
+        if (name, head_dim) not in made:
+            directory = tmp_path_factory.mktemp(name)
+            sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": head_dim}
+            if name == "mistral":
+                sizes["sliding_window"] = None  # with one shorter than the context there is a mask
+            source = save_model(name, directory / "source", torch.float32, shape=sizes)
+            matgptq.quantize(source, directory / "out", method="rtn", group_size=GROUP_SIZE)
+            made[name, head_dim] = str(directory / "out")
+        return made[name, head_dim]
+
+    return make
+
+
 @pytest.fixture
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in float32 also where a CPU multiplies bfloat16 faster, for tests that compare to the last digit."""

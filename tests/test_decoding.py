@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
-from tiny_models import GROUP_SIZE, make_tokenizer, save_model, token_ids
+from tiny_models import GROUP_SIZE, PLAIN, make_tokenizer, save_model, token_ids
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
@@ -25,27 +25,13 @@ from matgptq.models.kv_cache import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
 
-PLAIN = ("llama", "llama-biased", "mistral", "qwen2", "qwen3")
 OTHERS = ("gemma", "gemma2", "gemma3_text", "phi3", "opt", "gpt_neox", "mixtral")
 CONTEXT = token_ids(1, 12)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    made: dict[tuple[str, int], str] = {}
-
-    def make(name: str, head_dim: int = 32) -> str:
-        if (name, head_dim) not in made:
-            directory = tmp_path_factory.mktemp(name)
-            sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": head_dim}
-            if name == "mistral":
-                sizes["sliding_window"] = None  # with one shorter than the context there is a mask
-            source = save_model(name, directory / "source", torch.float32, shape=sizes)
-            matgptq.quantize(source, directory / "out", method="rtn", group_size=GROUP_SIZE)
-            made[name, head_dim] = str(directory / "out")
-        return made[name, head_dim]
-
-    return make
+@pytest.fixture
+def checkpoint(plain_checkpoint: Callable[..., str]) -> Callable[..., str]:
+    return plain_checkpoint
 
 
 @pytest.fixture(params=["stack", "blocks"], autouse=True)

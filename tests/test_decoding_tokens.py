@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import GROUP_SIZE, save_model, token_ids
+from tiny_models import PLAIN, token_ids
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
@@ -21,25 +21,10 @@ from matgptq.models.kv_cache import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
 
-PLAIN = ("llama", "llama-biased", "mistral", "qwen2", "qwen3")
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    made: dict[tuple[str, int], str] = {}
-
-    def make(name: str, head_dim: int = 32) -> str:
-        if (name, head_dim) not in made:
-            directory = tmp_path_factory.mktemp(name)
-            sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": head_dim}
-            if name == "mistral":
-                sizes["sliding_window"] = None
-            source = save_model(name, directory / "source", torch.float32, shape=sizes)
-            matgptq.quantize(source, directory / "out", method="rtn", group_size=GROUP_SIZE)
-            made[name, head_dim] = str(directory / "out")
-        return made[name, head_dim]
-
-    return make
+@pytest.fixture
+def checkpoint(plain_checkpoint: Callable[..., str]) -> Callable[..., str]:
+    return plain_checkpoint
 
 
 @pytest.fixture

@@ -18,6 +18,9 @@ from matgptq.models.families import find_family
 VOCAB = 288  # 256 bytes and a few specials, and more rows than the tokenizer has tokens, as real models have
 GROUP_SIZE = 64  # divides some layers below; the others fall back to 32
 
+# Of MODELS those whose next tokens take the short way on a CPU.
+PLAIN = ("llama", "llama-biased", "mistral", "qwen2", "qwen3")
+
 _LLAMA_LIKE = {
     "hidden_size": 64,
     "intermediate_size": 96,  # not a multiple of 64: down_proj falls back to groups of 32

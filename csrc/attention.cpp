@@ -1,6 +1,5 @@
 // Drives attention of tokens that are the last of their sequences: tokens and heads of keys over threads.
 #include <algorithm>
-#include <atomic>
 #include <new>
 #include <numeric>
 #include <vector>
@@ -131,22 +130,15 @@ extern "C" int matgptq_attend(const void* query, int64_t query_stride, int64_t s
     const int64_t bytes = element_bytes(dtype);
     const Attention all{static_cast<const uint8_t*>(query), query_stride * bytes, caches, layer, lengths, out, key_heads,
                         heads / key_heads, size, scale, dtype};
-    std::atomic<bool> out_of_memory{false};
     try {
         const std::vector<Run> runs = find_runs(all, sequences);
         const auto count = static_cast<int64_t>(runs.size());
         const int64_t positions = std::accumulate(lengths, lengths + sequences, int64_t{0});
         const int64_t grain = 1 + kBytesPerPiece / (2 * ceil_div(positions, count) * size * bytes);
-        // An exception must not leave a thread that is not the caller's.
-        parallel_for(count * key_heads, grain, num_threads, [&](int64_t begin, int64_t end) {
-            try {
-                attend_pieces(all, runs, begin, end);
-            } catch (const std::bad_alloc&) {
-                out_of_memory = true;
-            }
-        });
+        parallel_for(count * key_heads, grain, num_threads,
+                     [&](int64_t begin, int64_t end) { attend_pieces(all, runs, begin, end); });
+        return MATGPTQ_OK;
     } catch (const std::bad_alloc&) {
-        out_of_memory = true;
+        return MATGPTQ_E_MEMORY;
     }
-    return out_of_memory ? MATGPTQ_E_MEMORY : MATGPTQ_OK;
 }

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -243,14 +244,24 @@ void parallel_for(int64_t count, int64_t grain, int num_threads, const std::func
         work(0, count);
         return;
     }
+    // An exception must not leave a thread that is not the caller's.
+    std::atomic<bool> out_of_memory{false};
+    const std::function<void(int64_t, int64_t)> guarded = [&](int64_t begin, int64_t end) {
+        try {
+            work(begin, end);
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
+        }
+    };
     Task task;
-    task.work = &work;
+    task.work = &guarded;
     task.count = count;
     // As many for each thread, four at most: with a piece more for one of them the others would wait for it.
     const int64_t each = pieces / threads < 4 ? pieces / threads : 4;
     task.piece = (count + threads * each - 1) / (threads * each);
     if (standing_by) standing_by->run(task);
     else if (!share_out(task, num_threads, threads)) work(0, count);
+    if (out_of_memory) throw std::bad_alloc();
 }
 
 void with_threads(int num_threads, const std::function<void()>& body) {

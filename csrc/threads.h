@@ -10,7 +10,8 @@ namespace matgptq {
 
 // Splits [0, count) into pieces of about `grain` or more and runs `work(begin, end)` on them, on up to `num_threads`
 // threads including the caller. Pieces are handed out as threads become free: on a shared machine equal shares would
-// wait for the slowest. A caller that finds the pool busy works alone.
+// wait for the slowest. A caller that finds the pool busy works alone. Where `work` throws std::bad_alloc on any of them, so
+// does this.
 void parallel_for(int64_t count, int64_t grain, int num_threads, const std::function<void(int64_t, int64_t)>& work);
 
 // Runs `body`, which must not throw, on the calling thread while `num_threads` - 1 others stand by: each parallel_for in it

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -1318,6 +1319,36 @@ void test_block(const std::vector<std::string>& sets) {
 
 }  // namespace
 
+// Where a thread that is not the caller's has no memory, the caller hears of it, and the process lives on.
+void test_out_of_memory() {
+    const std::thread::id caller = std::this_thread::get_id();
+    for (const bool standing : {false, true}) {
+        where = standing ? "threads that stand by" : "threads that are called";
+        std::atomic<int> thrown{0};
+        bool caught = false;
+        const auto run = [&] {
+            try {
+                matgptq::parallel_for(64, 1, 3, [&](int64_t, int64_t) {
+                    if (std::this_thread::get_id() != caller) {
+                        ++thrown;
+                        throw std::bad_alloc();
+                    }
+                    while (!thrown) std::this_thread::yield();
+                });
+            } catch (const std::bad_alloc&) {
+                caught = true;
+            }
+        };
+        if (standing) matgptq::with_threads(3, run);
+        else run();
+        check(caught && thrown > 0, "the caller hears of it");
+        std::atomic<int64_t> sum{0};
+        matgptq::parallel_for(64, 1, 3, [&](int64_t begin, int64_t end) { sum += end - begin; });
+        check(sum == 64, "the threads go on");
+    }
+    std::printf("out of memory\n");
+}
+
 int main() {
     check(matgptq_abi_version() == MATGPTQ_ABI_VERSION, "abi version");
     std::printf("default instruction set: %s\n", matgptq_isa());
@@ -1332,6 +1363,7 @@ int main() {
     test_activations(sets);
     test_shared_input(sets);
     test_standing_by();
+    test_out_of_memory();
     test_sweep(sets);
     test_refit(sets);
     test_read(sets);

@@ -116,7 +116,9 @@ def plan_table(forecast: Forecast) -> Table:
         "memory, about": _parts(needs.memory, f" while {needs.fullest}"),
         **({"GPU memory, about": _parts(needs.gpu_memory, f" while {needs.gpu_fullest}")} if needs.gpu_fullest else {}),
         "disk while it runs, about": _parts(needs.disk),
-        "activations": f"in {needs.activations}" if needs.activations == "memory" else "on disk",
+        "activations": f"in {'GPU memory' if needs.gpu_stages else 'memory'}"
+        if needs.activations == "memory"
+        else "on disk",
         "weights": "read one block at a time" if needs.streamed else "in memory as a whole",
     }
     if seconds is not None:

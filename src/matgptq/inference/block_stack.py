@@ -128,6 +128,8 @@ class BlockStack:
             first = _first_seen(mask, sequences, lengths[0], tokens)
             if first is None:
                 return None
+        if positions is not None and not lengths[0] and bool((positions.diff() != 1).any()):
+            return None  # sequences that are packed into one
         seen = tokens * (max(lengths) + tokens)
         if tokens > 1 and seen > MOST_SEEN and not native.attends_to_many(self._blocks[0].dtype):
             return None
@@ -138,8 +140,6 @@ class BlockStack:
             return None
         call, _weights = ready  # which stay alive until the call is made
         hidden: Tensor = base.embed_tokens(given) if given.ndim == 2 else given
-        if positions is not None and not lengths[0] and bool((positions.diff() != 1).any()):
-            return None  # sequences that are packed into one
         if positions is None:
             positions = torch.tensor(lengths, device=hidden.device)[:, None] + torch.arange(
                 tokens, device=hidden.device

@@ -92,6 +92,10 @@ class RowBlock:
 
     Args:
         block: of the plain kind.
+
+    Attributes:
+        dtype: of what goes through it.
+        watch: what must stay as it is.
     """
 
     def __init__(self, block: Any) -> None:
@@ -105,7 +109,7 @@ class RowBlock:
         self._prepared: _Prepared | None = None
         self._fused: tuple[str, int, native.Activations] | None = None  # what the fused kernel is known to take
         self._size: int = attention.head_dim
-        self._dtype: torch.dtype = block.input_layernorm.weight.dtype
+        self.dtype: torch.dtype = block.input_layernorm.weight.dtype
         self.watch = Watch([block, attention, mlp], block)
 
     def takes(self, hidden: Tensor, keywords: dict[str, Any]) -> bool:
@@ -125,12 +129,12 @@ class RowBlock:
             hidden.ndim == 3
             and hidden.shape[1] == tokens
             and sequences > 0
-            and hidden.dtype == self._dtype
+            and hidden.dtype == self.dtype
             and not torch.is_grad_enabled()
             and dispatch.is_plain(hidden)
             and hidden.is_cpu
             and position[0].shape in ((1, tokens, self._size), (sequences, tokens, self._size))
-            and position[0].dtype == self._dtype
+            and position[0].dtype == self.dtype
             and self._attention.config._attn_implementation == "sdpa"
             and not (self._attention.training and self._attention.attention_dropout)
         )
@@ -148,7 +152,7 @@ class RowBlock:
         attention, cache = self._attention, keywords[CACHE_ARGUMENT]
         held = None
         if self.attends:
-            held = append_positions([cache], [attention.layer_idx], sequences, calls.key_heads, self._size, self._dtype)
+            held = append_positions([cache], [attention.layer_idx], sequences, calls.key_heads, self._size, self.dtype)
         if held is not None:
             calls.attend(residual, qkv, *held[0][0], append=True)
             return residual.view(hidden.shape)
@@ -167,11 +171,6 @@ class RowBlock:
             )
             calls.finish(residual, attended.reshape(sequences, -1))
         return residual.view(hidden.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what goes through it."""
-        return self._dtype
 
     @property
     def attends(self) -> bool:
@@ -193,7 +192,7 @@ class RowBlock:
         """
         asked = forced, rows, self._linears[0].activations
         if asked != self._fused:
-            if not kernel_choice.fuses(kernel_choice.Product("native", "cpu", self._dtype, *asked[1:])):
+            if not kernel_choice.fuses(kernel_choice.Product("native", "cpu", self.dtype, *asked[1:])):
                 return None
             self._fused = asked
         prepared = self._prepared
@@ -225,11 +224,11 @@ class RowBlock:
             if norm is None:
                 continue
             scale = norm._parameters.get("weight")  # it may have been cast since; the library takes an address
-            if scale is None or scale.dtype is not self._dtype or not scale.is_cpu or not scale.is_contiguous():
+            if scale is None or scale.dtype is not self.dtype or not scale.is_cpu or not scale.is_contiguous():
                 return None
             known_norms.append((norm, scale, scale.data_ptr(), norm.variance_epsilon))
         calls = BlockCalls(
-            self._dtype,
+            self.dtype,
             weights,
             [bits for _, bits, _ in known_linears],
             [bias for _, _, bias in known_linears],

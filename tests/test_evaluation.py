@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from tiny_models import VOCAB, save_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import matgptq
@@ -19,6 +20,8 @@ from matgptq.console import allocations_table
 from matgptq.errors import AllocationError, CalibrationError, ConfigurationError, SourceError
 from matgptq.evaluation.text_evaluation import Divergence
 from matgptq.inference.nested_linear import nested_layers
+from matgptq.models.divergence import Predictor, compare
+from matgptq.models.logits import OutputHead
 from matgptq.models.source import load_tokenizer
 from matgptq.text.windows import Windows
 
@@ -30,7 +33,9 @@ def test_divergence_equals_formulas(positions: int) -> None:
     full = logits + torch.randn(positions, 50, generator=generator, dtype=torch.float64)
     targets = torch.randint(50, (positions,), generator=generator)
     measured = Divergence()
-    measured.add(logits.float(), targets, full.float())
+    head = OutputHead(nn.Identity(), None)
+    of_full, of_slice = compare([Predictor(head, full.float()), Predictor(head, logits.float())], targets)
+    measured.add(of_slice, of_full)
     p, q = torch.softmax(full, -1), torch.softmax(logits, -1)
     assert measured.kl / measured.tokens == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
     expected = math.exp(float(-q.gather(1, targets[:, None]).log().mean()))
@@ -40,7 +45,8 @@ def test_divergence_equals_formulas(positions: int) -> None:
 
 def test_perplexity_overflow_is_infinite() -> None:
     measured = Divergence()
-    measured.add(torch.tensor([[0.0, 1e6]]), torch.tensor([0]), None)
+    head = OutputHead(nn.Identity(), None)
+    measured.add(compare([Predictor(head, torch.tensor([[0.0, 1e6]]))], torch.tensor([0]))[0], None)
     assert measured.perplexity == math.inf
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tiny_models import MODELS, VOCAB, build_model, token_ids
 from torch import nn
 
-from matgptq.errors import UnsupportedModelError
-from matgptq.models import teacher as teacher_module
-from matgptq.models.teacher import OutputHead, Teacher, chunks, last_hidden, observe, output_head
+from matgptq.models.divergence import Predictor, compare
+from matgptq.models.logits import OutputHead, last_hidden, output_head
+from matgptq.models.teacher import observe
 
 
 def kl_error_bound(kl: float, logit_error: float) -> float:
@@ -51,26 +51,11 @@ def test_kl_is_that_of_full_logits(dtype: torch.dtype) -> None:
     head = output_head(other)
     expected = []
     with torch.no_grad():
-        for index, window in enumerate(windows):
+        for window in windows:
             p, q = (torch.log_softmax(model(input_ids=window[None]).logits[0].double(), -1) for model in (full, other))
             expected.append((p.exp() * (p - q)).sum(-1))
-            logits = other(input_ids=window[None]).logits[0]
-            assert torch.allclose(teacher.kl(index, logits).double(), expected[-1], rtol=1e-4, atol=1e-6)
-            assert torch.allclose(teacher.kl(index, logits[5:], first=5).double(), expected[-1][5:], rtol=1e-4)
         found = teacher.mean_kl(lambda index: last_hidden(other, windows[index : index + 1])[0], head)
     assert found == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
-
-
-def test_pieces_of_a_window_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    full, other = build_model("llama"), build_model("llama-biased")
-    windows = token_ids(2, 16)
-    teacher, head = observe(full, windows), output_head(other)
-    with torch.no_grad():
-        states = last_hidden(other, windows)
-    whole = teacher.mean_kl(states.__getitem__, head)
-    monkeypatch.setattr(teacher_module, "CHUNK_ELEMENTS", 3 * VOCAB)
-    assert [piece.stop - piece.start for piece in chunks(16, VOCAB)] == [3, 3, 3, 3, 3, 1]
-    assert teacher.mean_kl(states.__getitem__, head) == pytest.approx(whole, rel=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,25 +91,12 @@ def test_recomputed_logits_keep_the_bound(seed: int, hidden: int, vocabulary: in
     with torch.no_grad():
         head.weight.copy_(torch.randn(vocabulary, hidden, generator=generator) / math.sqrt(hidden))
     states = torch.randn(1, 5, hidden, generator=generator) * size
-    teacher = Teacher(torch.zeros(1, 5, dtype=torch.int64), states, OutputHead(head, None))
+    as_they_are = OutputHead(nn.Identity(), None)
     logits = states[0].double() @ head.weight.detach().double().T
     others = logits + torch.randn(5, vocabulary, generator=generator)
     p, q = torch.log_softmax(logits, -1), torch.log_softmax(others.float().double(), -1)
     exact = (p.exp() * (p - q)).sum(-1)
     error = float(hidden * 2**-23 * (states[0].abs() @ head.weight.detach().abs().T).max()) + 1e-5
-    for value, found in zip(exact.tolist(), teacher.kl(0, others.float()).tolist(), strict=True):
+    predictors = [Predictor(OutputHead(head, None), states[0]), Predictor(as_they_are, others.float())]
+    for value, found in zip(exact.tolist(), compare(predictors)[1].kl.tolist(), strict=True):
         assert abs(found - value) <= kl_error_bound(max(value, 0.0), error) + 1e-5
-
-
-def test_an_unknown_treatment_of_logits_is_refused() -> None:
-    model = build_model("llama")
-    original = model.forward
-
-    def scaled(**arguments: object) -> object:
-        output = original(**arguments)
-        output.logits = output.logits * 3
-        return output
-
-    model.forward = scaled
-    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM"):
-        output_head(model)

@@ -28,8 +28,8 @@ from matgptq.core.output_hessian import OutputHessian
 from matgptq.machine.devices import fast_attention, multiplies_bfloat16
 from matgptq.machine.workers import INLINE, Workers
 from matgptq.models.blocks import Block, capture_inputs, ending, run_block
+from matgptq.models.logits import OutputHead, chunks, output_head, softmax_
 from matgptq.models.residency import Residency
-from matgptq.models.teacher import OutputHead, chunks, output_head
 
 _Result = TypeVar("_Result")
 
@@ -264,7 +264,7 @@ def _gradient_at_head(head: OutputHead, hidden: Tensor, generator: torch.Generat
         states = hidden[piece].requires_grad_()
         logits = head(states)
         with torch.no_grad():  # d(-log p(y)) / dlogits = p - onehot(y)
-            probabilities = torch.softmax(logits, -1)
+            probabilities = softmax_(logits.detach())
             drawn = draw_tokens(probabilities, generator)
             probabilities.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0, device=drawn.device))
         logits.backward(probabilities)  # type: ignore[no-untyped-call]

@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from matgptq.checkpoints.allocation_scales import has_own_scales
 from matgptq.checkpoints.allocation_store import allocation_file, find_allocation, is_stored, stored_allocations
 from matgptq.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from matgptq.checkpoints.evaluation_results import Evaluation, Result
-from matgptq.errors import ConfigurationError
+from matgptq.errors import ConfigurationError, UnsupportedModelError
 from matgptq.inference.loading import load, load_config
 from matgptq.inference.reference_model import load_optional_reference
 from matgptq.machine.devices import exact_products, resolve_device
+from matgptq.models.divergence import Predicted, Predictor, compare
+from matgptq.models.logits import OutputHead, last_hidden, output_head
 from matgptq.models.model_config import check_window, longest_window
 from matgptq.models.source import load_tokenizer
 from matgptq.native import Activations
@@ -33,7 +35,6 @@ from matgptq.text.windows import SELF, Windows, check_cut, evaluation_windows
 DEFAULT_WIDTHS = (2, 3, 4, 6, 8)
 DEFAULT_SEQLEN = 2048
 CPU_WINDOWS = 4
-_POSITIONS = 256  # compared at a time; full float64 copies of all logits would dominate memory
 
 
 @dataclass
@@ -44,26 +45,20 @@ class Divergence:
     negative_log_likelihood: float = 0.0
     kl: float = 0.0
     agreements: int = 0
-    _chunk: int = field(default=_POSITIONS, repr=False)
 
-    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
+    def add(self, predicted: Predicted, full: Predicted | None) -> None:
         """Add the positions of one window.
 
         Args:
-            logits: ``[positions, vocabulary]``, those that predict ``targets``.
-            targets: int64 ``[positions]``.
-            reference: logits of the full model at the same positions, or None.
+            predicted: what the model says of them, and of the tokens that follow.
+            full: what the full model says, which it was compared with; None if there is none.
         """
-        for first in range(0, len(targets), self._chunk):
-            piece = slice(first, first + self._chunk)
-            log_probability = torch.log_softmax(logits[piece].float(), -1)
-            chosen = log_probability.gather(1, targets[piece].unsqueeze(1))
-            self.negative_log_likelihood -= float(chosen.double().sum())
-            if reference is not None:
-                full = torch.log_softmax(reference[piece].float(), -1)
-                self.kl += float((full.exp() * (full - log_probability)).sum(-1).double().sum())
-                self.agreements += int((full.argmax(-1) == log_probability.argmax(-1)).sum())
-        self.tokens += len(targets)
+        assert predicted.log_probability is not None
+        self.negative_log_likelihood -= float(predicted.log_probability.sum())
+        if full is not None:
+            self.kl += float(predicted.kl.sum())
+            self.agreements += int((predicted.most_probable == full.most_probable).sum())
+        self.tokens += len(predicted.kl)
 
     @property
     def perplexity(self) -> float:
@@ -134,19 +129,24 @@ def evaluate(
 
     sums = [Divergence() for _ in candidates]
     full_sum = Divergence()
-    progress.start("evaluate", len(tokens.tokens) * (len(candidates) + (full is not None)))
+    heads = {id(model): _Headed.of(model) for model in (full, *models.all) if model is not None}
+    asked = len(candidates) + (full is not None)
+    progress.start("evaluate", 2 * asked * tokens.tokens.numel())  # as many steps for the blocks as for the heads
     with torch.inference_mode(), exact_products(run_device):
         for number, window in enumerate(tokens.tokens.to(run_device)):
             scored = tokens.stride if tokens.stride is not None and number else len(window) - 1
-            targets = window[-scored:]
-            reference_logits = None
+            predictors = []
+            for candidate in (*[None] * (full is not None), *candidates):
+                model = full if candidate is None else models.serve(candidate)
+                predictors.append(heads[id(model)].predictor(window, scored))
+                progress.advance(len(window))
+            predicted = compare(predictors, window[-scored:], lambda positions: progress.advance(asked * positions))
+            of_full = None
             if full is not None:
-                reference_logits = _logits(full, window, scored)
-                full_sum.add(reference_logits, targets, None)
-                progress.advance()
-            for candidate, divergence in zip(candidates, sums, strict=True):
-                divergence.add(_logits(models.serve(candidate), window, scored), targets, reference_logits)
-                progress.advance()
+                of_full, *predicted = predicted
+                full_sum.add(of_full, None)
+            for divergence, each in zip(sums, predicted, strict=True):
+                divergence.add(each, of_full)
     results = [
         _result(checkpoint, candidate, divergence, full is not None)
         for candidate, divergence in zip(candidates, sums, strict=True)
@@ -197,7 +197,8 @@ class CandidateModels:
         options: of ``matgptq.load``.
 
     Attributes:
-        first: one of the models.
+        all: the models.
+        first: one of them.
     """
 
     def __init__(
@@ -211,7 +212,8 @@ class CandidateModels:
         self._is_slice = open_checkpoint(path, slices=True).settings.is_slice
         self._settable: Any = load(path, **options) if False in kinds else None
         self._fixed: Any = load(path, allocation=allocation, **options) if True in kinds else None
-        self.first = self._settable if self._settable is not None else self._fixed
+        self.all = [model for model in (self._settable, self._fixed) if model is not None]
+        self.first = self.all[0]
 
     def best(self) -> Any:
         """The most exact of what they can serve: the parent, but of a slice or of scales of an allocation's own."""
@@ -258,10 +260,35 @@ def _label(checkpoint: Checkpoint, allocation: str | Path) -> str:
     return str(allocation) if not stored and name in stored_allocations(checkpoint) else name
 
 
-def _logits(model: Any, window: Tensor, scored: int) -> Tensor:
-    """``[scored, vocabulary]`` logits that predict the last ``scored`` tokens of the window."""
-    logits: Tensor = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, -scored - 1 : -1]
-    return logits
+@dataclass(frozen=True)
+class _Headed:
+    """A model in two parts.
+
+    Attributes:
+        model: the whole.
+        head: its output head; of a model that does something unknown with its logits, what leaves them as they are.
+        is_known: whether the head is the model's.
+    """
+
+    model: Any
+    head: OutputHead
+    is_known: bool
+
+    @classmethod
+    def of(cls, model: Any) -> _Headed:
+        try:
+            return cls(model, output_head(model), True)
+        except UnsupportedModelError:
+            return cls(model, OutputHead(nn.Identity(), None), False)
+
+    def predictor(self, window: Tensor, scored: int) -> Predictor:
+        """What predicts the last ``scored`` tokens of a window."""
+        batch = window.unsqueeze(0)
+        if self.is_known:
+            states = last_hidden(self.model, batch)
+        else:
+            states = self.model(input_ids=batch, use_cache=False).logits
+        return Predictor(self.head, states[0, -scored - 1 : -1])
 
 
 def _result(checkpoint: Checkpoint, candidate: Candidate, divergence: Divergence, compared: bool) -> Result:

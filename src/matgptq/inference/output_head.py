@@ -146,6 +146,8 @@ class DenseHead(_CopiedHead):
     A float32 weight whose values bfloat16 holds, which is what most checkpoints store, is read from a bfloat16 copy.
     """
 
+    multiplies_by_weight = True  # for ``matgptq.models.logits``: a part of its rows gives a part of the logits
+
     def __init__(self, head: nn.Linear) -> None:
         super().__init__(head)
         self._copy = _Rows.of(head.weight.detach())

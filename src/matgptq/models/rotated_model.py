@@ -25,9 +25,9 @@ from matgptq.core.rotation import Rotation, make_factors, random_signs
 from matgptq.errors import UnsupportedModelError
 from matgptq.models.blocks import Block, capture_inputs, complete, expand_paths, run_block
 from matgptq.models.families import Family, RotationSites
+from matgptq.models.logits import output_head
 from matgptq.models.model_config import head_dim, key_value_heads
 from matgptq.models.residency import Residency
-from matgptq.models.teacher import output_head
 
 _CHECKED_TOKENS = 128
 _ROWS_AT_A_TIME = 8192  # of embedding and head, whose float64 copies would be the largest tensors of all

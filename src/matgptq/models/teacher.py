@@ -11,66 +11,16 @@ Nothing is rounded for storage: the logits are the model's own but for the order
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from matgptq.errors import UnsupportedModelError
 from matgptq.machine.workers import INLINE, Workers
-from matgptq.models.blocks import Block, skipped
-
-CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MB in float32 for each temporary
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """From the base model's last hidden state to logits.
-
-    Attributes:
-        module: the output embedding.
-        softcap: Gemma's bound c on logits, ``c * tanh(logits / c)``, or None.
-    """
-
-    module: nn.Module
-    softcap: float | None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """``[..., vocabulary]`` float32 logits of ``[..., hidden]`` states."""
-        logits: Tensor = self.module(hidden)
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits.float()
-
-
-def output_head(model: Any, blocks: Sequence[Block] = ()) -> OutputHead:
-    """The head of a causal language model; checked against the model's own logits on a few tokens.
-
-    Args:
-        model: in eval mode.
-        blocks: to leave out of the check, because their weights are not in memory.
-
-    Raises:
-        UnsupportedModelError: the model does something else with its logits than ``OutputHead`` knows.
-    """
-    head = OutputHead(model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None))
-    few = torch.arange(8, device=model.device).unsqueeze(0)
-    with torch.no_grad(), skipped(blocks):
-        expected = model(input_ids=few, use_cache=False).logits.float()
-        found = head(last_hidden(model, few))
-    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} changes its logits after the output head in an unknown way"
-        )
-    return head
-
-
-def last_hidden(model: Any, windows: Tensor) -> Tensor:
-    """``[n, seqlen, hidden]`` states that enter the output head, for ``[n, seqlen]`` token ids; differentiable."""
-    hidden: Tensor = model.base_model(input_ids=windows, use_cache=False).last_hidden_state
-    return hidden
+from matgptq.models.divergence import Predictor, compare
+from matgptq.models.logits import OutputHead, last_hidden, output_head, softmax_
 
 
 @dataclass(frozen=True)
@@ -94,20 +44,11 @@ class Teacher:
 
     def log_probabilities(self, window: int, positions: slice) -> Tensor:
         """``[positions, vocabulary]`` float32 log-probabilities of the next token, on the head's device."""
-        device = next(self.head.module.parameters()).device
-        with torch.no_grad():
-            return torch.log_softmax(self.head(self.hidden[window, positions].to(device)), -1)
+        return torch.log_softmax(self._logits(window, positions), -1)
 
-    def kl(self, window: int, logits: Tensor, first: int = 0) -> Tensor:
-        """``KL(teacher || other)`` in nats at each position, float32 ``[positions]``.
-
-        Args:
-            window: which one.
-            logits: ``[positions, vocabulary]`` of the other model, from position ``first`` of the window on.
-            first: where they start.
-        """
-        mine = self.log_probabilities(window, slice(first, first + len(logits)))
-        return (mine.exp() * (mine - torch.log_softmax(logits.float(), -1))).sum(-1)
+    def probabilities(self, window: int, positions: slice) -> Tensor:
+        """``[positions, vocabulary]`` float32 probabilities of the next token, on the head's device."""
+        return softmax_(self._logits(window, positions))
 
     def mean_kl(self, hidden: Callable[[int], Tensor], head: OutputHead, workers: Workers = INLINE) -> float:
         """Mean ``KL(teacher || other)`` in nats a token over all positions of all windows.
@@ -120,11 +61,16 @@ class Teacher:
 
         @torch.no_grad()
         def total(window: int) -> float:
-            states = hidden(window)
-            pieces = chunks(len(states), self.vocabulary)
-            return sum(float(self.kl(window, head(states[piece]), piece.start).double().sum()) for piece in pieces)
+            other = hidden(window)
+            mine = self.hidden[window].to(other.device)
+            return float(compare([Predictor(self.head, mine), Predictor(head, other)])[1].kl.sum())
 
         return sum(workers.map(total, range(len(self.windows)))) / self.windows.numel()
+
+    @torch.no_grad()
+    def _logits(self, window: int, positions: slice) -> Tensor:
+        device = next(self.head.module.parameters()).device
+        return self.head(self.hidden[window, positions].to(device))
 
 
 def observe(model: Any, windows: Tensor, tick: Callable[[], None] = lambda: None, workers: Workers = INLINE) -> Teacher:
@@ -147,10 +93,3 @@ def observe(model: Any, windows: Tensor, tick: Callable[[], None] = lambda: None
         states.append(each)
         tick()
     return Teacher(windows.cpu(), torch.stack(states), head)
-
-
-def chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    """Pieces of a window whose logits are small enough to be held in memory."""
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    for first in range(0, positions, size):
-        yield slice(first, min(first + size, positions))

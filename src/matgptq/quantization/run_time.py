@@ -9,17 +9,18 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from matgptq.core.output_hessian import count_parts
 from matgptq.core.solver import solve
 from matgptq.machine.devices import MEDIUM_PRECISION, exact_products, fast_products
 from matgptq.machine.workers import one_thread_each
 from matgptq.models.blocks import InputGroup
-from matgptq.models.teacher import OutputHead, Teacher
+from matgptq.models.divergence import Predictor, compare, kl_gradient, normalizers
+from matgptq.models.logits import OutputHead
 from matgptq.quantization.plan import Plan, output_hessian_bytes
 from matgptq.recipe import Recipe
-from matgptq.tuning.scales import Schedule, TunedLinear, fast_dtype, head_gradient
+from matgptq.tuning.scales import Schedule, TunedLinear, fast_dtype
 from matgptq.tuning.text import DEFAULT_NSAMPLES, DEFAULT_SEQLEN, HELD_OUT
 
 _FORWARD_PASSES, _SALIENCY_PASSES = 2, 5
@@ -149,15 +150,12 @@ class _OfLogits(NamedTuple):
 def _seconds_of_logits(hidden: int) -> _OfLogits:
     head = OutputHead(nn.Linear(hidden, _SAMPLE_VOCABULARY, bias=False).requires_grad_(False), None)
     states = torch.randn(_SAMPLE_TOKENS, hidden, generator=torch.Generator().manual_seed(0))
-    teacher = Teacher(torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.int64), states.unsqueeze(0), head)
-
-    def kl() -> Tensor:
-        return teacher.kl(0, head(states))
-
+    sample = Predictor(head, states)
+    of_full = normalizers(sample)
     count = _SAMPLE_TOKENS * _SAMPLE_VOCABULARY
     with MEDIUM_PRECISION:
-        gradient = _fastest(lambda: head_gradient(head, teacher, 0, states), 4, time.thread_time)
-    return _OfLogits(gradient / count, _fastest(kl, 4, time.thread_time) / count)
+        gradient = _fastest(lambda: kl_gradient(sample, of_full, sample), 4, time.thread_time)
+    return _OfLogits(gradient / count, _fastest(lambda: compare([sample, sample]), 4, time.thread_time) / count)
 
 
 def _products_per_second() -> float:

@@ -17,8 +17,8 @@ from matgptq.calibration.block_hessians import MOST_EXPERTS_PER_TOKEN
 from matgptq.core.joined_rows import MOVED_ELEMENTS
 from matgptq.core.output_hessian import count_parts, matrix_bytes
 from matgptq.models.blocks import Block
+from matgptq.models.logits import CHUNK_ELEMENTS
 from matgptq.models.model_config import head_dim, key_value_heads
-from matgptq.models.teacher import CHUNK_ELEMENTS
 from matgptq.quantization.activations import Placement
 from matgptq.quantization.plan import Plan, output_hessian_bytes
 from matgptq.recipe import Recipe

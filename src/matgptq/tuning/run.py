@@ -20,7 +20,8 @@ from matgptq.inference.nested_linear import nested_layers
 from matgptq.machine.workers import Workers
 from matgptq.models.blocks import Block, block_modules, capture_inputs, complete
 from matgptq.models.families import find_family
-from matgptq.models.teacher import Teacher, observe, output_head
+from matgptq.models.logits import output_head
+from matgptq.models.teacher import Teacher, observe
 from matgptq.progress import Progress
 from matgptq.report import Refinement
 from matgptq.slicing import slice_levels

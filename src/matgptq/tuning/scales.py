@@ -28,7 +28,9 @@ from matgptq.core.grid import storable_scales
 from matgptq.errors import ConfigurationError
 from matgptq.machine.devices import MEDIUM_PRECISION, multiplies_bfloat16
 from matgptq.machine.workers import INLINE, Workers
-from matgptq.models.teacher import OutputHead, Teacher, chunks, last_hidden
+from matgptq.models.divergence import Predictor, kl_gradient, normalizers
+from matgptq.models.logits import OutputHead, last_hidden
+from matgptq.models.teacher import Teacher
 from matgptq.recipe import check_seed
 
 _BETAS = (0.9, 0.95)
@@ -354,27 +356,6 @@ def mean_gradient(workers: Workers, gradient: Callable[[int], Tensor], windows: 
     return total.div_(len(windows))
 
 
-@torch.enable_grad()
-def head_gradient(head: OutputHead, teacher: Teacher, window: int, hidden: Tensor) -> Tensor:
-    """Gradient of the mean KL(teacher || other) of a window in the states that enter the other's head.
-
-    Args:
-        head: of the other model. Logits exist for a piece of the window at a time.
-        teacher: what the full model says.
-        window: which one.
-        hidden: ``[seqlen, hidden]``; the gradient goes no further back.
-    """
-    leaf = hidden.detach().requires_grad_()
-    for piece in chunks(len(leaf), teacher.vocabulary):
-        logits = head(leaf[piece])
-        with torch.no_grad():
-            # d KL / d logits = softmax(logits) - teacher's probabilities
-            change = torch.softmax(logits, -1).sub_(teacher.log_probabilities(window, piece).exp_())
-        torch.autograd.backward(logits, change.div_(len(leaf)))
-    assert leaf.grad is not None
-    return leaf.grad
-
-
 class ModelObjective:
     """Mean KL(full || slice) in nats a token, of a whole model.
 
@@ -397,6 +378,7 @@ class ModelObjective:
     ) -> None:
         self.student, self.head, self.scales = student, head, scales
         self.training, self.held_out, self.workers = training, held_out, workers
+        self._normalizers: dict[int, Tensor] = {}  # of the full model's logits, by window
 
     def gradient(self, windows: Sequence[int]) -> Tensor:
         """Of the mean over some windows of the training text, ``[scales]``."""
@@ -407,7 +389,11 @@ class ModelObjective:
     def _gradient(self, window: int) -> Tensor:
         tokens = self.training.windows[window : window + 1].to(self.student.device)
         hidden = last_hidden(self.student, tokens)[0]
-        return self.scales.gradient(hidden, head_gradient(self.head, self.training, window, hidden))
+        full = Predictor(self.training.head, self.training.hidden[window].to(hidden.device))
+        if window not in self._normalizers:
+            self._normalizers[window] = normalizers(full)
+        change = kl_gradient(full, self._normalizers[window], Predictor(self.head, hidden.detach()))
+        return self.scales.gradient(hidden, change)
 
     def held_out_loss(self) -> float:
         """Mean KL over the held-out windows, exact products."""

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from matgptq.models.teacher import Teacher, chunks
+from matgptq.models.logits import chunks
+from matgptq.models.teacher import Teacher
 from matgptq.width_search.block_runner import BlockRunner
 from matgptq.width_search.layer_groups import LayerGroup
 from matgptq.width_search.optimum import Genome

@@ -20,6 +20,7 @@ from matgptq.text import order as document_order
 from matgptq.text import windows as token_windows
 from matgptq.text.packing import pack_windows
 from matgptq.text.sources import Document
+from matgptq.text.tokens import text_prefix
 from matgptq.text.windows import Windows, calibration_windows, evaluation_windows, takes_self
 
 
@@ -110,17 +111,25 @@ def test_only_the_documents_needed_are_tokenized(tmp_path, tokenizer, documents,
 @settings(max_examples=60, deadline=None)
 @given(
     documents=st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12),
-    seqlen=st.integers(1, 9),
+    read=st.integers(1, 9),
     nsamples=st.none() | st.integers(1, 6),
+    prefix=st.lists(st.integers(10, 19), max_size=3),
 )
-def test_packing_loses_no_token(documents, seqlen, nsamples):
-    tokens, available = pack_windows(iter(documents), nsamples=nsamples, seqlen=seqlen)
+def test_packing_loses_no_token(documents, read, nsamples, prefix):
+    seqlen = len(prefix) + read
+    tokens, _ = pack_windows(iter(documents), nsamples=nsamples, seqlen=seqlen, prefix=prefix)
     stream = [token for ids in documents for token in ids]
-    count = len(stream) // seqlen if nsamples is None else min(nsamples, len(stream) // seqlen)
+    count = len(stream) // read if nsamples is None else min(nsamples, len(stream) // read)
     assert tokens.shape == (count, seqlen)
     assert tokens.dtype == torch.int64
-    assert tokens.flatten().tolist() == stream[: count * seqlen]
-    assert count * seqlen <= available <= len(stream)
+    assert tokens[:, len(prefix) :].flatten().tolist() == stream[: count * read]
+    assert tokens[:, : len(prefix)].tolist() == [prefix] * count
+
+
+def test_a_document_at_the_start_of_a_window_brings_the_prefix_along():
+    tokens, available = pack_windows([[1, 5, 6, 7], [1, 8], [1, 9, 2], [3]], nsamples=None, seqlen=4, prefix=[1])
+    assert tokens.tolist() == [[1, 5, 6, 7], [1, 8, 1, 9], [1, 2, 3]][:2]
+    assert available == 10
 
 
 @settings(max_examples=60, deadline=None)
@@ -211,11 +220,46 @@ def test_evaluation_of_a_text_file_is_the_file_itself(tmp_path, options):
     tokenizer = make_tokenizer(**options)
     windows = evaluation_windows(tmp_path / "a.txt", tokenizer, windows=None, seqlen=1)
     assert decode(tokenizer, windows.tokens) == text
-    cut = evaluation_windows(tmp_path / "a.txt", tokenizer, windows=3, seqlen=8)
+    cut = evaluation_windows(tmp_path / "a.txt", tokenizer, windows=3, seqlen=8, protocol="plain")
     assert torch.equal(cut.tokens.flatten(), windows.tokens.flatten()[:24])
     assert cut.protocol == (
         "3 windows of 8 tokens from the start of a.txt: the file as one string, no special tokens added, no overlap"
     )
+
+
+def test_every_window_starts_as_a_prompt_does(tmp_path):
+    text = "".join(chr(ord("a") + n % 26) for n in range(100))
+    (tmp_path / "a.txt").write_text(text)
+    for options, prefix in (({}, ""), ({"adds_bos": True, "adds_eos": True}, "<s>"), ({"adds_eos": True}, "")):
+        tokenizer = make_tokenizer(**options)
+        read = 8 if not prefix else 7
+        cut = evaluation_windows(tmp_path / "a.txt", tokenizer, windows=None, seqlen=8)
+        starts = range(0, 100 - read + 1, read)
+        assert [decode(tokenizer, row) for row in cut.tokens] == [prefix + text[i : i + read] for i in starts]
+        assert ("<s> in front of every window" in cut.protocol) == bool(prefix)
+        overlapping = evaluation_windows(tmp_path / "a.txt", tokenizer, windows=5, seqlen=8, stride=3)
+        assert [decode(tokenizer, row) for row in overlapping.tokens] == [
+            prefix + text[i : i + read] for i in range(0, 15, 3)
+        ]
+        assert overlapping.stride == 3
+        # Nothing overlaps where a window goes on after what the one before read.
+        assert evaluation_windows(tmp_path / "a.txt", tokenizer, windows=2, seqlen=8, stride=read).stride is None
+        with pytest.raises(CalibrationError, match=f"100 tokens, but 40 windows of 8 need {40 * read}; take at most"):
+            evaluation_windows(tmp_path / "a.txt", tokenizer, windows=40, seqlen=8)
+
+
+def test_calibration_windows_start_with_bos_and_lose_no_token(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghij\n")
+    tokenizer = make_tokenizer(adds_bos=True)
+    windows = calibration_windows(tmp_path / "a.txt", tokenizer, nsamples=None, seqlen=4, seed=0)
+    assert [decode(tokenizer, row) for row in windows.tokens] == ["<s>abc", "<s>def", "<s>ghi"]
+    assert windows.protocol.endswith("packed without padding, <s> in front of every window")
+
+
+def test_what_a_tokenizer_puts_in_front_of_a_text():
+    assert text_prefix(make_tokenizer()) == []
+    tokenizer = make_tokenizer(adds_bos=True, adds_eos=True)
+    assert tokenizer.convert_ids_to_tokens(text_prefix(tokenizer)) == ["<s>"]
 
 
 def test_evaluation_of_documents_joins_them_in_file_order(tmp_path, tokenizer):
@@ -255,7 +299,7 @@ def test_windows_that_overlap_need_less_text(tmp_path, tokenizer):
     [
         ({"stride": 0}, "stride must be from 1 to the 8"),
         ({"stride": 9}, "stride must be from 1 to the 8"),
-        ({"protocol": "awq"}, "protocol must be plain or gptq"),
+        ({"protocol": "awq"}, "protocol must be bos, plain, gptq"),
     ],
 )
 def test_ways_of_cutting_are_checked_first(tokenizer, options, message):

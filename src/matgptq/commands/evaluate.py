@@ -74,9 +74,10 @@ def evaluate(
         ),
     ] = None,
     protocol: Annotated[
-        Literal["plain", "gptq"] | None,
+        Literal["bos", "plain", "gptq"] | None,
         typer.Option(
-            help="plain: no special tokens; gptq: as in the GPTQ papers (docs/evaluation.md). (default: plain)",
+            help="bos: each window starts with BOS if a prompt does; plain: no special tokens; gptq: as in the GPTQ "
+            "papers (docs/evaluation.md). (default: bos)",
             rich_help_panel=_TEXT,
         ),
     ] = None,
@@ -155,7 +156,7 @@ def evaluate(
             windows=count,
             seqlen=seqlen,
             stride=stride,
-            protocol=protocol or "plain",
+            protocol=protocol or "bos",
             progress=progress,
             **common,
         )

@@ -76,7 +76,7 @@ def evaluate(
     windows: int | Literal["all"] | None = None,
     seqlen: int | None = None,
     stride: int | None = None,
-    protocol: TextProtocol = "plain",
+    protocol: TextProtocol = "bos",
     reference: str | Path | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -94,11 +94,11 @@ def evaluate(
             that it does not name get the checkpoint's default width.
         text: a text file, a hub data set, ``self`` (written by the reference model, or else by the parent), or int64
             token ids ``[n, seqlen]``.
-        windows: how many, or ``all``; default all of the text, on a CPU 4 if the protocol is ``plain``.
+        windows: how many, or ``all``; default all of the text, on a CPU 4 unless the protocol is ``gptq``.
         seqlen: tokens per window; default 2048 or the model's context.
         stride: tokens from one window to the next, for windows that overlap: all but the first are then scored on
             their last ``stride`` tokens. Default: no overlap.
-        protocol: ``plain`` or ``gptq``; see ``matgptq.text.windows.evaluation_windows``.
+        protocol: ``bos``, ``plain`` or ``gptq``; see ``matgptq.text.windows.evaluation_windows``.
         reference: the full-precision model; default the one that the checkpoint was made from, if it is still there.
         device, dtype: of both models.
         activations, head_bits: of the quantized model; see ``matgptq.load``.
@@ -348,7 +348,7 @@ def _settle_text(
         if seqlen is None:
             wanted = CPU_SELF_SEQLEN if on_cpu and str(dataset) == SELF else DEFAULT_SEQLEN
             seqlen = min(wanted, longest_window(config) or wanted)
-        if windows is None and (str(dataset) == SELF or (on_cpu and protocol == "plain")):
+        if windows is None and (str(dataset) == SELF or (on_cpu and protocol != "gptq")):
             count = CPU_WINDOWS
             progress.note(f"{count} windows of {seqlen} tokens (--windows, --seqlen)")
         if str(dataset) != SELF:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,17 +18,30 @@ def pack_windows(
     nsamples: int | None,
     seqlen: int,
     stride: int | None = None,
+    prefix: Sequence[int] = (),
     progress: Counted | None = None,
 ) -> tuple[Tensor, int]:
     """Concatenate token sequences and cut windows of ``seqlen`` tokens from the result, one every ``stride`` tokens.
 
-    No more of ``documents`` is consumed than ``nsamples`` windows need. Without a stride windows do not overlap.
+    No more of ``documents`` is consumed than ``nsamples`` windows need. Without a stride windows do not overlap, and
+    no token between two of them is lost.
+
+    Args:
+        documents: token sequences.
+        nsamples: number of windows, or all.
+        seqlen: tokens in a window, its prefix included.
+        stride: tokens of the text from one window to the next.
+        prefix: what every window starts with; fewer tokens than a window has. Text that starts with it at a window's
+            first token, as a document may, is not given it twice.
+        progress: called with (tokens read, tokens needed).
 
     Returns:
         The windows, ``torch.int64`` ``[at most nsamples, seqlen]``, and the number of tokens consumed.
     """
-    stride = seqlen if stride is None else stride
-    wanted = None if nsamples is None else seqlen + (nsamples - 1) * stride
+    start = list(prefix)
+    wanted = None
+    if nsamples is not None:  # at most, where text may start with the prefix
+        wanted = nsamples * seqlen if stride is None else seqlen + (nsamples - 1) * stride
     stream: list[int] = []
     for ids in documents:
         stream.extend(ids)
@@ -36,17 +50,28 @@ def pack_windows(
                 progress(min(len(stream), wanted), wanted)
             if len(stream) >= wanted:
                 break
-    if len(stream) < seqlen:
-        return torch.empty(0, seqlen, dtype=torch.int64), len(stream)
-    tokens = torch.tensor(stream[:wanted], dtype=torch.int64).unfold(0, seqlen, stride).contiguous()
+    windows = islice(_windows(stream, seqlen, stride, start), nsamples)
+    tokens = torch.tensor(list(windows), dtype=torch.int64).view(-1, seqlen)
     return tokens, len(stream)
+
+
+def _windows(stream: list[int], seqlen: int, stride: int | None, prefix: list[int]) -> Iterator[list[int]]:
+    first = 0
+    while True:
+        starts = prefix if stream[first : first + len(prefix)] != prefix else []
+        stop = first + seqlen - len(starts)
+        if stop > len(stream):
+            return
+        yield starts + stream[first:stop]
+        first = stop if stride is None else first + stride
 
 
 def first_tokens(windows: Tensor, count: int, bos: int | None, seed: int) -> Tensor:
     """One-token sequences that show a model its first position, as ``Recipe.sink_weight`` needs them.
 
     Text that was cut anywhere begins with any of its tokens, and a prompt begins with BOS: half of the sequences are
-    the one, half are the other.
+    the one, half are the other. Where all windows begin with the same token, because the tokenizer puts it in front of
+    every text, so do all sequences.
 
     Args:
         windows: int64 ``[n, seqlen]``, calibration windows.
@@ -57,6 +82,8 @@ def first_tokens(windows: Tensor, count: int, bos: int | None, seed: int) -> Ten
     Returns:
         int64 ``[count, 1]`` token ids.
     """
+    if len(windows) > 1 and bool((windows[:, 0] == windows[0, 0]).all()):
+        return windows[:1, :1].expand(count, 1).clone()
     generator = torch.Generator().manual_seed(seed)
     tokens = windows.flatten()[torch.randint(windows.numel(), (count,), generator=generator)]
     if bos is not None:

@@ -14,8 +14,9 @@ from matgptq.text.sources import Document, TextSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How a text becomes windows: ``plain`` adds no special tokens; ``gptq`` follows the code of the GPTQ papers.
-TextProtocol = Literal["plain", "gptq"]
+# How a text becomes windows: each starts as a prompt does, with the BOS that the tokenizer puts in front of one
+# (``bos``), or no special tokens are added (``plain``), or the code of the GPTQ papers is followed (``gptq``).
+TextProtocol = Literal["bos", "plain", "gptq"]
 
 # Characters read ahead for each token that is needed; too few costs a second pass over the file, nothing else.
 CHARACTERS_PER_TOKEN = 8
@@ -47,6 +48,13 @@ def evaluation_tokens(
         return f'{first} joined by "\\n\\n"', _tokenize_joined(tokenizer, islice(source.documents(), count), math.inf)
     needed = seqlen + (windows - 1) * stride
     return 'documents in file order joined by "\\n\\n"', _tokenize_joined(tokenizer, source.documents(), needed)
+
+
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of a text: BOS, more, or nothing."""
+    plain, whole = (_tokenize_text(tokenizer, "a", special) for special in (False, True))
+    starts = (start for start in range(len(whole)) if plain and whole[start : start + len(plain)] == plain)
+    return whole[: next(starts, 0)]
 
 
 def _text_of(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:

@@ -27,7 +27,7 @@ from matgptq.text.order import shuffled
 from matgptq.text.packing import check_counts, pack_windows
 from matgptq.text.self_text import generate_windows
 from matgptq.text.sources import open_text
-from matgptq.text.tokens import CHARACTERS_PER_TOKEN, TextProtocol, evaluation_tokens, tokenize_document
+from matgptq.text.tokens import CHARACTERS_PER_TOKEN, TextProtocol, evaluation_tokens, text_prefix, tokenize_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,8 +72,9 @@ def calibration_windows(
     Documents are shuffled by ``seed``, tokenized with the special tokens that the tokenizer adds by default (so a
     model with BOS sees it where a document starts), closed with EOS if the tokenizer has one, concatenated, and cut
     into windows without padding: a document runs on into the next window, and no token between two windows is lost.
-    No more documents are tokenized than the windows need. Conversations go through the chat template, which writes
-    its own special tokens.
+    Every window starts as a prompt does, with the BOS that the tokenizer puts in front of a text: Gemma without it is
+    another model than the one that is served. No more documents are tokenized than the windows need. Conversations go
+    through the chat template, which writes its own special tokens.
 
     Args:
         dataset: a file (``.txt``, ``.jsonl``, ``.jsonl.gz``, ``.json.gz``, ``.parquet``), a data set by name
@@ -107,14 +108,15 @@ def calibration_windows(
     source = open_text(dataset, split="train")
     budget = math.inf if nsamples is None else nsamples * seqlen * CHARACTERS_PER_TOKEN
     documents = (tokenize_document(tokenizer, each) for each in shuffled(source.parts, seed, budget))
-    tokens, available = pack_windows(documents, nsamples=nsamples, seqlen=seqlen, progress=progress)
-    _check_enough(source.name, tokens, available, nsamples, seqlen)
+    prefix = _prefix(tokenizer, seqlen)
+    tokens, available = pack_windows(documents, nsamples=nsamples, seqlen=seqlen, prefix=prefix, progress=progress)
+    _check_enough(source.name, tokens, available, nsamples, seqlen, prefix)
     _check_vocabulary(tokens, source.name, tokenizer, model)
     joins = "joined by EOS" if tokenizer.eos_token_id is not None else "joined without a separator"
     return Windows(
         tokens,
         f"{_count(len(tokens), seqlen)} from {source.title}: documents shuffled with seed {seed}, the "
-        f"tokenizer's special tokens, {joins}, packed without padding",
+        f"tokenizer's special tokens, {joins}, packed without padding{_prefix_words(tokenizer, prefix)}",
     )
 
 
@@ -188,7 +190,7 @@ def evaluation_windows(
     windows: int | None,
     seqlen: int,
     stride: int | None = None,
-    protocol: TextProtocol = "plain",
+    protocol: TextProtocol = "bos",
     seed: int = 0,
     model: nn.Module | None = None,
     cache_dir: str | Path | None = None,
@@ -201,17 +203,18 @@ def evaluation_windows(
     split where they have one, and of their documents the first 1100 if all windows are asked for. ``self`` generates
     other text than ``calibration_windows`` does with the same seed.
 
-    With the protocol ``plain`` no special tokens are added; on ``wikitext2`` and ``c4`` this is how EvoPress
-    (arXiv 2410.14649) measures, and MatGPTQ with it. ``gptq`` is the code of the GPTQ papers (arXiv 2210.17323, its
-    ``c4-new``): the tokenizer adds its special tokens, a BOS before the whole text for most models, and the first
-    1100 documents of C4 are joined by blanks, of which the first 256 windows count.
+    With the protocol ``bos`` every window starts as a prompt does: with the BOS that the tokenizer puts in front of a
+    text, if it does, in place of a window's last token. With ``plain`` no special tokens are added; on ``wikitext2``
+    and ``c4`` this is how EvoPress (arXiv 2410.14649) measures, and MatGPTQ with it. ``gptq`` is the code of the GPTQ
+    papers (arXiv 2210.17323, its ``c4-new``): the tokenizer adds its special tokens, a BOS before the whole text for
+    most models, and the first 1100 documents of C4 are joined by blanks, of which the first 256 windows count.
 
     Args:
         dataset, tokenizer, model, cache_dir, progress: as for ``calibration_windows``.
         windows: number of windows, or ``None`` for all that the text fills (not with ``self``).
         seqlen: tokens in a window.
         stride: tokens from the start of a window to the start of the next, ``None`` for windows that do not overlap.
-        protocol: ``plain`` or ``gptq``.
+        protocol: ``bos``, ``plain`` or ``gptq``.
         seed: of ``self`` only.
 
     Raises:
@@ -229,11 +232,18 @@ def evaluation_windows(
         return _self_windows(tokenizer, windows, seqlen, seed + _SELF_EVALUATION_SEED, model, cache_dir, progress)
 
     source = open_text(dataset, split="test")
+    prefix = _prefix(tokenizer, seqlen) if protocol == "bos" else []
+    if stride is not None and stride >= seqlen - len(prefix):
+        stride = None
     text_is, ids = evaluation_tokens(source, tokenizer, protocol, windows, seqlen, stride or seqlen)
-    tokens, available = pack_windows([ids], nsamples=windows, seqlen=seqlen, stride=stride, progress=progress)
-    _check_enough(source.name, tokens, available, windows, seqlen, stride)
+    tokens, available = pack_windows(
+        [ids], nsamples=windows, seqlen=seqlen, stride=stride, prefix=prefix, progress=progress
+    )
+    _check_enough(source.name, tokens, available, windows, seqlen, prefix, stride)
     _check_vocabulary(tokens, source.name, tokenizer, model)
-    added = "no special tokens added" if protocol == "plain" else "special tokens as the tokenizer adds them"
+    added = "no special tokens added" + _prefix_words(tokenizer, prefix, " but")
+    if protocol == "gptq":
+        added = "special tokens as the tokenizer adds them"
     overlap = (
         "no overlap"
         if stride is None
@@ -249,21 +259,40 @@ def evaluation_windows(
 def check_cut(dataset: str | Path | TokenRows, seqlen: int, stride: int | None, protocol: TextProtocol) -> None:
     """Refuse options of ``evaluation_windows`` that contradict each other; raises ``ConfigurationError``."""
     if protocol not in get_args(TextProtocol):
-        raise ConfigurationError(f"protocol must be {' or '.join(get_args(TextProtocol))}, not {protocol!r}")
+        raise ConfigurationError(f"protocol must be {', '.join(get_args(TextProtocol))}, not {protocol!r}")
     if stride is not None and not 1 <= stride <= seqlen:
         raise ConfigurationError(f"stride must be from 1 to the {seqlen} tokens of a window, not {stride}")
     is_text = isinstance(dataset, (str, Path)) and dataset != SELF
-    if not is_text and (stride is not None or protocol != "plain"):
+    if not is_text and (stride is not None or protocol == "gptq"):
         raise ConfigurationError("stride and protocol are ways to cut a text; 'self' and token ids are cut already")
 
 
+def _prefix(tokenizer: PreTrainedTokenizerBase, seqlen: int) -> list[int]:
+    """What windows of a text start with: as a prompt, or nothing where no token of the text would be left."""
+    prefix = text_prefix(tokenizer)
+    return prefix if len(prefix) < seqlen else []
+
+
+def _prefix_words(tokenizer: PreTrainedTokenizerBase, prefix: list[int], joint: str = ",") -> str:
+    if not prefix:
+        return ""
+    return f"{joint} {' '.join(map(str, tokenizer.convert_ids_to_tokens(prefix)))} in front of every window"
+
+
 def _check_enough(
-    name: str, tokens: Tensor, available: int, windows: int | None, seqlen: int, stride: int | None = None
+    name: str,
+    tokens: Tensor,
+    available: int,
+    windows: int | None,
+    seqlen: int,
+    prefix: Sequence[int],
+    stride: int | None = None,
 ) -> None:
     wanted = 1 if windows is None else windows
     if len(tokens) >= wanted:
         return
-    needed = seqlen + (wanted - 1) * (stride or seqlen)
+    read = seqlen - len(prefix)
+    needed = read + (wanted - 1) * (stride or read)
     fit = f"take at most {len(tokens)} windows, or " if len(tokens) else ""
     raise CalibrationError(
         f"{name}: too little text: {available} tokens, but {wanted} windows of {seqlen} need {needed}; "

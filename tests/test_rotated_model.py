@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import MODELS, blocks_of, build_model, save_model, token_ids
+from tiny_models import GROUP_SIZE, MODELS, blocks_of, build_model, save_model, token_ids
 
 import matgptq
 from matgptq.checkpoints.checkpoint import open_checkpoint
@@ -17,6 +17,7 @@ from matgptq.models.blocks import find_blocks
 from matgptq.models.families import find_family
 from matgptq.models.residency import Whole
 from matgptq.models.rotated_model import make_rotation, rotate_block, rotate_model, rotated_tensors
+from matgptq.progress import Silent
 
 ROTATABLE = [name for name, (kind, _) in MODELS.items() if not isinstance(find_family(kind).rotation, str)]
 REFUSED = {
@@ -123,6 +124,21 @@ def test_families_that_cannot_be_rotated(name, tmp_path, make_checkpoint, monkey
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)  # refused before weights are read
     with pytest.raises(UnsupportedModelError, match=f"'{name}' cannot be rotated: .*{REFUSED[name]}"):
         matgptq.quantize(source, tmp_path / "out", dataset=token_ids(), rotate=True)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_best_quality_goes_without_where_a_family_cannot_be_rotated(name, tmp_path, make_checkpoint):
+    source, _ = make_checkpoint(name)
+    options = {"dataset": token_ids(), "group_size": GROUP_SIZE, "quality": "best", "tuned_bits": ()}
+    plan = matgptq.forecast(source, tmp_path / "out", **options).to_dict()
+    notes: list[str] = []
+    progress = Silent()
+    progress.note = notes.append
+    report = matgptq.quantize(source, tmp_path / "out", progress=progress, **options)
+    assert report.recipe == plan["recipe"]
+    assert report.recipe["rotate"] is False
+    assert report.recipe["saliency"] == 1.5
+    assert any(note.startswith("not rotated: ") and REFUSED[name] in note for note in notes), notes
 
 
 @pytest.mark.parametrize("name", ROTATABLE)

@@ -67,7 +67,8 @@ def quantize(
     rotate: Annotated[
         bool | None,
         typer.Option(
-            "--rotate/--no-rotate", help="Spread outliers by rotating the weights; unties the head. (default: in best)"
+            "--rotate/--no-rotate",
+            help="Spread outliers by rotating the weights; unties the head. (default: in best, if the model can be)",
         ),
     ] = None,
     min_expert_tokens: Annotated[

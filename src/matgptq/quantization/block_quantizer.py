@@ -21,7 +21,6 @@ from matgptq.models.blocks import Block, BlockInputs
 from matgptq.nested_weight import NestedWeight
 from matgptq.progress import Progress
 from matgptq.quantization.preparation import Prepared
-from matgptq.recipe import Recipe
 from matgptq.report import LayerReport
 
 
@@ -30,19 +29,16 @@ class BlockQuantizer:
 
     Args:
         prepared: the run.
-        recipe: method and ingredients.
         together: the processes that share the work.
         workers: that windows and rows are shared out among.
         progress: receives a step for each batch, and notes.
     """
 
-    def __init__(
-        self, prepared: Prepared, recipe: Recipe, together: Processes, workers: Workers, progress: Progress
-    ) -> None:
+    def __init__(self, prepared: Prepared, together: Processes, workers: Workers, progress: Progress) -> None:
         self._family = prepared.family
         self._config = prepared.residency.network.config.get_text_config()
         self._plan = prepared.plan
-        self._recipe = recipe
+        self._recipe = prepared.recipe
         self._together = together
         self._workers = workers
         self._progress = progress

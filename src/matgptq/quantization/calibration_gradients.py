@@ -22,19 +22,16 @@ from matgptq.progress import Progress
 from matgptq.quantization.plan import output_hessian_bytes
 from matgptq.quantization.preparation import Prepared
 from matgptq.quantization.work_directory import TOKEN_WEIGHTS, WorkDirectory
-from matgptq.recipe import Recipe
 
 
 class CalibrationGradients:
     """Weights of tokens and, where rows are solved together, output Hessians."""
 
-    def __init__(
-        self, prepared: Prepared, recipe: Recipe, work: WorkDirectory, together: Processes, progress: Progress
-    ) -> None:
+    def __init__(self, prepared: Prepared, work: WorkDirectory, together: Processes, progress: Progress) -> None:
         self._residency, self._plan, self._device = prepared.residency, prepared.plan, prepared.device
         self._sums_on_disk = prepared.needs.output_hessians == "disk"
         self._windows_together = prepared.needs.windows_together
-        self._recipe = recipe
+        self._recipe = prepared.recipe
         self._work = work
         self._together = together
         self._progress = progress

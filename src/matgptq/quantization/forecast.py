@@ -135,6 +135,7 @@ def forecast(
         ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
         device=run_device,
         dtype=resolve_dtype(dtype, run_device, source.stored_dtype),
+        must_rotate="rotate" in ingredients,
         activations=activations,
     )
     for note in prepared.plan.notes:
@@ -142,5 +143,5 @@ def forecast(
     progress.start("look at the text", 1)
     check_text(prepared, request, recipe.seed)
     vocabulary = len(prepared.residency.network.get_input_embeddings().weight)
-    seconds = estimate_seconds(prepared.plan, recipe, run_device, vocabulary)
-    return Forecast(destination, recipe, prepared.plan, prepared.needs, seconds)
+    seconds = estimate_seconds(prepared.plan, prepared.recipe, run_device, vocabulary)
+    return Forecast(destination, prepared.recipe, prepared.plan, prepared.needs, seconds)

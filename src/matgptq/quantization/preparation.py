@@ -32,6 +32,7 @@ class Prepared:
 
     Attributes:
         source: the files.
+        recipe: what was asked for, less what a level of quality asks of models that allow it.
         family: the architecture.
         residency: the model, its blocks in memory or not.
         plan: what will be quantized and how.
@@ -41,6 +42,7 @@ class Prepared:
     """
 
     source: ModelSource
+    recipe: Recipe
     family: Family
     residency: Residency
     plan: Plan
@@ -57,19 +59,21 @@ def prepare(
     ignore: tuple[str, ...],
     device: torch.device,
     dtype: torch.dtype,
+    must_rotate: bool = True,
     activations: Placement = "auto",
 ) -> Prepared:
     """Check everything that can be refused without calibration.
 
-    Of a model in safetensors files only headers and what stands around the blocks are read.
+    Of a model in safetensors files only headers and what stands around the blocks are read. A model that cannot be
+    rotated is refused if it must be, and else quantized as it is.
     """
     check_placement(activations)
     free, gpu_free = available_memory(), gpu_memory(device)  # before the model takes any
     residency: Residency
-    streamed = can_stream(source)
+    streamed, asked = can_stream(source), recipe
     if streamed:
         check_parts(source.config)
-        family = _check_family(str(source.config.get("model_type")), recipe)
+        family, recipe = _family_and_recipe(str(source.config.get("model_type")), recipe, must_rotate)
         check_expert_tensors(source.tensors, family)
         network = build_empty(source, dtype)
         unfuse_experts(network, family)
@@ -78,7 +82,7 @@ def prepare(
         plan = make_plan(network, recipe, request, ignore, device)
     else:
         network = source.load_model(dtype, device)
-        family = _check_family(network.config.model_type, recipe)
+        family, recipe = _family_and_recipe(network.config.model_type, recipe, must_rotate)
         unfuse_experts(network, family)
         plan = make_plan(network, recipe, request, ignore, device)
     if recipe.tuned_bits and isinstance(request.dataset, Tensor) and len(request.dataset) <= HELD_OUT:
@@ -86,6 +90,8 @@ def prepare(
             f"{len(request.dataset)} windows are too few to tune scales on (--quality best): {HELD_OUT} are held out"
         )
     rotated = rotated_tensors(rotation_sites(family, network.config.model_type), plan.blocks) if recipe.rotate else ()
+    if asked.rotate and not recipe.rotate:
+        plan = dataclasses.replace(plan, notes=(*plan.notes, f"not rotated: {family.rotation}"))
     quantized = frozenset(f"{layer}.weight" for layer in plan.layers)
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
     tied = embedding.weight is head.weight or network.config.tie_word_embeddings
@@ -112,7 +118,7 @@ def prepare(
         gpu_free=gpu_free,
     )
     residency = Streamed(network, source, family.blocks, device) if streamed else Whole(network)
-    return Prepared(source, family, residency, plan, kept, needs, device)
+    return Prepared(source, recipe, family, residency, plan, kept, needs, device)
 
 
 def check_text(prepared: Prepared, request: CalibrationRequest, seed: int) -> None:
@@ -144,8 +150,10 @@ def _kept_bytes(source: ModelSource, network: Any, kept: KeptTensors) -> int:
     return total
 
 
-def _check_family(model_type: str, recipe: Recipe) -> Family:
+def _family_and_recipe(model_type: str, recipe: Recipe, must_rotate: bool) -> tuple[Family, Recipe]:
+    """The architecture, and the recipe as it allows."""
     family = find_family(model_type)
-    if recipe.rotate:
+    if recipe.rotate and (must_rotate or not isinstance(family.rotation, str)):
         rotation_sites(family, model_type)
-    return family
+        return family, recipe
+    return family, dataclasses.replace(recipe, rotate=False)

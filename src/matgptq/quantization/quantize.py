@@ -139,11 +139,11 @@ def quantize(
                         check_destination(destination, force=force)
                     prepared = prepare(
                         source, recipe, request, ignore=ignore, device=run_device, dtype=run_dtype,
-                        activations=activations,
+                        must_rotate="rotate" in ingredients, activations=activations,
                     )  # fmt: skip
                     check_requirements(prepared.needs, destination, kept_bytes(destination))
                     clock.lap("load")
-                    run = QuantizationRun(prepared, recipe, request, work, together, clock, progress)
+                    run = QuantizationRun(prepared, request, work, together, clock, progress)
                     report = run.quantize(
                         destination, default_bits, wandb_project, force=force, shard_bytes=shard_bytes
                     )

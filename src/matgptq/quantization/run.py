@@ -54,7 +54,6 @@ class QuantizationRun:
     def __init__(
         self,
         prepared: Prepared,
-        recipe: Recipe,
         request: CalibrationRequest,
         work: WorkDirectory,
         together: Processes,
@@ -70,12 +69,12 @@ class QuantizationRun:
         self.plan = prepared.plan
         self.kept = prepared.kept
         self.on_disk = prepared.needs.activations == "disk"
-        self.recipe = recipe
+        self.recipe = prepared.recipe
         self.request = request
         self.work = work
         self.clock = clock
         self.progress = progress
-        self.gradients = CalibrationGradients(prepared, recipe, work, together, progress)
+        self.gradients = CalibrationGradients(prepared, work, together, progress)
 
     def quantize(
         self, destination: Path, default_bits: int, wandb_project: str | None, *, force: bool, shard_bytes: int
@@ -181,7 +180,7 @@ class QuantizationRun:
     def _quantize_blocks(self, windows: Tensor | None, workers: Workers) -> Iterator[LayerReport]:
         """Solve block after block, feeding each with the outputs of the quantized ones before it."""
         plan, work, progress = self.plan, self.work, self.progress
-        quantizer = BlockQuantizer(self.prepared, self.recipe, self.together, workers, progress)
+        quantizer = BlockQuantizer(self.prepared, self.together, workers, progress)
         inputs = [] if windows is None else self._block_inputs(windows, workers)
         finished = work.finished_blocks
         # Each process has the states of its own windows; with another number of processes they are of no use.

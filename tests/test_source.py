@@ -20,6 +20,7 @@ from matgptq.errors import SourceError, UnsupportedModelError
 from matgptq.files.json_files import read_json
 from matgptq.files.stored_tensors import DTYPE_BITS, read_header, read_headers, read_tensor
 from matgptq.inference.nested_linear import nested_layers
+from matgptq.models.kept_tensors import find_kept, read_kept
 from matgptq.models.model_config import attention_options
 from matgptq.models.source import open_source
 
@@ -327,7 +328,10 @@ def test_gguf_end_to_end(name, tmp_path, monkeypatch):
         if key.endswith("layernorm.weight"):  # scaled
             network.get_parameter(key).data = parameter.data
     assert torch.equal(logits(loaded), logits(network))
-    heads = [key for key in read_headers(tmp_path / "out") if key.startswith("lm_head")]
+    headers = read_headers(tmp_path / "out")
+    assert headers["model.embed_tokens.weight"].dtype == "F16"
+    assert headers["model.norm.weight"].dtype == "F32"
+    heads = [key for key in headers if key.startswith("lm_head")]
     assert heads == ([] if name == "llama-tied" else ["lm_head.weight"])
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (name == "llama-tied")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -336,6 +340,28 @@ def test_gguf_end_to_end(name, tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("hello there")["input_ids"]) == "hello there"
     assert {"tokenizer.json", "generation_config.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([1.0, 0.5, 2.0**127], torch.bfloat16),  # nothing is rounded where nothing need be
+        ([1.0009765625, 0.5, 60000.0], torch.float16),
+        ([1 / 3, 1e-3, 60000.0], torch.float16),
+        ([1 / 3, 1e-3, 70000.0], torch.float32),
+    ],
+)
+def test_matrices_of_a_gguf_file_take_16_bits_where_these_hold_them(values, dtype, tmp_path):
+    write_gguf(tmp_path / "model.gguf", "llama")
+    source = open_source(tmp_path / "model.gguf")
+    network = source.load_model(torch.float32)
+    expected = torch.tensor(values)
+    network.model.embed_tokens.weight.data = expected.view(1, 3)
+    kept = find_kept(source, network, [], frozenset(), frozenset())
+    stored = dict(read_kept(source, network, kept.ends))
+    assert stored["model.embed_tokens.weight"].dtype == dtype
+    assert torch.allclose(stored["model.embed_tokens.weight"].float(), expected, rtol=2**-11)
+    assert stored["model.norm.weight"].dtype == torch.float32
 
 
 def test_gguf_is_unpacked_also_where_transformers_has_kernels_for_it(tmp_path, monkeypatch):

@@ -16,8 +16,9 @@ from matgptq.files.tensor_names import is_derived, match_names
 from matgptq.models.blocks import Block
 from matgptq.models.source import ModelSource
 
-# Of rotated embeddings and heads. On SmolLM2-135M it costs a KL of 4e-7; bfloat16 costs 2e-5 and is no smaller.
-ROTATED_DTYPE = torch.float16
+# Of embeddings and heads that are rotated or come out of a GGUF file, where their weights had about 8 bits. On
+# SmolLM2-135M it costs a KL of 4e-7; bfloat16 costs 2e-5 and is no smaller.
+SMALL_DTYPE = torch.float16
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class KeptTensor:
         stored: in the source's files; None takes it from the model in memory.
         rotated: a rotation changes it, so it is taken from the model and stored in 16 bits.
         scaled: scaling changes it, so it is taken from the model and stored without rounding.
+        unpacked: a matrix of a GGUF file, which transformers makes float32 of; stored in 16 bits.
     """
 
     name: str
@@ -37,11 +39,17 @@ class KeptTensor:
     stored: str | None
     rotated: bool = False
     scaled: bool = False
+    unpacked: bool = False
 
     @property
     def changed(self) -> bool:
         """Whether it is not the source's any more."""
         return self.rotated or self.scaled
+
+    @property
+    def in_16_bits(self) -> bool:
+        """Whether it is rounded to 16 bits, where they hold its range."""
+        return self.rotated or self.unpacked
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,9 @@ def find_kept(
     Raises:
         SourceError: the files lack a tensor of the model, or hold one that the model does not know.
     """
-    state = network.state_dict().keys()
-    rotated, scaled = rotated & state, scaled & state
+    state = network.state_dict()
+    rotated, scaled = rotated & state.keys(), scaled & state.keys()
+    unpacked = {name for name, value in state.items() if source.gguf_file and value.dim() > 1} - scaled
     kept: list[tuple[str, str, str | None]]
     if source.gguf_file:
         tied = set(getattr(network, "all_tied_weights_keys", ())) - rotated
@@ -87,7 +96,10 @@ def find_kept(
         kept = _matched_tensors(source, network, quantized)
         found = {known for _, known, _ in kept} | quantized
         kept += [(name, name, None) for name in sorted(rotated - found)]  # a head that was tied
-    tensors = [KeptTensor(name, known, stored, known in rotated, known in scaled) for name, known, stored in kept]
+    tensors = [
+        KeptTensor(name, known, stored, known in rotated, known in scaled, known in unpacked)
+        for name, known, stored in kept
+    ]
     by_block = tuple(
         tuple(tensor for tensor in tensors if tensor.known.startswith(f"{block.name}.")) for block in blocks
     )
@@ -98,8 +110,8 @@ def find_kept(
 def read_kept(source: ModelSource, network: Any, tensors: Sequence[KeptTensor]) -> Iterator[tuple[str, Tensor]]:
     """Tensors one after the other, exactly as stored, or as the model in memory has them."""
     for tensor in tensors:
-        if tensor.rotated:
-            yield tensor.name, _in_16_bits(network.get_parameter(tensor.known))
+        if tensor.in_16_bits:
+            yield tensor.name, _in_16_bits(network.get_parameter_or_buffer(tensor.known))
         elif tensor.scaled:
             yield tensor.name, _without_rounding(network.get_parameter(tensor.known))
         elif tensor.stored is None:
@@ -118,9 +130,10 @@ def _without_rounding(tensor: Tensor) -> Tensor:
 
 
 def _in_16_bits(tensor: Tensor) -> Tensor:
-    """A rotated tensor in 16 bits, or in 32 where a value is out of their range."""
-    small = tensor.to(ROTATED_DTYPE)
-    return small if all_finite(small) else tensor.to(torch.float32)
+    """A tensor in 16 bits, without rounding if they hold it, or in 32 where a value is out of their range."""
+    exact = _without_rounding(tensor)
+    small = exact if exact.itemsize == SMALL_DTYPE.itemsize else tensor.to(SMALL_DTYPE)
+    return small if all_finite(small) else exact
 
 
 def _matched_tensors(source: ModelSource, network: Any, quantized: frozenset[str]) -> list[tuple[str, str, str | None]]:

@@ -14,7 +14,7 @@ from matgptq.errors import CalibrationError
 from matgptq.machine.memory import available_memory, gpu_memory
 from matgptq.models.experts import check_expert_tensors, unfuse_experts
 from matgptq.models.families import Family, check_parts, find_family
-from matgptq.models.kept_tensors import ROTATED_DTYPE, KeptTensors, find_kept
+from matgptq.models.kept_tensors import SMALL_DTYPE, KeptTensors, find_kept
 from matgptq.models.residency import Residency, Streamed, Whole, build_empty, can_stream, needs_conversion
 from matgptq.models.rotated_model import rotated_tensors, rotation_sites
 from matgptq.models.source import ModelSource
@@ -146,7 +146,7 @@ def _kept_bytes(source: ModelSource, network: Any, kept: KeptTensors) -> int:
             total += source.tensors[tensor.stored].bytes
         else:
             parameter = network.get_parameter_or_buffer(tensor.known)
-            total += parameter.numel() * (ROTATED_DTYPE.itemsize if tensor.rotated else parameter.element_size())
+            total += parameter.numel() * (SMALL_DTYPE.itemsize if tensor.in_16_bits else parameter.element_size())
     return total
 
 

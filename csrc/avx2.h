@@ -99,7 +99,7 @@ struct Avx2 {
     static MATGPTQ_INLINE Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
     static MATGPTQ_INLINE Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
     static MATGPTQ_INLINE Floats load_half(const uint16_t* p) {
-        return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
     // Even and odd elements of 16 bfloat16.
     static MATGPTQ_INLINE void load_pairs(const uint8_t* p, Floats& even, Floats& odd) {

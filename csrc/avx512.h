@@ -78,7 +78,7 @@ struct Avx512 {
     static MATGPTQ_INLINE Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
     static MATGPTQ_INLINE Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
     static MATGPTQ_INLINE Floats load_half(const uint16_t* p) {
-        return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
     // Even and odd elements of 32 bfloat16.
     static MATGPTQ_INLINE void load_pairs(const uint8_t* p, Floats& even, Floats& odd) {

@@ -22,13 +22,14 @@ constexpr int64_t kBytesPerPiece = 128 << 10;
 extern "C" int matgptq_dense(const void* x, int x_dtype, int64_t x_stride, int64_t batch, int64_t in_features,
                              const void* weight, int weight_dtype, int64_t weight_stride, int64_t out_features,
                              const float* bias, void* y, int y_dtype, int64_t y_stride, int num_threads) {
-    for (const int dtype : {x_dtype, weight_dtype, y_dtype})
+    for (const int dtype : {x_dtype, y_dtype})
         if (dtype != MATGPTQ_FLOAT32 && dtype != MATGPTQ_BFLOAT16) return MATGPTQ_E_ARGUMENT;
+    if (weight_dtype < MATGPTQ_FLOAT32 || weight_dtype > MATGPTQ_FLOAT16) return MATGPTQ_E_ARGUMENT;
     if (batch < 0 || in_features < 0 || out_features < 0) return MATGPTQ_E_ARGUMENT;
     if (batch == 0 || out_features == 0) return MATGPTQ_OK;
     if (!y || (in_features && (!x || !weight))) return MATGPTQ_E_ARGUMENT;
     try {
-        const bool half = weight_dtype == MATGPTQ_BFLOAT16;
+        const bool in_pairs = weight_dtype == MATGPTQ_BFLOAT16;
         const int64_t columns = ceil_div(in_features, kDenseColumns) * kDenseColumns;
         const Buffer<float> values = allocate<float>(batch * columns);
         for (int64_t b = 0; b < batch; ++b) {
@@ -37,7 +38,7 @@ extern "C" int matgptq_dense(const void* x, int x_dtype, int64_t x_stride, int64
             for (int64_t c = 0; c < columns; ++c) {
                 // Even columns of a chunk in front of its odd ones: see load_halves.
                 const int64_t within = c % kDenseColumns;
-                const int64_t place = half ? within / 2 + (within % 2) * (kDenseColumns / 2) : within;
+                const int64_t place = in_pairs ? within / 2 + (within % 2) * (kDenseColumns / 2) : within;
                 to[c - within + place] = c < in_features ? read_float(from, x_dtype, c) : 0.0f;
             }
         }
@@ -55,7 +56,7 @@ extern "C" int matgptq_dense(const void* x, int x_dtype, int64_t x_stride, int64
                 for (int64_t b = 0; b < batch; b += step) {
                     const int kernel = batch - b >= 4 ? 2 : batch - b >= 2 ? 1 : 0;
                     step = int64_t{1} << kernel;
-                    kernels().dense[half ? 1 : 0][kernel](rows, first, last, values.get() + b * columns, columns,
+                    kernels().dense[weight_dtype][kernel](rows, first, last, values.get() + b * columns, columns,
                                                           result, kBlockRows);
                     for (int64_t i = 0; i < step; ++i)
                         for (int64_t row = first; row < last; ++row) {

@@ -4,23 +4,24 @@
 #include <cstring>
 
 #include "layout.h"
+#include "matgptq.h"
 #include "row_elements.h"
 
 namespace matgptq {
 namespace {
 
 // A chunk of 32 columns fills two vectors of 16 sums: even and odd columns of a bfloat16 weight, the first and the last
-// 16 of a float32 one.
+// 16 of another one.
 
 // Asked for at least so far ahead.
 constexpr int64_t kAheadBytes = 8192;
 
-template <class S, bool Half, int Rows, int Count>
+template <class S, int Dtype, int Rows, int Count>
 MATGPTQ_INLINE void dense_block(const DenseWeight& weight, const uint8_t* first, const float* x, int64_t x_step,
                                 float* out, int64_t out_step) {
     using Floats = typename S::Floats;
     constexpr int parts = kDenseColumns / 2 / S::kLanes;
-    constexpr int chunk_bytes = kDenseColumns * (Half ? 2 : 4);
+    constexpr int chunk_bytes = kDenseColumns * (Dtype == MATGPTQ_FLOAT32 ? 4 : 2);
     Floats sum[Count][Rows][parts][2];
     for (int w = 0; w < Count; ++w)
         for (int b = 0; b < Rows; ++b)
@@ -30,7 +31,14 @@ MATGPTQ_INLINE void dense_block(const DenseWeight& weight, const uint8_t* first,
         for (int part = 0; part < parts; ++part)
             for (int w = 0; w < Count; ++w) {
                 Floats columns[2];
-                load_halves<S, Half>(chunk + w * step + part * 4 * S::kLanes, kDenseColumns / 2, columns);
+                const uint8_t* from = chunk + w * step;
+                if constexpr (Dtype == MATGPTQ_FLOAT16) {
+                    const uint16_t* values = reinterpret_cast<const uint16_t*>(from) + part * S::kLanes;
+                    columns[0] = S::load_half(values);
+                    columns[1] = S::load_half(values + kDenseColumns / 2);
+                } else {
+                    load_halves<S, Dtype == MATGPTQ_BFLOAT16>(from + part * 4 * S::kLanes, kDenseColumns / 2, columns);
+                }
                 for (int b = 0; b < Rows; ++b)
                     for (int half = 0; half < 2; ++half)
                         sum[w][b][part][half] =
@@ -66,7 +74,7 @@ MATGPTQ_INLINE void dense_block(const DenseWeight& weight, const uint8_t* first,
         }
 }
 
-template <class S, bool Half, int Rows>
+template <class S, int Dtype, int Rows>
 void dense_product(const DenseWeight& weight, int64_t row_begin, int64_t row_end, const float* x, int64_t x_step,
                    float* out, int64_t out_step) {
     // As many rows together as leave their sums in registers.
@@ -76,19 +84,23 @@ void dense_product(const DenseWeight& weight, int64_t row_begin, int64_t row_end
     const uint8_t* at = weight.rows + row_begin * weight.row_bytes;
     int64_t row = row_begin;
     for (; row + count <= row_end; row += count, at += count * weight.row_bytes, out += count)
-        dense_block<S, Half, Rows, count>(weight, at, x, x_step, out, out_step);
+        dense_block<S, Dtype, Rows, count>(weight, at, x, x_step, out, out_step);
     for (; row < row_end; ++row, at += weight.row_bytes, ++out)
-        dense_block<S, Half, Rows, 1>(weight, at, x, x_step, out, out_step);
+        dense_block<S, Dtype, Rows, 1>(weight, at, x, x_step, out, out_step);
+}
+
+template <class S, int Dtype>
+void fill_dense_of(DenseKernel (&of_rows)[3]) {
+    of_rows[0] = dense_product<S, Dtype, 1>;
+    of_rows[1] = dense_product<S, Dtype, 2>;
+    of_rows[2] = dense_product<S, Dtype, 4>;
 }
 
 template <class S>
 void fill_dense(Kernels& table) {
-    table.dense[0][0] = dense_product<S, false, 1>;
-    table.dense[0][1] = dense_product<S, false, 2>;
-    table.dense[0][2] = dense_product<S, false, 4>;
-    table.dense[1][0] = dense_product<S, true, 1>;
-    table.dense[1][1] = dense_product<S, true, 2>;
-    table.dense[1][2] = dense_product<S, true, 4>;
+    fill_dense_of<S, MATGPTQ_FLOAT32>(table.dense[MATGPTQ_FLOAT32]);
+    fill_dense_of<S, MATGPTQ_BFLOAT16>(table.dense[MATGPTQ_BFLOAT16]);
+    fill_dense_of<S, MATGPTQ_FLOAT16>(table.dense[MATGPTQ_FLOAT16]);
 }
 
 }  // namespace

@@ -207,7 +207,7 @@ struct Kernels {
     QuantizeKernel quantize[2];  // [exact ? 1 : 0]
     const MatrixKernels* matrix;  // or null
     ReadKernel read;
-    DenseKernel dense[2][3];  // [bfloat16 ? 1 : 0][log2 of panel rows]
+    DenseKernel dense[3][3];  // [dtype of the weight][log2 of panel rows]
     SiluKernel silu;
     AttentionKernel attend[2];  // [bfloat16 ? 1 : 0]
     SweepKernel sweep;

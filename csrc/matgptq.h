@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a signature or struct below changes. */
-#define MATGPTQ_ABI_VERSION 10
+#define MATGPTQ_ABI_VERSION 11
 
 enum matgptq_status {
     MATGPTQ_OK = 0,
@@ -40,7 +40,8 @@ enum matgptq_status {
     MATGPTQ_E_ISA = -6         /* the named instruction set is not compiled in or not on this CPU */
 };
 
-enum matgptq_dtype { MATGPTQ_FLOAT32 = 0, MATGPTQ_BFLOAT16 = 1 };
+/* Of what crosses this interface; MATGPTQ_FLOAT16 of dense weights alone. */
+enum matgptq_dtype { MATGPTQ_FLOAT32 = 0, MATGPTQ_BFLOAT16 = 1, MATGPTQ_FLOAT16 = 2 };
 
 /* Activations are multiplied in blocks of columns: the group if it has 32, 64 or 128 columns, else the largest of 128, 64,
  * 32 that divides it (128 for one group per row; the last block may be shorter). Sums of a block are integers and thereby

@@ -599,7 +599,10 @@ def test_refit_sums_refuse() -> None:
     rows=st.integers(0, 18),
     out_features=st.integers(0, 70),
     in_features=st.integers(0, 100),
-    dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16])] * 2),
+    dtypes=st.tuples(
+        st.sampled_from([torch.float32, torch.bfloat16]),
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    ),
     biased=st.booleans(),
     threads=st.integers(1, 3),
     seed=st.integers(0, 5),
@@ -627,9 +630,10 @@ def test_dense_products(
 
 @needs_library
 @pytest.mark.parametrize("batch", BATCHES)
-def test_dense_batches(isa: str, batch: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dense_batches(isa: str, batch: int, dtype: torch.dtype) -> None:
     """Every row is what it is alone."""
-    x, weight = torch.randn(batch, 75), torch.randn(41, 75).bfloat16()
+    x, weight = torch.randn(batch, 75), torch.randn(41, 75).to(dtype)
     y = native.linear(x.view(1, batch, 75), weight)
     assert y.shape == (1, batch, 41)
     assert_product(y[0], x, weight)

@@ -44,7 +44,7 @@ def assert_product(head: nn.Linear, x: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "opt"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_head_is_read_as_it_is_stored(name, dtype, stored, make_checkpoint, calls):
     """In 16 bits wherever they hold it, whatever the activations are."""
     _, out = make_checkpoint(name, stored)
@@ -58,11 +58,11 @@ def test_a_head_is_read_as_it_is_stored(name, dtype, stored, make_checkpoint, ca
         for rows in (1, 2, limit):
             assert_product(head, torch.randn(rows, head.in_features).to(head.weight.dtype))
         assert_product(head, torch.randn(limit + 1, head.in_features).to(head.weight.dtype))  # PyTorch's
-        exact = stored == torch.float32 and dtype == "float32"
-        assert calls == [torch.float32 if exact else torch.bfloat16] * 3
+        read = stored if dtype == "float32" else torch.bfloat16
+        assert calls == [read] * 3
         size = head.weight.numel()
-        assert head.bytes_read == size * (4 if exact else 2)
-        assert head.bytes_added == (size * 2 if dtype == "float32" and not exact else 0)
+        assert head.bytes_read == size * read.itemsize
+        assert head.bytes_added == (size * 2 if dtype == "float32" and read != torch.float32 else 0)
         calls.clear()
 
 
@@ -81,12 +81,12 @@ def test_an_exact_head_follows_its_weight(copied, name, make_checkpoint, calls):
         assert_product(head, x)
         assert torch.bfloat16 not in calls
         calls.clear()
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = model.get_output_embeddings().weight
-        weight.data = weight.data.to(dtype).float()
+    values = model.get_output_embeddings().weight.data.clone()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model.get_output_embeddings().weight.data = values.to(dtype).float()
         quicken_head(model)
         assert_product(model.get_output_embeddings(), x)
-    assert calls == [torch.float32, torch.bfloat16]
+    assert calls == [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_an_exact_head_can_be_trained(make_checkpoint, calls):

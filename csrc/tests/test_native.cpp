@@ -673,22 +673,36 @@ struct Vector {
     }
 };
 
+// Of a value that float16 holds, and not a subnormal one.
+uint16_t float16(float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    if (!(word & 0x7FFFFFFF)) return 0;
+    return static_cast<uint16_t>((word >> 16 & 0x8000) | (((word >> 23 & 255) - 112) << 10) | (word >> 13 & 1023));
+}
+
 void test_dense(const std::vector<std::string>& sets) {
-    for (const bool half_weight : {false, true})
+    for (const int weight_dtype : {MATGPTQ_FLOAT32, MATGPTQ_BFLOAT16, MATGPTQ_FLOAT16})
         for (const bool half_x : {false, true})
             for (const int64_t in : {1, 31, 32, 33, 100, 352})
                 for (const int64_t out : {1, 3, 4, 6, 133})
                     for (const int64_t batch : {0, 1, 2, 3, 4, 5, 7, 9}) {
                         const int64_t x_stride = in + 3, stride = in + 2, y_stride = out + 1;
-                        Vector x(batch * x_stride, half_x, -1, 1), weight(out * stride, half_weight, -1, 1);
+                        Vector x(batch * x_stride, half_x, -1, 1);
+                        Vector weight(out * stride, weight_dtype != MATGPTQ_FLOAT32, -1, 1);
+                        if (weight_dtype == MATGPTQ_FLOAT16)
+                            for (size_t i = 0; i < weight.values.size(); ++i) {
+                                weight.values[i] = std::round(uniform(-1, 1) * 2048) / 2048;
+                                weight.words[i] = float16(weight.values[i]);
+                            }
                         std::vector<float> bias(static_cast<size_t>(out)), first;
                         for (float& value : bias) value = uniform(-1, 1);
                         for (const std::string& set : sets) {
                             matgptq_set_isa(set.c_str());
                             where = set + ", dense, in " + std::to_string(in) + " out " + std::to_string(out) + " batch " +
-                                    std::to_string(batch) + (half_weight ? " bfloat16" : "") + (half_x ? " x" : "");
+                                    std::to_string(batch) + " dtype " + std::to_string(weight_dtype) + (half_x ? " x" : "");
                             Vector y(batch * y_stride, half_x, 5, 5);
-                            check(!matgptq_dense(x.data(), x.dtype(), x_stride, batch, in, weight.data(), weight.dtype(),
+                            check(!matgptq_dense(x.data(), x.dtype(), x_stride, batch, in, weight.data(), weight_dtype,
                                                  stride, out, batch % 2 ? bias.data() : nullptr, y.data(), y.dtype(),
                                                  y_stride, batch % 3 ? 1 : 2),
                                   "dense runs");
@@ -731,16 +745,30 @@ void test_dense(const std::vector<std::string>& sets) {
             check(!matgptq_dense(x.data(), 0, 40, 1, 40, weight.data(), 0, 40, 2, nullptr, y.data(), 0, 2, 1), "runs");
             check(y[0] == 40 && !std::isfinite(y[1]), "weights propagate");
         }
+        // 2^-24, the largest subnormal, the largest number, infinity, NaN; every one in a row of its own
+        const uint16_t words[] = {1, 0x83FF, 0x7BFF, 0xFC00, 0x7E01};
+        const float numbers[] = {5.9604644775390625e-8f, -1023 * 5.9604644775390625e-8f, 65504, -infinity, nan};
+        for (const int64_t column : {0, 17, 39}) {
+            std::vector<uint16_t> weight(5 * 40);
+            for (int row = 0; row < 5; ++row) weight[static_cast<size_t>(row * 40 + column)] = words[row];
+            const std::vector<float> x(40, 1.0f);
+            std::vector<float> y(5);
+            check(!matgptq_dense(x.data(), 0, 40, 1, 40, weight.data(), MATGPTQ_FLOAT16, 40, 5, nullptr, y.data(), 0, 5, 1),
+                  "runs");
+            for (size_t row = 0; row < 5; ++row)
+                check(std::isnan(numbers[row]) ? std::isnan(y[row]) : y[row] == numbers[row], "any float16");
+        }
     }
     float one = 1, y = 0;
     where = "dense, refusals";
     check(matgptq_dense(&one, 7, 1, 1, 1, &one, 0, 1, 1, nullptr, &y, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "unknown dtype");
-    check(matgptq_dense(&one, 0, 1, 1, 1, &one, 2, 1, 1, nullptr, &y, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "unknown dtype");
+    check(matgptq_dense(&one, 0, 1, 1, 1, &one, 3, 1, 1, nullptr, &y, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "unknown dtype");
+    check(matgptq_dense(&one, 2, 1, 1, 1, &one, 2, 1, 1, nullptr, &y, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "float16 x");
     check(matgptq_dense(&one, 0, 1, -1, 1, &one, 0, 1, 1, nullptr, &y, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "rows below 0");
     check(matgptq_dense(&one, 0, 1, 1, 1, nullptr, 0, 1, 1, nullptr, &y, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "no weight");
     check(matgptq_dense(&one, 0, 1, 1, 1, &one, 0, 1, 1, nullptr, nullptr, 0, 1, 1) == MATGPTQ_E_ARGUMENT, "no y");
     check(matgptq_dense(nullptr, 0, 0, 1, 0, nullptr, 0, 0, 1, &one, &y, 0, 1, 1) == MATGPTQ_OK && y == 1, "no columns");
-    std::printf("dense: 960 shapes and dtypes\n");
+    std::printf("dense: 1440 shapes and dtypes\n");
 }
 
 // What a query sees of so many positions, whose keys and values are `stride` apart.

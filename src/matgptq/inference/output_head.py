@@ -143,7 +143,8 @@ class PackedHead(_CopiedHead):
 class DenseHead(_CopiedHead):
     """An exact head on the CPU, multiplied by a few rows at the speed of its bytes, with float32 sums.
 
-    A float32 weight whose values bfloat16 holds, which is what most checkpoints store, is read from a bfloat16 copy.
+    A float32 weight whose values bfloat16 or float16 holds, which is what most checkpoints store, is read from a copy
+    in that dtype.
     """
 
     multiplies_by_weight = True  # for ``matgptq.models.logits``: a part of its rows gives a part of the logits
@@ -195,7 +196,7 @@ class DenseHead(_CopiedHead):
 
 @dataclass(frozen=True)
 class _Rows(Immutable):
-    """A bfloat16 copy of a float32 weight, the same for all copies of a model."""
+    """A copy of a float32 weight in 16 bits, the same for all copies of a model."""
 
     tensor: Tensor
     sample: Tensor
@@ -205,12 +206,10 @@ class _Rows(Immutable):
         """None where it would not be exact, or is not needed."""
         if weight.dtype != torch.float32 or weight.is_inference():  # whose changes nothing counts
             return None
-        copy = torch.empty_like(weight, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
-        for start in range(0, len(weight), _ROWS):
-            piece = weight[start : start + _ROWS]
-            if not torch.equal(copy[start : start + _ROWS].copy_(piece).float(), piece):
-                return None
-        return _Rows(copy, _sample(copy).clone())
+        copy = _exact_copy(weight, torch.bfloat16)
+        if copy is None:
+            copy = _exact_copy(weight, torch.float16)
+        return None if copy is None else _Rows(copy, _sample(copy).clone())
 
     def resembles(self, weight: Tensor) -> bool:
         """Whether some elements are the copied ones: PyTorch does not count changes through ``weight.data``.
@@ -219,6 +218,19 @@ class _Rows(Immutable):
         """
         part = _sample(weight.detach())
         return torch.equal(part, self.sample.to(part.dtype))
+
+
+def _exact_copy(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A copy in another dtype; None if it does not hold the values."""
+    sample = _sample(weight)
+    if not torch.equal(sample.to(dtype).float(), sample):  # before memory is taken for all of it
+        return None
+    copy = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    for start in range(0, len(weight), _ROWS):
+        piece = weight[start : start + _ROWS]
+        if not torch.equal(copy[start : start + _ROWS].copy_(piece).float(), piece):
+            return None
+    return copy
 
 
 def _sample(weight: Tensor) -> Tensor:

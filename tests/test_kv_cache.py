@@ -139,6 +139,69 @@ def test_several_sequences_have_room_of_their_own():
     assert torch.equal(held[0][0][:, :, :-1], torch.cat([before, *written], 2)[[2, 0, 0]])
 
 
+def append_in_window(cache: DynamicCache, seed: int) -> tuple[Tensor, Tensor]:
+    """As a layer's own ``update``."""
+    held = append_positions([cache], [1], 1, HEADS, SIZE, torch.float32, windows=True)
+    assert held is not None
+    keys, values = held[0][0]
+    keys[:, :, -1:], values[:, :, -1:] = vectors(1, seed), -vectors(1, seed)
+    return keys, values
+
+
+@pytest.mark.parametrize("length", [1, 5, 7, 8, 20])
+def test_a_window_moves_on_as_it_does_in_transformers(length: int):
+    caches = [DynamicCache(config=SLIDING) for _ in range(2)]
+    for cache in caches:
+        for layer in range(2):
+            cache.update(vectors(length, layer), -vectors(length, layer), layer)
+    ours, theirs = caches
+    addresses = set()
+    for seed in range(600):
+        if seed % 50 == 49:  # transformers' own way in between
+            found = ours.update(vectors(1, seed), -vectors(1, seed), 1)
+        else:
+            found = append_in_window(ours, seed)
+            addresses.add(found[0].untyped_storage().data_ptr())
+        expected = theirs.update(vectors(1, seed), -vectors(1, seed), 1)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+        for part in ("keys", "values", "cumulative_length"):
+            one, other = (getattr(cache.layers[1], part) for cache in (ours, theirs))
+            assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    assert ours.get_mask_sizes(1, 1) == theirs.get_mask_sizes(1, 1)
+    assert len(addresses) <= 2 * 600 / 50 + 2  # it moves when transformers has made it anew, and when the room is full
+    assert memory_of(ours) == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy], ids=["deep", "shallow"])
+def test_two_windows_that_began_as_one(copied: Callable[[DynamicCache], DynamicCache]):
+    first = DynamicCache(config=SLIDING)
+    for layer in range(2):
+        first.update(vectors(20, layer), -vectors(20, layer), layer)
+    for seed in range(3):
+        append_in_window(first, seed)
+    second = copied(first)
+    second.layers = [copy.copy(layer) for layer in first.layers]
+    past = torch.cat([vectors(20, 1), *(vectors(1, seed) for seed in range(3))], 2)
+    pasts = [past, past]
+    for which, seed in ((0, 10), (0, 11), (1, 20), (1, 21), (0, 12), (1, 22)):
+        found, _ = append_in_window((first, second)[which], seed)
+        pasts[which] = torch.cat([pasts[which], vectors(1, seed)], 2)
+        assert torch.equal(found, pasts[which][:, :, -8:])
+
+
+def test_windows_that_are_left_alone():
+    cache = DynamicCache(config=SLIDING)
+    for layer in range(2):
+        cache.update(vectors(20, layer), -vectors(20, layer), layer)
+    options = ([cache], [1], 1, HEADS, SIZE, torch.float32)
+    assert append_positions(*options) is None
+    assert append_positions(*options, 2, windows=True) is None
+    cache.activate_past_recording()
+    assert append_positions(*options, windows=True) is None
+    assert cache.get_seq_length(1) == 20
+
+
 def test_all_caches_or_none():
     caches = [filled(5), filled(8), filled(2)]
     held = append_positions(caches, [0, 1], 1, HEADS, SIZE, torch.float32)

@@ -1,7 +1,8 @@
 """Room for the next tokens in transformers' cache of keys and values.
 
 ``DynamicLayer`` copies all that it holds for each token. Here it holds the beginning of a longer tensor, so that a
-token is written behind the others and only a context that has outgrown its tensor is copied.
+token is written behind the others and only a context that has outgrown its tensor is copied. A layer that sees a window
+holds what is next to its end.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # What models and blocks call the cache that they are given, and give back: since transformers 5.24 the first.
@@ -24,10 +25,10 @@ _ROOM = "_matgptq_room"
 
 @dataclass
 class _Room:
-    """A tensor of which a cache holds the beginning."""
+    """A tensor of which a cache holds the beginning, or a part."""
 
     memory: Tensor  # [sequences, heads, capacity, size]
-    filled: int  # positions; what is behind them belongs to whoever holds so many
+    filled: int  # positions; what is behind them belongs to whoever holds the last of them
 
 
 class CacheGroup:
@@ -49,6 +50,8 @@ def append_positions(
     size: int,
     dtype: torch.dtype,
     positions: int = 1,
+    *,
+    windows: bool = False,
 ) -> list[list[tuple[Tensor, Tensor]]] | None:
     """Let layers of caches hold some positions more, which are still to be written.
 
@@ -57,14 +60,16 @@ def append_positions(
         layers: their indices.
         sequences, heads, size, dtype, positions: of the keys and values to come, in each cache
             ``[sequences, heads, positions, size]``.
+        windows: layers that see a window are taken, too, if one position is to come.
 
     Returns:
         Of each cache the keys and values ``[sequences, heads, all positions, size]`` of each layer, adjacent elements,
-        which the cache holds from now on; None if one is of another kind: then nothing has happened to any.
+        that the new positions see, and which the cache holds from now on; None if one is of another kind: then nothing
+        has happened to any.
     """
     chosen = []
     for cache in caches:
-        fitting = _fitting(cache, layers, sequences, heads, size, dtype)
+        fitting = _fitting(cache, layers, sequences, heads, size, dtype, windows=windows and positions == 1)
         if fitting is None:
             return None
         chosen.append(fitting)
@@ -74,7 +79,12 @@ def append_positions(
             layer.lazy_initialization(nothing, nothing)
             layer.keys, layer.values = nothing, nothing.clone()
         layer.keys, layer.values = _longer(layer.keys, positions), _longer(layer.values, positions)
-    return [[(layer.keys, layer.values) for layer in fitting] for fitting in chosen]
+    held = [[(layer.keys, layer.values) for layer in fitting] for fitting in chosen]
+    for layer in itertools.chain.from_iterable(chosen):
+        if type(layer) is DynamicSlidingWindowLayer:
+            layer.cumulative_length += positions
+            layer.keys, layer.values = (_last(part, layer.sliding_window - 1) for part in (layer.keys, layer.values))
+    return held
 
 
 def first_positions(cache: DynamicCache, positions: int) -> DynamicCache | None:
@@ -113,16 +123,24 @@ def _plain_layers(cache: Any) -> list[Any] | None:
 
 
 def _fitting(
-    cache: Any, layers: Sequence[int], sequences: int, heads: int, size: int, dtype: torch.dtype
+    cache: Any, layers: Sequence[int], sequences: int, heads: int, size: int, dtype: torch.dtype, *, windows: bool
 ) -> list[Any] | None:
     """The layers of a cache, if they are such as hold what is to come."""
-    if type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0:
-        return _empty_layers(cache, layers)
-    held = _plain_layers(cache)
-    if held is None or max(layers) >= len(held):
+    if type(cache) is not DynamicCache or cache.offloading:
         return None
-    chosen = [held[index] for index in layers]
+    if cache.get_seq_length() == 0:
+        return _empty_layers(cache, layers)
+    if max(layers) >= len(cache.layers):
+        return None
+    chosen: list[Any] = [cache.layers[index] for index in layers]
     for layer in chosen:
+        if type(layer) is DynamicSlidingWindowLayer:
+            if not windows or getattr(layer, "record_past", False):
+                return None
+        elif type(layer) is not DynamicLayer:
+            return None
+        if not layer.is_initialized:
+            return None
         keys, values = layer.keys, layer.values
         shape = (sequences, heads, chosen[0].keys.shape[2], size)  # all have seen the same tokens
         if keys.shape != shape or values.shape != shape:
@@ -144,14 +162,25 @@ def _empty_layers(cache: DynamicCache, layers: Sequence[int]) -> list[Any] | Non
 
 def _longer(held: Tensor, positions: int) -> Tensor:
     length = held.shape[2]
-    longest = length + positions
     room: _Room | None = held.__dict__.get(_ROOM)
+    begin = 0 if room is None else held.storage_offset() // held.shape[3]
+    end = begin + length + positions
     # After a crop, or where two caches began as one, what is behind is another's.
-    if room is None or room.filled != length or room.memory.shape[2] < longest:
-        memory = held.new_empty((*held.shape[:2], longest + length // 4 + 255, held.shape[3]))
+    if room is None or room.filled != begin + length or room.memory.shape[2] < end:
+        begin, end = 0, length + positions
+        memory = held.new_empty((*held.shape[:2], end + length // 4 + 255, held.shape[3]))
         memory[:, :, :length] = held
         room = _Room(memory, length)
-    room.filled = longest
-    longer = room.memory.narrow(2, 0, longest)
+    room.filled = end
+    longer = room.memory[:, :, begin:end]
     longer.__dict__[_ROOM] = room
     return longer
+
+
+def _last(held: Tensor, positions: int) -> Tensor:
+    """At most so many positions, in the same room."""
+    if held.shape[2] <= positions:
+        return held
+    last = held[:, :, held.shape[2] - positions :]
+    last.__dict__[_ROOM] = held.__dict__[_ROOM]
+    return last

@@ -62,6 +62,7 @@ int refusal(const matgptq_block* block) {
     if (!block || (block->dtype != MATGPTQ_FLOAT32 && block->dtype != MATGPTQ_BFLOAT16)) return MATGPTQ_E_ARGUMENT;
     if (block->hidden < 1 || block->size < 2 || block->size % 2 || !block->first_norm || !block->second_norm)
         return MATGPTQ_E_ARGUMENT;
+    if (block->gate != MATGPTQ_SILU && block->gate != MATGPTQ_GELU_TANH) return MATGPTQ_E_ARGUMENT;
     for (const matgptq_product& product : block->products)
         if (!product.weight) return MATGPTQ_E_ARGUMENT;
     const int64_t heads = out_of(*block, MATGPTQ_QUERY), keys = out_of(*block, MATGPTQ_KEY), mlp = out_of(*block, MATGPTQ_UP);
@@ -105,17 +106,26 @@ int finish(const matgptq_block* block, void* x_, int64_t sequences, const void* 
         const Rows gate_up{gate_up_.get(), 2 * mlp * bytes}, product{product_.get(), mlp * bytes};
         if (const int status = multiply(*block, MATGPTQ_OUTPUT, MATGPTQ_OUTPUT, from, sequences, update[0], num_threads))
             return status;
+        const bool from_one = block->norms_from_one != 0;
         for_rows(sequences, hidden * bytes, num_threads, [&](int64_t row) {
-            rms_norm(x[row], update[row], block->second_norm, block->second_eps, normed[row], 1, hidden, dtype);
+            if (block->attention_norm)
+                rms_norm(update[row], nullptr, block->attention_norm, block->attention_eps, update[row], 1, hidden,
+                         from_one, dtype);
+            rms_norm(x[row], update[row], block->second_norm, block->second_eps, normed[row], 1, hidden, from_one, dtype);
         });
         if (const int status = multiply(*block, MATGPTQ_GATE, MATGPTQ_UP, normed[0], sequences, gate_up[0], num_threads))
             return status;
         for_rows(sequences, mlp * bytes, num_threads, [&](int64_t row) {
-            silu_product(gate_up[row], static_cast<char*>(gate_up[row]) + mlp * bytes, product[row], mlp, dtype);
+            gated_product(gate_up[row], static_cast<char*>(gate_up[row]) + mlp * bytes, product[row], mlp,
+                          block->gate, dtype);
         });
         if (const int status = multiply(*block, MATGPTQ_DOWN, MATGPTQ_DOWN, product[0], sequences, update[0], num_threads))
             return status;
-        for_rows(sequences, hidden * bytes, num_threads, [&](int64_t row) { add(x[row], update[row], hidden, dtype); });
+        for_rows(sequences, hidden * bytes, num_threads, [&](int64_t row) {
+            if (block->mlp_norm)
+                rms_norm(update[row], nullptr, block->mlp_norm, block->mlp_eps, update[row], 1, hidden, from_one, dtype);
+            add(x[row], update[row], hidden, dtype);
+        });
         return MATGPTQ_OK;
     } catch (const std::bad_alloc&) {
         return MATGPTQ_E_MEMORY;
@@ -133,13 +143,14 @@ extern "C" int matgptq_block_start(const matgptq_block* block, const void* x_, i
         const int64_t bytes = element_bytes(dtype), hidden = block->hidden, size = block->size;
         const int64_t query = out_of(*block, MATGPTQ_QUERY), keys = out_of(*block, MATGPTQ_KEY);
         const int64_t heads = query / size, key_heads = keys / size;
+        const bool from_one = block->norms_from_one != 0;
         const Vector normed_ = allocate<uint8_t>(sequences * hidden * bytes);
         // Without an update the norm does not write to x; cosine and sine are only read.
         const Rows x{const_cast<void*>(x_), hidden * bytes}, normed{normed_.get(), hidden * bytes};
         const Rows cosine{const_cast<void*>(cosine_), size * bytes}, sine{const_cast<void*>(sine_), size * bytes};
         const Rows qkv{qkv_, (query + 2 * keys) * bytes};
         for_rows(sequences, hidden * bytes, num_threads, [&](int64_t row) {
-            rms_norm(x[row], nullptr, block->first_norm, block->first_eps, normed[row], 1, hidden, dtype);
+            rms_norm(x[row], nullptr, block->first_norm, block->first_eps, normed[row], 1, hidden, from_one, dtype);
         });
         if (const int status = multiply(*block, MATGPTQ_QUERY, MATGPTQ_VALUE, normed[0], sequences, qkv_, num_threads))
             return status;
@@ -147,8 +158,9 @@ extern "C" int matgptq_block_start(const matgptq_block* block, const void* x_, i
             void* const queries = qkv[row];
             void* const key = static_cast<char*>(queries) + query * bytes;
             if (block->query_norm)
-                rms_norm(queries, nullptr, block->query_norm, block->query_eps, queries, heads, size, dtype);
-            if (block->key_norm) rms_norm(key, nullptr, block->key_norm, block->key_eps, key, key_heads, size, dtype);
+                rms_norm(queries, nullptr, block->query_norm, block->query_eps, queries, heads, size, from_one, dtype);
+            if (block->key_norm)
+                rms_norm(key, nullptr, block->key_norm, block->key_eps, key, key_heads, size, from_one, dtype);
             rotate(queries, cosine[row], sine[row], heads + key_heads, size, dtype);
         });
         return MATGPTQ_OK;

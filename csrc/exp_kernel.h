@@ -1,4 +1,4 @@
-// The exponential function, and the activation that is made of it. Nothing is fused: results are the same on every
+// The exponential function, and the activations that are made of it. Nothing is fused: results are the same on every
 // instruction set.
 #pragma once
 
@@ -26,17 +26,35 @@ MATGPTQ_INLINE typename S::Floats exp_not_positive(typename S::Floats x) {
     return S::select(S::less(x, constant(-87.0f)), constant(0.0f), S::multiply(p, S::power_of_two(shifted)));
 }
 
+// 1 / (1 + exp(-x)).
+template <class S>
+MATGPTQ_INLINE typename S::Floats logistic(typename S::Floats x) {
+    using Floats = typename S::Floats;
+    const Floats zero = S::broadcast(0.0f), one = S::broadcast(1.0f);
+    // With e = exp(-|x|) it is 1 / (1 + e) for x >= 0 and e / (1 + e) below, and nothing overflows.
+    const Floats e = exp_not_positive<S>(S::min(S::subtract(zero, x), x));
+    return S::divide(S::select(S::less(x, zero), e, one), S::add(one, e));
+}
+
 // x / (1 + exp(-x)) in place; `size` is a multiple of 16.
 template <class S>
 void silu(float* x, int64_t size) {
-    using Floats = typename S::Floats;
-    const Floats zero = S::broadcast(0.0f), one = S::broadcast(1.0f);
     for (int64_t i = 0; i < size; i += S::kLanes) {
-        // With e = exp(-|x|) it is x / (1 + e) for x >= 0 and x e / (1 + e) below, and nothing overflows.
+        const typename S::Floats value = S::load_floats(x + i);
+        S::store(x + i, S::multiply(value, logistic<S>(value)));
+    }
+}
+
+// x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) in place, which is x times the logistic function of twice what is
+// under the tanh; `size` is a multiple of 16.
+template <class S>
+void gelu_tanh(float* x, int64_t size) {
+    using Floats = typename S::Floats;
+    const Floats slope = S::broadcast(1.5957691216057308f), cubic = S::broadcast(0.044715f * 1.5957691216057308f);
+    for (int64_t i = 0; i < size; i += S::kLanes) {
         const Floats value = S::load_floats(x + i);
-        const Floats e = exp_not_positive<S>(S::min(S::subtract(zero, value), value));
-        const Floats share = S::divide(S::select(S::less(value, zero), e, one), S::add(one, e));
-        S::store(x + i, S::multiply(value, share));
+        const Floats inner = S::add(slope, S::multiply(cubic, S::multiply(value, value)));
+        S::store(x + i, S::multiply(value, logistic<S>(S::multiply(value, inner))));
     }
 }
 

@@ -17,7 +17,8 @@ Kernels make_kernels(const char* name) {
     fill_products<Isa>(table);
     fill_dense<Isa>(table);
     fill_attention<Isa>(table);
-    table.silu = silu<Isa>;
+    table.activation[MATGPTQ_SILU] = silu<Isa>;
+    table.activation[MATGPTQ_GELU_TANH] = gelu_tanh<Isa>;
     fill_sweep<Isa>(table);
     fill_refit<Isa>(table);
     return table;

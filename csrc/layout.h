@@ -192,8 +192,8 @@ struct AttentionGroup {
 // Of the queries that share one head of keys.
 using AttentionKernel = void (*)(const AttentionGroup&, int64_t key_head);
 
-// x / (1 + exp(-x)) in place, for a multiple of 16 values.
-using SiluKernel = void (*)(float* x, int64_t size);
+// An activation in place, for a multiple of 16 values.
+using ActivationKernel = void (*)(float* x, int64_t size);
 
 struct SweepPlan;
 using SweepKernel = void (*)(const SweepPlan&, int64_t tile_begin, int64_t tile_end);
@@ -208,7 +208,7 @@ struct Kernels {
     const MatrixKernels* matrix;  // or null
     ReadKernel read;
     DenseKernel dense[3][3];  // [dtype of the weight][log2 of panel rows]
-    SiluKernel silu;
+    ActivationKernel activation[2];  // [matgptq_activation]
     AttentionKernel attend[2];  // [bfloat16 ? 1 : 0]
     SweepKernel sweep;
     int sweep_lanes;  // rows per vector of the sweep

@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a signature or struct below changes. */
-#define MATGPTQ_ABI_VERSION 11
+#define MATGPTQ_ABI_VERSION 12
 
 enum matgptq_status {
     MATGPTQ_OK = 0,
@@ -239,20 +239,25 @@ MATGPTQ_API int matgptq_attend(const void *query, int64_t query_stride, int64_t 
                                const matgptq_kv_cache *const *caches, int64_t layer, const int64_t *lengths, void *out,
                                int64_t heads, int64_t key_heads, int64_t size, float scale, int dtype, int num_threads);
 
-/* A block of the plain kind:  x += output(attention(rotary(query, key), value));  x += down(silu(gate) * up),  both from
- * an RMS norm of x. Vectors are of `dtype` and rounded to it where transformers rounds them; products sum in float32.
- * The struct and what it points to must stay as they are during a call, and may serve several at once. */
+/* A block of the plain kind:  x += output(attention(rotary(query, key), value));  x += down(activation(gate) * up),  both
+ * from an RMS norm of x, and what is added may go through a norm of its own. Vectors are of `dtype` and rounded to it where
+ * transformers rounds them; products sum in float32. The struct and what it points to must stay as they are during a call,
+ * and may serve several at once. */
+enum matgptq_activation { MATGPTQ_SILU = 0, MATGPTQ_GELU_TANH = 1 };
 enum { MATGPTQ_QUERY, MATGPTQ_KEY, MATGPTQ_VALUE, MATGPTQ_OUTPUT, MATGPTQ_GATE, MATGPTQ_UP, MATGPTQ_DOWN };
 typedef struct {
     int dtype;
     int activations;
+    int gate;              /* matgptq_activation */
+    int norms_from_one;    /* not 0: all norms multiply by 1 + weight, and round only the result */
     int64_t hidden;        /* of x */
     int64_t size;          /* of a head; even */
     float scale;           /* of attention's scores */
-    float first_eps, second_eps, query_eps, key_eps;
-    const void *first_norm, *second_norm; /* [hidden], weights of the norms before attention and before the MLP */
-    const void *query_norm, *key_norm;    /* [size], of norms of each head, or NULL */
-    matgptq_product products[7];          /* y and y_stride are not read */
+    float first_eps, second_eps, query_eps, key_eps, attention_eps, mlp_eps;
+    const void *first_norm, *second_norm;  /* [hidden], weights of the norms before attention and before the MLP */
+    const void *query_norm, *key_norm;     /* [size], of norms of each head, or NULL */
+    const void *attention_norm, *mlp_norm; /* [hidden], of norms of what attention and MLP add, or NULL */
+    matgptq_product products[7];           /* y and y_stride are not read */
 } matgptq_block;
 
 /* qkv [sequences, heads + 2 * key heads, size] = query, key and value of x, side by side, the first two normed (if they

@@ -54,7 +54,8 @@ void add(typename T::Stored* x, const typename T::Stored* update, int64_t size) 
 }
 
 template <typename T>
-void rms_norm(void* x_, const void* update_, const void* weight_, float eps, void* out_, int64_t rows, int64_t size) {
+void rms_norm(void* x_, const void* update_, const void* weight_, float eps, void* out_, int64_t rows, int64_t size,
+              bool from_one) {
     using Stored = typename T::Stored;
     const Stored* weight = static_cast<const Stored*>(weight_);
     for (int64_t row = 0; row < rows; ++row) {
@@ -62,8 +63,11 @@ void rms_norm(void* x_, const void* update_, const void* weight_, float eps, voi
         Stored* out = static_cast<Stored*>(out_) + row * size;
         if (update_) add<T>(x, static_cast<const Stored*>(update_) + row * size, size);
         const float factor = 1.0f / std::sqrt(sum_of_squares<T>(x, size) / static_cast<float>(size) + eps);
-        for (int64_t i = 0; i < size; ++i)
-            out[i] = T::store(T::load(weight[i]) * rounded<T>(T::load(x[i]) * factor));
+        if (from_one)
+            for (int64_t i = 0; i < size; ++i) out[i] = T::store(T::load(x[i]) * factor * (1.0f + T::load(weight[i])));
+        else
+            for (int64_t i = 0; i < size; ++i)
+                out[i] = T::store(T::load(weight[i]) * rounded<T>(T::load(x[i]) * factor));
     }
 }
 
@@ -90,7 +94,7 @@ void rotate(void* x_, const void* cosine_, const void* sine_, int64_t heads, int
 constexpr int64_t kPiece = 256;
 
 template <typename T>
-void silu_product(const void* gate_, const void* up_, void* out_, int64_t size) {
+void gated_product(const void* gate_, const void* up_, void* out_, int64_t size, int activation) {
     using Stored = typename T::Stored;
     const Stored *gate = static_cast<const Stored*>(gate_), *up = static_cast<const Stored*>(up_);
     Stored* out = static_cast<Stored*>(out_);
@@ -98,7 +102,7 @@ void silu_product(const void* gate_, const void* up_, void* out_, int64_t size) 
     for (int64_t begin = 0; begin < size; begin += kPiece) {
         const int64_t count = size - begin < kPiece ? size - begin : kPiece;
         for (int64_t i = 0; i < count; ++i) values[i] = T::load(gate[begin + i]);
-        kernels().silu(values, ceil_div(count, 16) * 16);
+        kernels().activation[activation](values, ceil_div(count, 16) * 16);
         for (int64_t i = 0; i < count; ++i)
             out[begin + i] = T::store(rounded<T>(values[i]) * T::load(up[begin + i]));
     }
@@ -107,16 +111,16 @@ void silu_product(const void* gate_, const void* up_, void* out_, int64_t size) 
 }  // namespace
 
 void rms_norm(void* x, const void* update, const void* weight, float eps, void* out, int64_t rows, int64_t size,
-              int dtype) {
-    (dtype == MATGPTQ_FLOAT32 ? rms_norm<Float32> : rms_norm<BFloat16>)(x, update, weight, eps, out, rows, size);
+              bool from_one, int dtype) {
+    (dtype == MATGPTQ_FLOAT32 ? rms_norm<Float32> : rms_norm<BFloat16>)(x, update, weight, eps, out, rows, size, from_one);
 }
 
 void rotate(void* x, const void* cosine, const void* sine, int64_t heads, int64_t size, int dtype) {
     (dtype == MATGPTQ_FLOAT32 ? rotate<Float32> : rotate<BFloat16>)(x, cosine, sine, heads, size);
 }
 
-void silu_product(const void* gate, const void* up, void* out, int64_t size, int dtype) {
-    (dtype == MATGPTQ_FLOAT32 ? silu_product<Float32> : silu_product<BFloat16>)(gate, up, out, size);
+void gated_product(const void* gate, const void* up, void* out, int64_t size, int activation, int dtype) {
+    (dtype == MATGPTQ_FLOAT32 ? gated_product<Float32> : gated_product<BFloat16>)(gate, up, out, size, activation);
 }
 
 void add(void* x, const void* update, int64_t size, int dtype) {

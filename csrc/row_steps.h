@@ -8,14 +8,14 @@
 namespace matgptq {
 
 // If update is not null first x = [x + update], in place; then out = [weight * [x / sqrt(mean(x^2) + eps)]], for `rows`
-// rows of `size`. `out` may be `x` only without update.
+// rows of `size`. `out` may be `x` only without update. With `from_one` it is out = [(1 + weight) * x / sqrt(..)].
 void rms_norm(void* x, const void* update, const void* weight, float eps, void* out, int64_t rows, int64_t size,
-              int dtype);
+              bool from_one, int dtype);
 // Rotary embedding of `heads` vectors of `size` (even), in place: x = [[x * cos] + [(-second half, first half) * sin]],
 // with cos and sin of `size` elements.
 void rotate(void* x, const void* cosine, const void* sine, int64_t heads, int64_t size, int dtype);
-// out = [[gate / (1 + exp(-gate))] * up], `size` elements.
-void silu_product(const void* gate, const void* up, void* out, int64_t size, int dtype);
+// out = [[activation(gate)] * up], `size` elements, with a matgptq_activation.
+void gated_product(const void* gate, const void* up, void* out, int64_t size, int activation, int dtype);
 // x = [x + update], `size` elements, in place.
 void add(void* x, const void* update, int64_t size, int dtype);
 

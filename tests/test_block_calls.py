@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,9 +33,24 @@ def packed(matrix: Tensor) -> native.Weight:
 
 
 class Block:
-    """Calls of a block whose products are by unit matrices, but for those that are to give nothing."""
+    """Calls of a block whose products are by unit matrices, but for those that are to give nothing.
 
-    def __init__(self, dtype: torch.dtype, heads: int, key_heads: int, size: int, norms: list[Tensor | None]) -> None:
+    Args:
+        norms: the first of a block's, or all of them.
+        options: more, as of ``BlockCalls``.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        heads: int,
+        key_heads: int,
+        size: int,
+        norms: list[Tensor | None],
+        **options: Any,
+    ) -> None:
+        self._options = options
+        norms = norms + [None] * (6 - len(norms))
         hidden, keys = heads * size, key_heads * size
         unit, none = torch.eye(hidden), torch.zeros(hidden, hidden)
         self.gated = [packed(each) for each in (unit, unit[:keys], unit[:keys], unit, unit, unit, unit)]
@@ -44,12 +60,15 @@ class Block:
 
     def calls(self, weights: list[native.Weight]) -> BlockCalls:
         widths = [PARENT_BITS] * 7
-        return BlockCalls(self._dtype, weights, widths, [None] * 7, self._norms, self._size, SCALE)
+        return BlockCalls(self._dtype, weights, widths, [None] * 7, self._norms, self._size, SCALE, **self._options)
 
 
-def normed(x: Tensor, weight: Tensor) -> Tensor:
+def normed(x: Tensor, weight: Tensor, from_one: bool = False) -> Tensor:
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    if from_one:
+        return (wide * factor * (1 + weight.float())).to(x.dtype)
+    return weight * (wide * factor).to(x.dtype)
 
 
 @DTYPES
@@ -58,7 +77,7 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
 def test_steps_round_where_transformers_rounds(size, with_head_norms, dtype):
     normal, heads, key_heads = normals(dtype, size), 4, 2
     hidden = heads * size
-    norms = [normal(hidden), normal(hidden), *([normal(size), normal(size)] if with_head_norms else [None, None])]
+    norms = [normal(hidden), normal(hidden), *([normal(size), normal(size)] if with_head_norms else [])]
     block = Block(dtype, heads, key_heads, size, norms)
     x, cosine, sine = normal(1, hidden), normal(1, 1, size), normal(1, 1, size)
     unit = torch.finfo(dtype).eps
@@ -93,11 +112,36 @@ def test_steps_round_where_transformers_rounds(size, with_head_norms, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("from_one", [False, True], ids=["weight", "1 + weight"])
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("size", [2, 30, 64])
+def test_what_is_added_is_normed(size, gate, from_one, dtype):
+    normal, heads = normals(dtype, size), 2
+    hidden = heads * size
+    norms = [normal(hidden), normal(hidden), None, None, normal(hidden), normal(hidden)]
+    block = Block(dtype, heads, heads, size, norms, gate=gate, norms_from_one=from_one)
+    unit = torch.finfo(dtype).eps
+
+    x, attended = normal(1, hidden), normal(1, hidden)
+    residual = x.clone()
+    block.calls(block.ungated).finish(residual, attended)
+    update = normed(attended, norms[4], from_one)
+    torch.testing.assert_close(residual, x + update, rtol=2 * unit, atol=2 * unit * float(update.abs().max()))
+
+    found = x.clone()
+    block.calls(block.gated).finish(found, attended)
+    inner = normed(residual, norms[1], from_one)
+    gated = nn.functional.silu(inner) if gate == "silu" else nn.functional.gelu(inner, approximate="tanh")
+    update = normed(gated * inner, norms[5], from_one)
+    torch.testing.assert_close(found, residual + update, rtol=4 * unit, atol=8 * unit * float(update.abs().max()))
+
+
+@DTYPES
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(1, 1, 32), (9, 3, 64), (8, 1, 96), (4, 4, 128)])
 def test_attention_of_a_token(heads, key_heads, size, dtype):
     normal = normals(dtype, 0)
     hidden = heads * size
-    block = Block(dtype, heads, key_heads, size, [torch.ones(hidden, dtype=dtype)] * 2 + [None, None])
+    block = Block(dtype, heads, key_heads, size, [torch.ones(hidden, dtype=dtype)] * 2)
     calls = block.calls(block.ungated)
     assert native.attends(size)
     for length in (*range(1, 18), 31, 33, 64, 500):
@@ -132,7 +176,7 @@ def check_attention(found: Tensor, query: Tensor, keys: Tensor, values: Tensor) 
 
 
 def test_what_the_library_refuses():
-    block = Block(torch.float32, 2, 1, 16, [torch.ones(32)] * 2 + [None, None])
+    block = Block(torch.float32, 2, 1, 16, [torch.ones(32)] * 2)
     calls = block.calls(block.gated)
     assert not native.attends(16)
     held = torch.zeros(1, 1, 3, 16)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
-from tiny_models import GROUP_SIZE, PLAIN, make_tokenizer, save_model, token_ids
+from tiny_models import GROUP_SIZE, PLAIN, WINDOWED, make_tokenizer, save_model, token_ids
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
@@ -21,11 +21,12 @@ from matgptq.inference.block_stack import BlockStack, DecodesTokens, decode_in_o
 from matgptq.inference.decoding import DecodesRows, RowBlock, decode_in_rows
 from matgptq.inference.nested_linear import nested_layers
 from matgptq.kernels import kernel_choice
+from matgptq.models.families import PlainBlocks
 from matgptq.models.kv_cache import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
 
-OTHERS = ("gemma", "gemma2", "gemma3_text", "phi3", "opt", "gpt_neox", "mixtral")
+OTHERS = ("gemma2", "phi3", "opt", "gpt_neox", "mixtral")
 CONTEXT = token_ids(1, 12)
 
 
@@ -108,6 +109,39 @@ def test_a_token_computes_what_transformers_computes(name, head_dim, dtype, chec
     # bfloat16 keeps 8 bits: where attention's sum goes the other way, so does all that follows.
     tolerance = 1e-5 if dtype == "float32" else 0.03
     torch.testing.assert_close(short, long, rtol=tolerance, atol=tolerance * float(long.abs().max()))
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("context", [1, 3, 7, 8, 12], ids=lambda length: f"behind {length}")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [16, 32])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_layers_that_see_a_window(name, head_dim, dtype, context, sequences, checkpoint, way, calls, monkeypatch):
+    """Of 8 tokens; the two kinds of layers have a rotary embedding each, so there is no call of all blocks."""
+    if way == "stack":
+        pytest.skip("this family has no such way")
+    model = matgptq.load(checkpoint(name, head_dim), 4, device="cpu", dtype=dtype)
+    run = RowBlock.run
+    untaken: list[bool] = []
+
+    def seen(*given: object) -> Tensor | None:
+        hidden = run(*given)
+        untaken.append(hidden is None)
+        return hidden
+
+    monkeypatch.setattr(RowBlock, "run", seen)
+    tokens = token_ids(sequences, context)
+    tolerance = 1e-5 if dtype == "float32" else 0.03
+    config = model.config.get_text_config()
+    for cache in (DynamicCache(config=config), DynamicCache()):
+        untaken.clear()
+        found = decode(model, 10, copy.deepcopy(cache), tokens)
+        # What a window hides of a cache that keeps everything, a mask does.
+        hidden = 0 if len(cache.layers) else max(0, min(10, context + 10 - 8))
+        steps = 10 + (context == 1)  # which is the next token of none
+        assert untaken == [False] * (2 * steps - hidden)
+        expected = the_long_way(model, monkeypatch, steps=10, cache=cache, context=tokens)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -204,7 +238,7 @@ def _doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def test_a_forward_that_was_replaced_is_called(where, checkpoint, monkeypatch):
     model = matgptq.load(checkpoint("llama"), 8, device="cpu")
     if where == "class, prepared twice":  # as after a model has been moved and is packed again
-        assert decode_in_rows(model, "model.layers") == len(model.model.layers)
+        assert decode_in_rows(model, "model.layers", PlainBlocks()) == len(model.model.layers)
         assert decode_in_one_call(model, "model.layers")
     unchanged = decode(model)
     handle = None
@@ -233,16 +267,27 @@ def test_a_forward_that_was_replaced_is_called(where, checkpoint, monkeypatch):
     assert not torch.allclose(found, unchanged)
 
 
-@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm", "self_attn.q_norm"])
-@pytest.mark.parametrize("change", ["cast", "strided", "parametrized"])
-def test_norms_that_were_changed(change, name, checkpoint, monkeypatch):
-    model = matgptq.load(checkpoint("qwen3"), 8, device="cpu")
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen3", "input_layernorm"),
+        ("qwen3", "post_attention_layernorm"),
+        ("qwen3", "self_attn.q_norm"),
+        ("gemma3_text", "post_feedforward_layernorm"),
+    ],
+)
+@pytest.mark.parametrize("change", ["cast", "strided", "parametrized", "another eps"])
+def test_norms_that_were_changed(change, family, name, checkpoint, monkeypatch):
+    model = matgptq.load(checkpoint(family), 8, device="cpu")
+    decode(model)
     for block in model.model.layers:
         norm = block.get_submodule(name)
         if change == "cast":
             norm.bfloat16()
         elif change == "strided":
             norm.weight = nn.Parameter(torch.stack([norm.weight, torch.zeros_like(norm.weight)], 1)[:, 0])
+        elif change == "another eps":
+            setattr(norm, "variance_epsilon" if family == "qwen3" else "eps", 0.5)
         else:
             nn.utils.parametrizations.weight_norm(norm, dim=None)
     found, expected = decode(model), the_long_way(model, monkeypatch)

@@ -18,8 +18,9 @@ from matgptq.models.families import find_family
 VOCAB = 288  # 256 bytes and a few specials, and more rows than the tokenizer has tokens, as real models have
 GROUP_SIZE = 64  # divides some layers below; the others fall back to 32
 
-# Of MODELS those whose next tokens take the short way on a CPU.
-PLAIN = ("llama", "llama-biased", "mistral", "qwen2", "qwen3")
+# Of MODELS those whose next tokens take the short way on a CPU, and those whose blocks do so each by itself.
+PLAIN = ("llama", "llama-biased", "mistral", "qwen2", "qwen3", "gemma")
+WINDOWED = ("gemma3_text", "gemma3")
 
 _LLAMA_LIKE = {
     "hidden_size": 64,

@@ -1038,7 +1038,8 @@ void test_row_steps() {
         for (const int64_t size : {1, 2, 3, 15, 16, 17, 31, 64, 70, 577}) {
             where = "row steps, size " + std::to_string(size) + (half ? ", bfloat16" : ", float32");
             const auto at = [](int64_t i) { return static_cast<size_t>(i); };
-            for (const bool updates : {false, true}) {
+            for (const int kind : {0, 1, 2, 3}) {
+                const bool updates = kind % 2, from_one = kind >= 2;
                 const int64_t rows = 3;
                 Vector x(rows * size, half, -2, 2), update(rows * size, half, -2, 2), weight(size, half, 0.5f, 2);
                 Vector out(rows * size, half, 0, 0);
@@ -1048,7 +1049,7 @@ void test_row_steps() {
                     sum[i] = half ? bfloat16(added) : added;
                 }
                 matgptq::rms_norm(x.data(), updates ? update.data() : nullptr, weight.data(), 1e-5f, out.data(), rows, size,
-                                  x.dtype());
+                                  from_one, x.dtype());
                 x.read();
                 out.read();
                 bool same = true;
@@ -1059,20 +1060,24 @@ void test_row_steps() {
                     for (int64_t i = 0; i < size; ++i) {
                         const size_t place = at(row * size + i);
                         same &= x.values[place] == static_cast<float>(sum[place]);
-                        same &= out.is(place, weight.values[at(i)] * sum[place] * factor);
+                        same &= out.is(place, ((from_one ? 1.0 : 0.0) + weight.values[at(i)]) * sum[place] * factor);
                     }
                 }
                 check(same, "rms_norm is its formula");
             }
             Vector gate(size, half, -20, 20), up(size, half, -2, 2), product(size, half, 0, 0);
-            matgptq::silu_product(gate.data(), up.data(), product.data(), size, gate.dtype());
-            product.read();
             bool same = true;
-            for (int64_t i = 0; i < size; ++i) {
-                const double g = gate.values[at(i)];
-                same &= product.is(at(i), g / (1 + std::exp(-g)) * up.values[at(i)]);
+            for (const int activation : {MATGPTQ_SILU, MATGPTQ_GELU_TANH}) {
+                matgptq::gated_product(gate.data(), up.data(), product.data(), size, activation, gate.dtype());
+                product.read();
+                for (int64_t i = 0; i < size; ++i) {
+                    const double g = gate.values[at(i)];
+                    const double tanh = std::tanh(std::sqrt(2 / std::acos(-1.0)) * (g + 0.044715 * g * g * g));
+                    const double activated = activation == MATGPTQ_SILU ? g / (1 + std::exp(-g)) : g / 2 * (1 + tanh);
+                    same &= product.is(at(i), activated * up.values[at(i)]);
+                }
             }
-            check(same, "silu_product is its formula");
+            check(same, "gated_product is its formula");
             Vector sum = gate;
             matgptq::add(sum.data(), up.data(), size, sum.dtype());
             sum.read();
@@ -1104,12 +1109,20 @@ void test_row_steps() {
     where = "row steps, values that are not finite";
     const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
     std::vector<float> gate = {nan, infinity, 1.0f, 88.0f, -200.0f}, up = {1, 1, nan, 1, 1}, out(5), ones(5, 1.0f);
-    matgptq::silu_product(gate.data(), up.data(), out.data(), 5, MATGPTQ_FLOAT32);
-    check(std::isnan(out[0]) && std::isinf(out[1]) && std::isnan(out[2]), "silu_product propagates them");
-    check(out[3] == 88.0f && std::fabs(out[4]) < 1e-30f, "silu_product does not overflow");
+    for (const int activation : {MATGPTQ_SILU, MATGPTQ_GELU_TANH}) {
+        matgptq::gated_product(gate.data(), up.data(), out.data(), 5, activation, MATGPTQ_FLOAT32);
+        check(std::isnan(out[0]) && std::isinf(out[1]) && std::isnan(out[2]), "gated_product propagates them");
+        check(out[3] == 88.0f && std::fabs(out[4]) < 1e-30f, "gated_product does not overflow");
+    }
+    gate = {1e25f, -1e25f, -20.0f, 0.0f, -0.0f};
+    up[2] = 1;
+    matgptq::gated_product(gate.data(), up.data(), out.data(), 5, MATGPTQ_GELU_TANH, MATGPTQ_FLOAT32);
+    check(out[0] == 1e25f && out[1] == 0 && out[2] == 0 && out[3] == 0 && out[4] == 0, "nor where its cube would");
     std::vector<float> row = {1, nan, 1, 1, 1};
-    matgptq::rms_norm(row.data(), nullptr, ones.data(), 1e-5f, out.data(), 1, 5, MATGPTQ_FLOAT32);
-    check(std::isnan(out[0]) && std::isnan(out[4]), "rms_norm propagates them");
+    for (const bool from_one : {false, true}) {
+        matgptq::rms_norm(row.data(), nullptr, ones.data(), 1e-5f, out.data(), 1, 5, from_one, MATGPTQ_FLOAT32);
+        check(std::isnan(out[0]) && std::isnan(out[4]), "rms_norm propagates them");
+    }
     uint16_t quiet = 0x7fc1, word = 0x3f80;
     matgptq::add(&quiet, &word, 1, MATGPTQ_BFLOAT16);
     check((quiet & 0x7fff) > 0x7f80, "a NaN stays one");
@@ -1127,222 +1140,244 @@ void test_block(const std::vector<std::string>& sets) {
     std::vector<float> bias(static_cast<size_t>(heads * size));
     for (auto& v : bias) v = uniform(-1, 1);
     for (const std::string& set : sets)
-        for (const bool half : {false, true})
-            for (const int activations : {MATGPTQ_EXACT, MATGPTQ_INT8}) {
-                matgptq_set_isa(set.c_str());
-                where = set + ", block" + (half ? ", bfloat16" : ", float32") + (activations ? ", int8" : "");
-                Vector x(hidden, half, -1, 1), first(hidden, half, 0.5f, 2), second(hidden, half, 0.5f, 2);
-                Vector query_norm(size, half, 0.5f, 2), key_norm(size, half, 0.5f, 2);
-                Vector cosine(size, half, -1, 1), sine(size, half, -1, 1);
-                Vector keys(key_heads * length * size, half, -1, 1), values(key_heads * length * size, half, -1, 1);
-                const int dtype = x.dtype();
-                matgptq_block block{};
-                block.dtype = dtype;
-                block.activations = activations;
-                block.hidden = hidden;
-                block.size = size;
-                block.scale = 0.2f;
-                block.first_eps = block.second_eps = block.query_eps = block.key_eps = 1e-5f;
-                block.first_norm = first.data();
-                block.second_norm = second.data();
-                block.query_norm = query_norm.data();
-                block.key_norm = key_norm.data();
-                for (int i = 0; i < 7; ++i) block.products[i] = {weights[i], 4, i ? nullptr : bias.data(), nullptr, 0};
-                const int64_t total = (heads + 2 * key_heads) * size, key_at = heads * size;
-                Vector normed(hidden, half, 0, 0), expected(total, half, 0, 0), found(total, half, 0, 0);
-                const auto part = [&](Vector& v, int64_t at) { return static_cast<char*>(v.data()) + at * (half ? 2 : 4); };
-                const auto multiply = [&](int i, const void* from, void* to) {
-                    matgptq_product product = block.products[i];
-                    product.y = to;
-                    check(matgptq_matmul(from, dtype, shapes[i][1], 1, shapes[i][1], &product, 1, dtype, activations, 1) ==
-                              MATGPTQ_OK, "a product runs");
-                };
-                matgptq::rms_norm(x.data(), nullptr, first.data(), 1e-5f, normed.data(), 1, hidden, dtype);
-                multiply(0, normed.data(), expected.data());
-                multiply(1, normed.data(), part(expected, key_at));
-                multiply(2, normed.data(), part(expected, key_at + key_heads * size));
-                matgptq::rms_norm(expected.data(), nullptr, query_norm.data(), 1e-5f, expected.data(), heads, size, dtype);
-                matgptq::rms_norm(part(expected, key_at), nullptr, key_norm.data(), 1e-5f, part(expected, key_at), key_heads,
-                                  size, dtype);
-                matgptq::rotate(expected.data(), cosine.data(), sine.data(), heads + key_heads, size, dtype);
-                check(matgptq_block_start(&block, x.data(), 1, cosine.data(), sine.data(), found.data(), 2) == MATGPTQ_OK,
-                      "start runs");
-                expected.read();
-                found.read();
-                check(found.values == expected.values, "start is its parts");
-
-                Vector attended(heads * size, half, 0, 0), update(hidden, half, 0, 0), gate(mlp, half, 0, 0);
-                Vector up(mlp, half, 0, 0), product(mlp, half, 0, 0), wanted = x;
-                const matgptq_kv_cache cache{keys.data(), values.data(), length * size, size, length * size, size};
-                const matgptq_kv_cache* const of_one = &cache;
-                check(matgptq_attend(found.data(), 0, 1, &of_one, 0, &length, attended.data(), heads, key_heads, size,
-                                     0.2f, dtype, 1) == MATGPTQ_OK,
-                      "attend runs");
-                multiply(3, attended.data(), update.data());
-                matgptq::rms_norm(wanted.data(), update.data(), second.data(), 1e-5f, normed.data(), 1, hidden, dtype);
-                multiply(4, normed.data(), gate.data());
-                multiply(5, normed.data(), up.data());
-                matgptq::silu_product(gate.data(), up.data(), product.data(), mlp, dtype);
-                multiply(6, product.data(), update.data());
-                matgptq::add(wanted.data(), update.data(), hidden, dtype);
-                wanted.read();
-                Vector again = x;
-                const Vector given = x;
-                check(matgptq_block_finish(&block, x.data(), 1, found.data(), 0, &of_one, 0, &length, 2) == MATGPTQ_OK,
-                      "finish runs");
-                check(matgptq_block_finish(&block, again.data(), 1, attended.data(), 0, nullptr, 0, nullptr, 1) ==
-                          MATGPTQ_OK, "finish after another attention runs");
-                x.read();
-                again.read();
-                check(x.values == wanted.values && again.values == wanted.values, "finish is its parts");
-                // The last position comes from elsewhere: positions before heads, and gaps between them.
-                const int64_t gap = size + 3, row = key_heads * gap;
-                const auto key = [&](int64_t h) { return part(found, key_at + h * size); };
-                const auto value = [&](int64_t h) { return key(key_heads + h); };
-                Vector apart(length * row, half, -1, 1), values_apart(length * row, half, -1, 1);
-                Vector appended = again, before = again;
-                for (int64_t h = 0; h < key_heads; ++h) {
-                    std::memcpy(part(keys, (h * length + length - 1) * size), key(h), size * (half ? 2 : 4));
-                    std::memcpy(part(values, (h * length + length - 1) * size), value(h), size * (half ? 2 : 4));
-                    for (int64_t t = 0; t + 1 < length; ++t) {
-                        std::memcpy(part(apart, t * row + h * gap), part(keys, (h * length + t) * size), size * (half ? 2 : 4));
-                        std::memcpy(part(values_apart, t * row + h * gap), part(values, (h * length + t) * size),
-                                    size * (half ? 2 : 4));
-                    }
-                }
-                const matgptq_kv_cache caches[2] = {cache, {apart.data(), values_apart.data(), gap, row, gap, row}};
-                const matgptq_kv_cache* const of_both = caches;
-                check(matgptq_block_finish(&block, before.data(), 1, found.data(), 0, &of_both, 0, &length, 1) ==
-                              MATGPTQ_OK &&
-                          matgptq_block_finish(&block, appended.data(), 1, found.data(), 1, &of_both, 1, &length, 1) ==
-                              MATGPTQ_OK,
-                      "finish appends");
-                before.read();
-                appended.read();
-                check(before.values == appended.values, "key and value are appended");
-
-                // Two blocks one after the other, as two calls each and as one for all.
-                matgptq_block other = block;
-                other.query_norm = other.key_norm = nullptr;
-                const matgptq_block* const both[2] = {&block, &other};
-                Vector stepped = given, together = given;
-                for (int i = 0; i < 2; ++i) {
-                    check(matgptq_block_start(both[i], stepped.data(), 1, cosine.data(), sine.data(), found.data(), 1) ==
-                                  MATGPTQ_OK &&
-                              matgptq_block_finish(both[i], stepped.data(), 1, found.data(), 1, &of_both, i, &length, 1) ==
-                                  MATGPTQ_OK,
-                          "a block runs");
-                }
-                keys.read();
-                apart.read();
-                const Vector keys_before = keys, apart_before = apart;
-                check(matgptq_blocks(both, 2, together.data(), 1, cosine.data(), sine.data(), &of_both, &length, 2) ==
-                          MATGPTQ_OK, "blocks run");
-                for (Vector* v : {&stepped, &together, &keys, &apart}) v->read();
-                check(stepped.values == together.values, "blocks are one after the other");
-                check(keys.values == keys_before.values && apart.values == apart_before.values, "blocks append");
-
-                // Several sequences at once are each of them by itself, whatever they see.
-                for (const int64_t sequences : {2, 3, 9, 17}) {
-                    const int64_t each = key_heads * length * size, bytes = half ? 2 : 4;
-                    Vector rows(sequences * hidden, half, -1, 1), cosines(sequences * size, half, -1, 1);
-                    Vector sines(sequences * size, half, -1, 1), all_keys(2 * sequences * each, half, -1, 1);
-                    Vector all_values(2 * sequences * each, half, -1, 1);
-                    std::vector<int64_t> seen(static_cast<size_t>(sequences));
-                    for (size_t i = 0; i < seen.size(); ++i) seen[i] = 1 + static_cast<int64_t>(i) % length;
-                    const auto caches_of = [&](Vector& k, Vector& v) {
-                        std::vector<std::vector<matgptq_kv_cache>> of_sequences(seen.size());
-                        for (int64_t i = 0; i < 2 * sequences; ++i)
-                            of_sequences[static_cast<size_t>(i / 2)].push_back(
-                                {part(k, i * each), part(v, i * each), length * size, size, length * size, size});
-                        return of_sequences;
-                    };
-                    const auto pointers = [](const std::vector<std::vector<matgptq_kv_cache>>& of_sequences) {
-                        std::vector<const matgptq_kv_cache*> found_pointers;
-                        for (const auto& layers : of_sequences) found_pointers.push_back(layers.data());
-                        return found_pointers;
-                    };
-                    Vector single = rows, single_keys = all_keys, single_values = all_values;
-                    const auto single_caches = caches_of(single_keys, single_values), all_caches = caches_of(all_keys, all_values);
-                    const auto single_pointers = pointers(single_caches), all_pointers = pointers(all_caches);
-                    bool runs = true;
-                    for (int64_t i = 0; i < sequences; ++i)
-                        runs &= matgptq_blocks(both, 2, part(single, i * hidden), 1, part(cosines, i * size),
-                                               part(sines, i * size), &single_pointers[static_cast<size_t>(i)],
-                                               &seen[static_cast<size_t>(i)], 1) == MATGPTQ_OK;
-                    check(runs && matgptq_blocks(both, 2, rows.data(), sequences, cosines.data(), sines.data(),
-                                                 all_pointers.data(), seen.data(), 2) == MATGPTQ_OK,
-                          "blocks of several sequences run");
-                    const auto same = [&](Vector& one, Vector& two, int64_t count) {
-                        return !std::memcmp(one.data(), two.data(), static_cast<size_t>(count * bytes));
-                    };
-                    check(same(rows, single, sequences * hidden), "sequences are independent");
-                    check(same(all_keys, single_keys, 2 * sequences * each) &&
-                              same(all_values, single_values, 2 * sequences * each),
-                          "each sequence has keys and values of its own");
-                }
-                if (half || activations) continue;
-
-                where = "block, refusals";
-                const auto start = [&](const matgptq_block& with) {
-                    return matgptq_block_start(&with, x.data(), 1, cosine.data(), sine.data(), found.data(), 1);
-                };
-                matgptq_block bad = block;
-                bad.dtype = 2;
-                check(start(bad) == MATGPTQ_E_ARGUMENT, "unknown dtype");
-                bad = block;
-                bad.size = 31;
-                check(start(bad) == MATGPTQ_E_ARGUMENT, "odd heads");
-                bad.size = 24;
-                check(start(bad) == MATGPTQ_E_SHAPE, "heads that do not fill the keys");
-                bad = block;
-                bad.products[MATGPTQ_DOWN].weight = nullptr;
-                check(start(bad) == MATGPTQ_E_ARGUMENT, "no weight");
-                bad.products[MATGPTQ_DOWN].weight = weights[MATGPTQ_UP];
-                check(start(bad) == MATGPTQ_E_SHAPE, "a weight of another shape");
-                bad = block;
-                bad.products[MATGPTQ_KEY].bits = 9;
-                check(start(bad) == MATGPTQ_E_BITS, "a width that there is not");
-                bad = block;
-                bad.second_norm = nullptr;
-                check(start(bad) == MATGPTQ_E_ARGUMENT, "no norm");
-                check(matgptq_block_start(nullptr, x.data(), 1, cosine.data(), sine.data(), found.data(), 1) ==
-                          MATGPTQ_E_ARGUMENT, "no block");
-                check(matgptq_block_start(&block, x.data(), 1, nullptr, sine.data(), found.data(), 1) == MATGPTQ_E_ARGUMENT,
-                      "no cosine");
-                check(matgptq_block_start(&block, x.data(), 0, cosine.data(), sine.data(), found.data(), 1) ==
-                          MATGPTQ_E_ARGUMENT, "no sequences");
-                const auto finish = [&](const void* from, const matgptq_kv_cache* with, int64_t positions) {
-                    return matgptq_block_finish(&block, x.data(), 1, from, 1, with ? &with : nullptr, 0, &positions, 1);
-                };
-                check(finish(nullptr, &cache, length) == MATGPTQ_E_ARGUMENT, "no query");
-                check(finish(found.data(), nullptr, 1) == MATGPTQ_E_ARGUMENT, "nowhere to append to");
-                check(finish(found.data(), &cache, 0) == MATGPTQ_E_ARGUMENT, "no position");
-                matgptq_kv_cache missing = cache;
-                missing.values = nullptr;
-                check(finish(found.data(), &missing, length) == MATGPTQ_E_ARGUMENT, "no values");
-                const auto run = [&](const matgptq_block& second, int count) {
-                    const matgptq_block* const two[2] = {&block, &second};
-                    return matgptq_blocks(two, count, x.data(), 1, cosine.data(), sine.data(), &of_both, &length, 1);
-                };
-                x.read();
-                const Vector untouched = x;
-                bad = block;
-                bad.dtype = MATGPTQ_BFLOAT16;
-                check(run(bad, 2) == MATGPTQ_E_ARGUMENT, "blocks of two dtypes");
-                bad = block;
-                bad.hidden = 2 * hidden;
-                check(run(bad, 2) == MATGPTQ_E_SHAPE, "blocks of two sizes");
-                check(run(block, -1) == MATGPTQ_E_ARGUMENT && run(block, 0) == MATGPTQ_OK, "how many blocks");
-                check(matgptq_blocks(nullptr, 1, x.data(), 1, cosine.data(), sine.data(), &of_both, &length, 1) ==
-                          MATGPTQ_E_ARGUMENT, "no blocks");
-                check(matgptq_blocks(both, 2, x.data(), 1, cosine.data(), sine.data(), nullptr, &length, 1) ==
-                          MATGPTQ_E_ARGUMENT, "no caches");
-                x.read();
-                check(x.values == untouched.values, "refused calls write nothing");
+        for (const int kind : {0, 1, 2, 3, 4, 5, 6, 7}) {
+            // Of Llama's kind, or of Gemma's.
+            const bool half = kind & 1, gemma = kind & 4;
+            const int activations = kind & 2 ? MATGPTQ_INT8 : MATGPTQ_EXACT;
+            matgptq_set_isa(set.c_str());
+            where = set + ", block" + (half ? ", bfloat16" : ", float32") + (activations ? ", int8" : "") +
+                    (gemma ? ", four norms" : "");
+            Vector x(hidden, half, -1, 1), first(hidden, half, 0.5f, 2), second(hidden, half, 0.5f, 2);
+            Vector query_norm(size, half, 0.5f, 2), key_norm(size, half, 0.5f, 2);
+            Vector attention_norm(hidden, half, -0.5f, 1), mlp_norm(hidden, half, -0.5f, 1);
+            Vector cosine(size, half, -1, 1), sine(size, half, -1, 1);
+            Vector keys(key_heads * length * size, half, -1, 1), values(key_heads * length * size, half, -1, 1);
+            const int dtype = x.dtype();
+            matgptq_block block{};
+            block.dtype = dtype;
+            block.activations = activations;
+            block.hidden = hidden;
+            block.size = size;
+            block.scale = 0.2f;
+            block.first_eps = block.second_eps = block.query_eps = block.key_eps = 1e-5f;
+            if (gemma) {
+                block.gate = MATGPTQ_GELU_TANH;
+                block.norms_from_one = 1;
+                block.attention_norm = attention_norm.data();
+                block.mlp_norm = mlp_norm.data();
+                block.attention_eps = 1e-3f;
+                block.mlp_eps = 1e-2f;
             }
+            block.first_norm = first.data();
+            block.second_norm = second.data();
+            block.query_norm = query_norm.data();
+            block.key_norm = key_norm.data();
+            for (int i = 0; i < 7; ++i) block.products[i] = {weights[i], 4, i ? nullptr : bias.data(), nullptr, 0};
+            const int64_t total = (heads + 2 * key_heads) * size, key_at = heads * size;
+            Vector normed(hidden, half, 0, 0), expected(total, half, 0, 0), found(total, half, 0, 0);
+            const auto part = [&](Vector& v, int64_t at) { return static_cast<char*>(v.data()) + at * (half ? 2 : 4); };
+            const auto multiply = [&](int i, const void* from, void* to) {
+                matgptq_product product = block.products[i];
+                product.y = to;
+                check(matgptq_matmul(from, dtype, shapes[i][1], 1, shapes[i][1], &product, 1, dtype, activations, 1) ==
+                          MATGPTQ_OK, "a product runs");
+            };
+            matgptq::rms_norm(x.data(), nullptr, first.data(), 1e-5f, normed.data(), 1, hidden, gemma, dtype);
+            multiply(0, normed.data(), expected.data());
+            multiply(1, normed.data(), part(expected, key_at));
+            multiply(2, normed.data(), part(expected, key_at + key_heads * size));
+            matgptq::rms_norm(expected.data(), nullptr, query_norm.data(), 1e-5f, expected.data(), heads, size, gemma,
+                              dtype);
+            matgptq::rms_norm(part(expected, key_at), nullptr, key_norm.data(), 1e-5f, part(expected, key_at), key_heads,
+                              size, gemma, dtype);
+            matgptq::rotate(expected.data(), cosine.data(), sine.data(), heads + key_heads, size, dtype);
+            check(matgptq_block_start(&block, x.data(), 1, cosine.data(), sine.data(), found.data(), 2) == MATGPTQ_OK,
+                  "start runs");
+            expected.read();
+            found.read();
+            check(found.values == expected.values, "start is its parts");
+
+            Vector attended(heads * size, half, 0, 0), update(hidden, half, 0, 0), gate(mlp, half, 0, 0);
+            Vector up(mlp, half, 0, 0), product(mlp, half, 0, 0), wanted = x;
+            const matgptq_kv_cache cache{keys.data(), values.data(), length * size, size, length * size, size};
+            const matgptq_kv_cache* const of_one = &cache;
+            check(matgptq_attend(found.data(), 0, 1, &of_one, 0, &length, attended.data(), heads, key_heads, size,
+                                 0.2f, dtype, 1) == MATGPTQ_OK,
+                  "attend runs");
+            const auto norm_update = [&](Vector& weight, float eps) {
+                if (gemma)
+                    matgptq::rms_norm(update.data(), nullptr, weight.data(), eps, update.data(), 1, hidden, true, dtype);
+            };
+            multiply(3, attended.data(), update.data());
+            norm_update(attention_norm, 1e-3f);
+            matgptq::rms_norm(wanted.data(), update.data(), second.data(), 1e-5f, normed.data(), 1, hidden, gemma, dtype);
+            multiply(4, normed.data(), gate.data());
+            multiply(5, normed.data(), up.data());
+            matgptq::gated_product(gate.data(), up.data(), product.data(), mlp, block.gate, dtype);
+            multiply(6, product.data(), update.data());
+            norm_update(mlp_norm, 1e-2f);
+            matgptq::add(wanted.data(), update.data(), hidden, dtype);
+            wanted.read();
+            Vector again = x;
+            const Vector given = x;
+            check(matgptq_block_finish(&block, x.data(), 1, found.data(), 0, &of_one, 0, &length, 2) == MATGPTQ_OK,
+                  "finish runs");
+            check(matgptq_block_finish(&block, again.data(), 1, attended.data(), 0, nullptr, 0, nullptr, 1) ==
+                      MATGPTQ_OK, "finish after another attention runs");
+            x.read();
+            again.read();
+            check(x.values == wanted.values && again.values == wanted.values, "finish is its parts");
+            // The last position comes from elsewhere: positions before heads, and gaps between them.
+            const int64_t gap = size + 3, row = key_heads * gap;
+            const auto key = [&](int64_t h) { return part(found, key_at + h * size); };
+            const auto value = [&](int64_t h) { return key(key_heads + h); };
+            Vector apart(length * row, half, -1, 1), values_apart(length * row, half, -1, 1);
+            Vector appended = again, before = again;
+            for (int64_t h = 0; h < key_heads; ++h) {
+                std::memcpy(part(keys, (h * length + length - 1) * size), key(h), size * (half ? 2 : 4));
+                std::memcpy(part(values, (h * length + length - 1) * size), value(h), size * (half ? 2 : 4));
+                for (int64_t t = 0; t + 1 < length; ++t) {
+                    std::memcpy(part(apart, t * row + h * gap), part(keys, (h * length + t) * size), size * (half ? 2 : 4));
+                    std::memcpy(part(values_apart, t * row + h * gap), part(values, (h * length + t) * size),
+                                size * (half ? 2 : 4));
+                }
+            }
+            const matgptq_kv_cache caches[2] = {cache, {apart.data(), values_apart.data(), gap, row, gap, row}};
+            const matgptq_kv_cache* const of_both = caches;
+            check(matgptq_block_finish(&block, before.data(), 1, found.data(), 0, &of_both, 0, &length, 1) ==
+                          MATGPTQ_OK &&
+                      matgptq_block_finish(&block, appended.data(), 1, found.data(), 1, &of_both, 1, &length, 1) ==
+                          MATGPTQ_OK,
+                  "finish appends");
+            before.read();
+            appended.read();
+            check(before.values == appended.values, "key and value are appended");
+
+            // Two blocks one after the other, as two calls each and as one for all.
+            matgptq_block other = block;
+            other.query_norm = other.key_norm = nullptr;
+            const matgptq_block* const both[2] = {&block, &other};
+            Vector stepped = given, together = given;
+            for (int i = 0; i < 2; ++i) {
+                check(matgptq_block_start(both[i], stepped.data(), 1, cosine.data(), sine.data(), found.data(), 1) ==
+                              MATGPTQ_OK &&
+                          matgptq_block_finish(both[i], stepped.data(), 1, found.data(), 1, &of_both, i, &length, 1) ==
+                              MATGPTQ_OK,
+                      "a block runs");
+            }
+            keys.read();
+            apart.read();
+            const Vector keys_before = keys, apart_before = apart;
+            check(matgptq_blocks(both, 2, together.data(), 1, cosine.data(), sine.data(), &of_both, &length, 2) ==
+                      MATGPTQ_OK, "blocks run");
+            for (Vector* v : {&stepped, &together, &keys, &apart}) v->read();
+            check(stepped.values == together.values, "blocks are one after the other");
+            check(keys.values == keys_before.values && apart.values == apart_before.values, "blocks append");
+
+            // Several sequences at once are each of them by itself, whatever they see.
+            for (const int64_t sequences : {2, 3, 9, 17}) {
+                const int64_t each = key_heads * length * size, bytes = half ? 2 : 4;
+                Vector rows(sequences * hidden, half, -1, 1), cosines(sequences * size, half, -1, 1);
+                Vector sines(sequences * size, half, -1, 1), all_keys(2 * sequences * each, half, -1, 1);
+                Vector all_values(2 * sequences * each, half, -1, 1);
+                std::vector<int64_t> seen(static_cast<size_t>(sequences));
+                for (size_t i = 0; i < seen.size(); ++i) seen[i] = 1 + static_cast<int64_t>(i) % length;
+                const auto caches_of = [&](Vector& k, Vector& v) {
+                    std::vector<std::vector<matgptq_kv_cache>> of_sequences(seen.size());
+                    for (int64_t i = 0; i < 2 * sequences; ++i)
+                        of_sequences[static_cast<size_t>(i / 2)].push_back(
+                            {part(k, i * each), part(v, i * each), length * size, size, length * size, size});
+                    return of_sequences;
+                };
+                const auto pointers = [](const std::vector<std::vector<matgptq_kv_cache>>& of_sequences) {
+                    std::vector<const matgptq_kv_cache*> found_pointers;
+                    for (const auto& layers : of_sequences) found_pointers.push_back(layers.data());
+                    return found_pointers;
+                };
+                Vector single = rows, single_keys = all_keys, single_values = all_values;
+                const auto single_caches = caches_of(single_keys, single_values), all_caches = caches_of(all_keys, all_values);
+                const auto single_pointers = pointers(single_caches), all_pointers = pointers(all_caches);
+                bool runs = true;
+                for (int64_t i = 0; i < sequences; ++i)
+                    runs &= matgptq_blocks(both, 2, part(single, i * hidden), 1, part(cosines, i * size),
+                                           part(sines, i * size), &single_pointers[static_cast<size_t>(i)],
+                                           &seen[static_cast<size_t>(i)], 1) == MATGPTQ_OK;
+                check(runs && matgptq_blocks(both, 2, rows.data(), sequences, cosines.data(), sines.data(),
+                                             all_pointers.data(), seen.data(), 2) == MATGPTQ_OK,
+                      "blocks of several sequences run");
+                const auto same = [&](Vector& one, Vector& two, int64_t count) {
+                    return !std::memcmp(one.data(), two.data(), static_cast<size_t>(count * bytes));
+                };
+                check(same(rows, single, sequences * hidden), "sequences are independent");
+                check(same(all_keys, single_keys, 2 * sequences * each) &&
+                          same(all_values, single_values, 2 * sequences * each),
+                      "each sequence has keys and values of its own");
+            }
+            if (kind) continue;
+
+            where = "block, refusals";
+            const auto start = [&](const matgptq_block& with) {
+                return matgptq_block_start(&with, x.data(), 1, cosine.data(), sine.data(), found.data(), 1);
+            };
+            matgptq_block bad = block;
+            bad.dtype = 2;
+            check(start(bad) == MATGPTQ_E_ARGUMENT, "unknown dtype");
+            bad = block;
+            bad.size = 31;
+            check(start(bad) == MATGPTQ_E_ARGUMENT, "odd heads");
+            bad.size = 24;
+            check(start(bad) == MATGPTQ_E_SHAPE, "heads that do not fill the keys");
+            bad = block;
+            bad.products[MATGPTQ_DOWN].weight = nullptr;
+            check(start(bad) == MATGPTQ_E_ARGUMENT, "no weight");
+            bad.products[MATGPTQ_DOWN].weight = weights[MATGPTQ_UP];
+            check(start(bad) == MATGPTQ_E_SHAPE, "a weight of another shape");
+            bad = block;
+            bad.products[MATGPTQ_KEY].bits = 9;
+            check(start(bad) == MATGPTQ_E_BITS, "a width that there is not");
+            bad = block;
+            bad.second_norm = nullptr;
+            check(start(bad) == MATGPTQ_E_ARGUMENT, "no norm");
+            bad = block;
+            bad.gate = 2;
+            check(start(bad) == MATGPTQ_E_ARGUMENT, "an activation that there is not");
+            check(matgptq_block_start(nullptr, x.data(), 1, cosine.data(), sine.data(), found.data(), 1) ==
+                      MATGPTQ_E_ARGUMENT, "no block");
+            check(matgptq_block_start(&block, x.data(), 1, nullptr, sine.data(), found.data(), 1) == MATGPTQ_E_ARGUMENT,
+                  "no cosine");
+            check(matgptq_block_start(&block, x.data(), 0, cosine.data(), sine.data(), found.data(), 1) ==
+                      MATGPTQ_E_ARGUMENT, "no sequences");
+            const auto finish = [&](const void* from, const matgptq_kv_cache* with, int64_t positions) {
+                return matgptq_block_finish(&block, x.data(), 1, from, 1, with ? &with : nullptr, 0, &positions, 1);
+            };
+            check(finish(nullptr, &cache, length) == MATGPTQ_E_ARGUMENT, "no query");
+            check(finish(found.data(), nullptr, 1) == MATGPTQ_E_ARGUMENT, "nowhere to append to");
+            check(finish(found.data(), &cache, 0) == MATGPTQ_E_ARGUMENT, "no position");
+            matgptq_kv_cache missing = cache;
+            missing.values = nullptr;
+            check(finish(found.data(), &missing, length) == MATGPTQ_E_ARGUMENT, "no values");
+            const auto run = [&](const matgptq_block& second, int count) {
+                const matgptq_block* const two[2] = {&block, &second};
+                return matgptq_blocks(two, count, x.data(), 1, cosine.data(), sine.data(), &of_both, &length, 1);
+            };
+            x.read();
+            const Vector untouched = x;
+            bad = block;
+            bad.dtype = MATGPTQ_BFLOAT16;
+            check(run(bad, 2) == MATGPTQ_E_ARGUMENT, "blocks of two dtypes");
+            bad = block;
+            bad.hidden = 2 * hidden;
+            check(run(bad, 2) == MATGPTQ_E_SHAPE, "blocks of two sizes");
+            check(run(block, -1) == MATGPTQ_E_ARGUMENT && run(block, 0) == MATGPTQ_OK, "how many blocks");
+            check(matgptq_blocks(nullptr, 1, x.data(), 1, cosine.data(), sine.data(), &of_both, &length, 1) ==
+                      MATGPTQ_E_ARGUMENT, "no blocks");
+            check(matgptq_blocks(both, 2, x.data(), 1, cosine.data(), sine.data(), nullptr, &length, 1) ==
+                      MATGPTQ_E_ARGUMENT, "no caches");
+            x.read();
+            check(x.values == untouched.values, "refused calls write nothing");
+        }
     for (matgptq_weight* weight : weights) matgptq_weight_free(weight);
-    std::printf("block: two dtypes, two kinds of activations\n");
+    std::printf("block: two kinds, two dtypes, two precisions of activations\n");
 }
 
 }  // namespace

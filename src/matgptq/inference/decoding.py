@@ -19,19 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
+from transformers.activations import GELUTanh, SiLUActivation
 
 from matgptq import native
 from matgptq.inference.mixed_classes import Mixin, mix_in
 from matgptq.inference.nested_linear import NestedLinear
 from matgptq.kernels import dispatch, kernel_choice
 from matgptq.kernels.shared_input import memory_state
+from matgptq.models.families import PlainBlocks
 from matgptq.models.kv_cache import CACHE_ARGUMENT, append_positions
-from matgptq.native import DTYPES, BlockCalls, RMSNorm
+from matgptq.native import DTYPES, BlockCalls, Gate, RMSNorm
 
-_NORMS = ("input_layernorm", "post_attention_layernorm")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")
+_GATES: dict[type[nn.Module], Gate] = {SiLUActivation: "silu", nn.SiLU: "silu", GELUTanh: "gelu_tanh"}
 
 
 class DecodesRows(Mixin):
@@ -49,18 +51,17 @@ class DecodesRows(Mixin):
         return result
 
 
-def decode_in_rows(model: nn.Module, blocks: str) -> int:
+def decode_in_rows(model: nn.Module, blocks: str, kind: PlainBlocks) -> int:
     """Let the blocks of a model decode next tokens the short way where they can; returns how many do.
 
     Args:
-        model: on the CPU, its nested layers packed for the native library. Its blocks must be of the plain kind
-            (``Family.plain_blocks``): ``x += attention(norm(x)); x += mlp(norm(x))`` with RMSNorm, rotary embedding of
-            whole heads and a gated MLP, under Llama's names.
+        model: on the CPU, its nested layers packed for the native library.
         blocks: module path of the list of blocks.
+        kind: what they are like.
     """
     changed = 0
     for block in model.get_submodule(blocks).children():
-        row_block = _row_block(block)
+        row_block = _row_block(block, kind)
         if row_block is None:
             continue
         block.__dict__["row_block"] = row_block
@@ -70,21 +71,20 @@ def decode_in_rows(model: nn.Module, blocks: str) -> int:
     return changed
 
 
-def _row_block(block: Any) -> RowBlock | None:
+def _row_block(block: Any, kind: PlainBlocks) -> RowBlock | None:
     attention: Any = getattr(block, "self_attn", None)
     mlp: Any = getattr(block, "mlp", None)
-    names = {block: _NORMS, attention: _ATTENTION, mlp: _MLP}
+    names = {block: (*kind.norms, *kind.update_norms), attention: _ATTENTION, mlp: (*_MLP, "act_fn")}
     if any(owner is None or not hasattr(owner, name) for owner, wanted in names.items() for name in wanted):
         return None
-    linears = [getattr(owner, name) for owner in (attention, mlp) for name in names[owner]]
-    dtype = block.input_layernorm.weight.dtype
+    linears = [getattr(owner, name) for owner, wanted in ((attention, _ATTENTION), (mlp, _MLP)) for name in wanted]
     if (
-        dtype not in DTYPES
+        getattr(block, kind.norms[0]).weight.dtype not in DTYPES
         or any(not isinstance(linear, NestedLinear) or linear.packed is None for linear in linears)
-        or attention.config.hidden_act not in ("silu", "swish")
+        or type(mlp.act_fn) not in _GATES
     ):
         return None
-    return RowBlock(block)
+    return RowBlock(block, kind)
 
 
 class RowBlock:
@@ -92,30 +92,35 @@ class RowBlock:
 
     Args:
         block: of the plain kind.
+        kind: which that is.
 
     Attributes:
         dtype: of what goes through it.
         watch: what must stay as it is.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, kind: PlainBlocks) -> None:
         attention, mlp = block.self_attn, block.mlp
         self._attention = attention
-        self._norms = [getattr(block, name) for name in _NORMS] + [
-            getattr(attention, name, None) for name in _HEAD_NORMS
+        self._kind = kind
+        self._gate = _GATES[type(mlp.act_fn)]
+        self._norms = [
+            *(getattr(block, name) for name in kind.norms),
+            *(getattr(attention, name, None) for name in _HEAD_NORMS),
+            *([getattr(block, name) for name in kind.update_norms] or [None, None]),
         ]
         owners = [(attention, name) for name in _ATTENTION] + [(mlp, name) for name in _MLP]
         self._linears: list[NestedLinear] = [getattr(owner, name) for owner, name in owners]
         self._prepared: _Prepared | None = None
         self._fused: tuple[str, int, native.Activations] | None = None  # what the fused kernel is known to take
         self._size: int = attention.head_dim
-        self.dtype: torch.dtype = block.input_layernorm.weight.dtype
+        self.dtype: torch.dtype = self._norms[0].weight.dtype
         self.watch = Watch([block, attention, mlp], block)
 
     def takes(self, hidden: Tensor, keywords: dict[str, Any]) -> bool:
         """Whether a call is the one that ``run`` is for."""
         return (
-            keywords.get("attention_mask") is None
+            _sees_all(keywords.get("attention_mask"))
             and keywords.get(CACHE_ARGUMENT) is not None
             and (position := keywords.get("position_embeddings")) is not None
             and self.fits(hidden, position)
@@ -152,7 +157,8 @@ class RowBlock:
         attention, cache = self._attention, keywords[CACHE_ARGUMENT]
         held = None
         if self.attends:
-            held = append_positions([cache], [attention.layer_idx], sequences, calls.key_heads, self._size, self.dtype)
+            layers, kind = [attention.layer_idx], (calls.key_heads, self._size, self.dtype)
+            held = append_positions([cache], layers, sequences, *kind, windows=True)
         if held is not None:
             calls.attend(residual, qkv, *held[0][0], append=True)
             return residual.view(hidden.shape)
@@ -208,7 +214,7 @@ class RowBlock:
     def _prepare(self, forced: str) -> tuple[_Prepared, list[native.Weight]] | None:
         """The calls for the block as it is at present, and the weights that they need."""
         latest = NestedLinear.latest_change  # before the layers are looked at
-        linears, attention = self._linears, self._attention
+        linears, attention, kind = self._linears, self._attention, self._kind
         activations = linears[0].activations
         if any(linear.activations != activations for linear in linears):
             return None
@@ -226,16 +232,18 @@ class RowBlock:
             scale = norm._parameters.get("weight")  # it may have been cast since; the library takes an address
             if scale is None or scale.dtype is not self.dtype or not scale.is_cpu or not scale.is_contiguous():
                 return None
-            known_norms.append((norm, scale, scale.data_ptr(), norm.variance_epsilon))
+            known_norms.append((norm, scale, scale.data_ptr(), getattr(norm, kind.eps)))
         calls = BlockCalls(
             self.dtype,
             weights,
             [bits for _, bits, _ in known_linears],
             [bias for _, _, bias in known_linears],
-            [None if norm is None else RMSNorm(norm.weight.detach(), norm.variance_epsilon) for norm in self._norms],
+            [None if norm is None else RMSNorm(norm.weight.detach(), getattr(norm, kind.eps)) for norm in self._norms],
             attention.head_dim,
             attention.scaling,
             activations=activations,
+            gate=self._gate,
+            norms_from_one=not kind.norm_unit,
         )
         prepared = _Prepared(
             calls=calls,
@@ -251,8 +259,14 @@ class RowBlock:
                 if bias is not None
             ],
             norms=known_norms,
+            eps=kind.eps,
         )
         return prepared, weights
+
+
+def _sees_all(mask: Tensor | None) -> bool:
+    """Whether a mask of attention, as a block is given it, hides nothing; a layer with a full window has such a one."""
+    return mask is None or (type(mask) is Tensor and mask.dtype is torch.bool and bool(mask.all()))
 
 
 def rows_of(hidden: Tensor) -> Tensor:
@@ -317,6 +331,7 @@ class _Prepared:
     # Of which layer, their state, and their memory, to keep it.
     biases: list[tuple[dict[str, Any], Tensor, tuple[int, int], Tensor]]
     norms: list[tuple[Any, Tensor, int, float]]
+    eps: str  # what the norms call it
 
     def weights(self, forced: str) -> list[native.Weight] | None:
         """The weights of the block, or None if it is not any more as it was; ``forced`` as of ``RowBlock.ready``."""
@@ -336,7 +351,7 @@ class _Prepared:
             if (
                 norm._parameters.get("weight") is not scale
                 or scale.data_ptr() != address
-                or norm.variance_epsilon != eps
+                or getattr(norm, self.eps) != eps
             ):
                 return None
         return None if None in weights else weights  # type: ignore[return-value]

@@ -51,9 +51,9 @@ def pack_model(
     resident = resident and all(layer.is_complete for layer in layers.values())  # others serve one width anyway
     family = known_family(model.config.model_type)
     pack_layers(model, resident=resident, activations=activations, shared=_shared_inputs(model, family))
-    if native and family is not None and family.plain_blocks:
+    if native and family is not None and family.plain_blocks is not None:
         blocks = family.blocks.removeprefix(_left_out(model))
-        decode_in_rows(model, blocks)
+        decode_in_rows(model, blocks, family.plain_blocks)
         decode_in_one_call(model, blocks)
     if head_bits is not None:
         pack_head(model, head_bits, activations)

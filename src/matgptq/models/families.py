@@ -99,6 +99,26 @@ class ExpertSites:
 
 
 @dataclass(frozen=True)
+class PlainBlocks:
+    """Blocks that ``matgptq.inference.decoding`` knows a short way through, and how they differ.
+
+    ``x += attention(norm(x)); x += mlp(norm(x))`` with RMSNorm, rotary embedding of whole heads and a gated MLP, under
+    Llama's names.
+
+    Attributes:
+        norms: before attention and before the MLP.
+        update_norms: of what attention and the MLP add; none where it is added as it is.
+        eps: name of what a norm adds to the mean square.
+        norm_unit: as in ``RotationSites``; a norm of 1 + weight rounds only its result.
+    """
+
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    update_norms: tuple[str, str] | tuple[()] = ()
+    eps: str = "variance_epsilon"
+    norm_unit: float = 1.0
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture.
 
@@ -112,7 +132,7 @@ class Family:
         channels: what can be scaled between its layers; None if that is not known.
         experts: where blocks have experts, if the family has such blocks.
         parts: what a model has beside the language model, all of it kept as it is.
-        plain_blocks: blocks are what ``matgptq.inference.decoding`` knows a short way through.
+        plain_blocks: what its blocks are like, if they are of the plain kind.
     """
 
     model_types: tuple[str, ...]
@@ -122,7 +142,7 @@ class Family:
     channels: ChannelSites | None = None
     experts: ExpertSites | None = None
     parts: tuple[str, ...] = ()
-    plain_blocks: bool = False
+    plain_blocks: PlainBlocks | None = None
 
     @property
     def ordinary_inputs(self) -> tuple[tuple[str, ...], ...]:
@@ -261,6 +281,12 @@ _GEMMA2_CHANNELS = replace(
     _channels(_GEMMA_ROTATION, _DENSE_CHANNELS),
     norms=(("input_layernorm", _LLAMA_INPUTS[0]), ("pre_feedforward_layernorm", _LLAMA_INPUTS[2])),
 )
+_GEMMA3_BLOCKS = PlainBlocks(
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    update_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    eps="eps",
+    norm_unit=0.0,
+)
 _PHI3_ROTATION = RotationSites(
     norms=(
         ("input_layernorm", ("self_attn.qkv_proj",)),
@@ -279,7 +305,7 @@ FAMILIES: tuple[Family, ...] = (
         inputs=_LLAMA_INPUTS,
         rotation=_LLAMA_ROTATION,
         channels=_channels(_LLAMA_ROTATION, _DENSE_CHANNELS),
-        plain_blocks=True,
+        plain_blocks=PlainBlocks(),
     ),
     Family(
         model_types=("mixtral",),
@@ -316,13 +342,22 @@ FAMILIES: tuple[Family, ...] = (
         inputs=_LLAMA_INPUTS,
         rotation=_GEMMA_ROTATION,
         channels=_channels(_GEMMA_ROTATION, _DENSE_CHANNELS),
+        plain_blocks=PlainBlocks(eps="eps", norm_unit=0.0),
     ),
     Family(
-        model_types=("gemma2", "gemma3_text"),
+        model_types=("gemma2",),  # scores of its attention go through a function of their own
         blocks="model.layers",
         inputs=_LLAMA_INPUTS,
         rotation=_NORMS_IN_FRONT,
         channels=_GEMMA2_CHANNELS,
+    ),
+    Family(
+        model_types=("gemma3_text",),
+        blocks="model.layers",
+        inputs=_LLAMA_INPUTS,
+        rotation=_NORMS_IN_FRONT,
+        channels=_GEMMA2_CHANNELS,
+        plain_blocks=_GEMMA3_BLOCKS,
     ),
     Family(
         model_types=("gemma3",),
@@ -331,6 +366,7 @@ FAMILIES: tuple[Family, ...] = (
         rotation=_NORMS_IN_FRONT,
         channels=_GEMMA2_CHANNELS,
         parts=("model.vision_tower", "model.multi_modal_projector"),
+        plain_blocks=_GEMMA3_BLOCKS,
     ),
     Family(
         model_types=("phi3",),

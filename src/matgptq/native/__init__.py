@@ -12,6 +12,7 @@ from matgptq.native.dense import linear
 from matgptq.native.library import (
     DTYPES,
     Activations,
+    Gate,
     NativeUnavailableError,
     SweepMode,
     available,
@@ -31,6 +32,7 @@ __all__ = [
     "Activations",
     "Arena",
     "BlockCalls",
+    "Gate",
     "Joined",
     "NativeUnavailableError",
     "RMSNorm",

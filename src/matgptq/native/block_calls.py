@@ -18,9 +18,12 @@ from torch import Tensor
 
 from matgptq.native.library import (
     ACTIVATIONS,
+    BLOCK_NORMS,
     DTYPES,
+    GATES,
     Activations,
     Block,
+    Gate,
     check_status,
     expect_tensor,
     isa,
@@ -58,10 +61,13 @@ class BlockCalls:
         weights: packed weights of query, key, value, output, gate, up and down. They must live when a call is made.
         bits: one width per weight.
         biases: ``[out]`` per weight, or None.
-        norms: before attention, before the MLP, of the heads of queries and of keys; the last two may be None.
+        norms: before attention, before the MLP, of the heads of queries and of keys, and of what attention and the MLP
+            add; all but the first two may be None.
         size: of a head.
         scale: of attention's scores.
         activations: as for ``matmul``.
+        gate: the activation of the MLP.
+        norms_from_one: norms multiply by 1 + weight, and round only the result.
     """
 
     def __init__(
@@ -75,6 +81,8 @@ class BlockCalls:
         scale: float,
         *,
         activations: Activations = "exact",
+        gate: Gate = "silu",
+        norms_from_one: bool = False,
     ) -> None:
         library = require_library()
         self._start, self._finish = library.matgptq_block_start, library.matgptq_block_finish
@@ -85,8 +93,9 @@ class BlockCalls:
         self._total = (query + key + value) // size
         self._alive: list[object] = [*norms]
         block = Block(dtype=DTYPES[dtype], activations=ACTIVATIONS[activations], size=size, scale=scale)
+        block.gate, block.norms_from_one = GATES[gate], norms_from_one
         block.hidden = weights[0].in_features
-        for name, norm in zip(("first", "second", "query", "key"), norms, strict=True):
+        for name, norm in zip(BLOCK_NORMS, norms, strict=True):
             if norm is not None:
                 setattr(block, f"{name}_norm", norm.weight.data_ptr())
                 setattr(block, f"{name}_eps", norm.eps)

@@ -18,12 +18,15 @@ from torch import Tensor
 from matgptq.errors import ConfigurationError, MatGPTQError
 
 Activations = Literal["exact", "int8"]
+Gate = Literal["silu", "gelu_tanh"]
 SweepMode = Literal["residual", "change", "mean"]
 
-_ABI_VERSION = 11
+_ABI_VERSION = 12
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"exact": 0, "int8": 1}
+GATES = {"silu": 0, "gelu_tanh": 1}
 SWEEP_MODES = {"residual": 0, "change": 1, "mean": 2}
+BLOCK_NORMS = ("first", "second", "query", "key", "attention", "mlp")
 GROUP_UNIT = 32
 _lent = False
 
@@ -48,17 +51,13 @@ class Block(ctypes.Structure):
     _fields_ = (
         ("dtype", _int),
         ("activations", _int),
+        ("gate", _int),
+        ("norms_from_one", _int),
         ("hidden", _int64),
         ("size", _int64),
         ("scale", ctypes.c_float),
-        ("first_eps", ctypes.c_float),
-        ("second_eps", ctypes.c_float),
-        ("query_eps", ctypes.c_float),
-        ("key_eps", ctypes.c_float),
-        ("first_norm", _pointer),
-        ("second_norm", _pointer),
-        ("query_norm", _pointer),
-        ("key_norm", _pointer),
+        *((f"{name}_eps", ctypes.c_float) for name in BLOCK_NORMS),
+        *((f"{name}_norm", _pointer) for name in BLOCK_NORMS),
         ("products", Product * 7),
     )
 

@@ -6,7 +6,7 @@
 
     transformers   the blocks' own code, their products ours
     blocks         two calls for each block
-    stack          one call for all blocks
+    stack          one call for all blocks, if the model takes it
     llama_cpp      a GGUF file of the same model in llama.cpp, as `llama_library.py` runs it
 
 A step is greedy decoding of one token of each sequence of a batch, behind prompts of the given length, with our head at
@@ -32,7 +32,7 @@ from machine import describe_machine
 import matgptq
 from matgptq import native
 from matgptq.evaluation.speed import _step_seconds
-from matgptq.inference.block_stack import BlockStack
+from matgptq.inference.block_stack import BlockStack, takes_groups
 from matgptq.inference.decoding import RowBlock
 
 WAYS = ("transformers", "blocks", "stack")
@@ -43,9 +43,10 @@ def measure(
     model: Any, theirs: Model | None, batch: int, length: int, steps: int, rounds: int, threads: int
 ) -> dict[str, Any]:
     prompt = torch.randint(100, 10_000, (batch, length), generator=torch.Generator().manual_seed(0))
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    ways = WAYS if takes_groups(model) else WAYS[:-1]
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
-        for way in WAYS:
+        for way in ways:
             with ExitStack() as changes:
                 if way != "stack":
                     changes.enter_context(patch.object(BlockStack, "run", lambda *_: None))
@@ -58,10 +59,11 @@ def measure(
 
 
 def summarize(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians of each way, and of the rounds' own ratios to all blocks in one call."""
+    """Medians of each way, and of the rounds' own ratios to our fastest one."""
+    ours = "stack" if "stack" in seconds else "blocks"
     result = {f"{way}_ms": round(statistics.median(taken) * 1e3, 2) for way, taken in seconds.items()}
-    for other in seconds.keys() - {"stack"}:
-        ratios = [a / b for a, b in zip(seconds[other], seconds["stack"], strict=True)]
+    for other in seconds.keys() - {ours}:
+        ratios = [a / b for a, b in zip(seconds[other], seconds[ours], strict=True)]
         result[f"times_as_fast_as_{other}"] = round(statistics.median(ratios), 2)
     return result
 

@@ -111,6 +111,7 @@ def test_a_token_computes_what_transformers_computes(name, head_dim, dtype, chec
     torch.testing.assert_close(short, long, rtol=tolerance, atol=tolerance * float(long.abs().max()))
 
 
+@pytest.mark.parametrize("way", ["blocks"], indirect=True)
 @pytest.mark.parametrize("sequences", [1, 3])
 @pytest.mark.parametrize("context", [1, 3, 7, 8, 12], ids=lambda length: f"behind {length}")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -118,8 +119,6 @@ def test_a_token_computes_what_transformers_computes(name, head_dim, dtype, chec
 @pytest.mark.parametrize("name", WINDOWED)
 def test_layers_that_see_a_window(name, head_dim, dtype, context, sequences, checkpoint, way, calls, monkeypatch):
     """Of 8 tokens; the two kinds of layers have a rotary embedding each, so there is no call of all blocks."""
-    if way == "stack":
-        pytest.skip("this family has no such way")
     model = matgptq.load(checkpoint(name, head_dim), 4, device="cpu", dtype=dtype)
     run = RowBlock.run
     untaken: list[bool] = []

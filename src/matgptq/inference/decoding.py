@@ -4,8 +4,8 @@ Between the products of a block transformers runs some thirty small operations, 
 they compute: in a small model longer than the products. Here a block of the plain kind (Llama's and its likes) is two
 calls of the native library, between which keys and values join the cache, with the same rounding as in transformers'
 own code; only attention's order of sums may differ. Whatever is not this case goes to the block's own code: more than a
-token of a sequence, more sequences than the fused kernel is the fastest for, a mask, gradients, a graph that is being
-compiled, a hook, another module or another ``forward`` in the block.
+token of a sequence, more sequences than the fused kernel is the fastest for, a mask that hides something, gradients, a
+graph that is being compiled, a hook, another module or another ``forward`` in the block.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ class RowBlock:
         attention, cache = self._attention, keywords[CACHE_ARGUMENT]
         held = None
         if self.attends:
-            layers, kind = [attention.layer_idx], (calls.key_heads, self._size, self.dtype)
-            held = append_positions([cache], layers, sequences, *kind, windows=True)
+            layers, vectors = [attention.layer_idx], (calls.key_heads, self._size, self.dtype)
+            held = append_positions([cache], layers, sequences, *vectors, windows=True)
         if held is not None:
             calls.attend(residual, qkv, *held[0][0], append=True)
             return residual.view(hidden.shape)

@@ -18,19 +18,24 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import matgptq
+from matgptq import native
 from matgptq.allocation import Allocation
 from matgptq.checkpoints.allocation_scales import save_scales
 from matgptq.checkpoints.allocation_store import save_allocation
 from matgptq.checkpoints.checkpoint import open_checkpoint
 from matgptq.cli import app
 from matgptq.errors import AllocationError, ConfigurationError
+from matgptq.inference.block_stack import takes_groups
 from matgptq.inference.nested_linear import nested_layers
 from matgptq.serving.served_models import ServedModels, UnknownModelError, open_models
 from matgptq.serving.server import listen
+from matgptq.serving.usage import events_with_cached_tokens
 
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
@@ -42,6 +47,7 @@ from matgptq.serving.app import make_app
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 PROMPT, TOKENS = "hello there", 6
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +208,51 @@ def test_conversations(client: TestClient, models: ServedModels) -> None:
     assert answer["output"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [TEXT, CHAT, "/v1/responses"])
+@pytest.mark.skipif(not native.available(), reason=f"no native library: {native.reason()}")
+def test_a_response_tells_what_was_read_before(make_checkpoint: Any, path: str, stream: bool) -> None:
+    models = open_models(make_checkpoint("qwen3", torch.float32)[1], 4, name="tiny")
+    assert takes_groups(models.get("tiny")), "what other models read is not kept"
+    words = 'data: {"usage":{"a": 1}} ' * 2  # as in a response
+    chat = {"messages": [{"role": "user", "content": words}], "max_tokens": 3}
+    body = {TEXT: {"prompt": words, "max_tokens": 3}, CHAT: chat, "/v1/responses": {"input": words}}[path]
+    body = {**body, **({"max_output_tokens": 3} if path == "/v1/responses" else {}), "stream": stream}
+    client = TestClient(make_app(models, 2, cache_bytes=2**20))
+
+    def usage() -> Any:
+        response = client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        if not stream:
+            return response.json()["usage"]
+        lines = [line.removeprefix("data: ") for line in response.text.split("\n")]
+        event = json.loads([line for line in lines if line not in ("", "[DONE]")][-1])
+        return event.get("response", event)["usage"]
+
+    prompt = "input_tokens" if path == "/v1/responses" else "prompt_tokens"
+    first, again = usage(), usage()
+    assert first[f"{prompt}_details"]["cached_tokens"] == 0
+    assert again[f"{prompt}_details"]["cached_tokens"] == again[prompt] - 1 > 16
+    assert without_details(first) == without_details(again)
+
+
+def without_details(usage: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in usage.items() if not key.endswith("_details")}
+
+
+@given(st.text(), st.integers(0, 10))
+def test_usage_within_a_text_is_no_usage(text: str, cached: int) -> None:
+    for said in (text, text + '"usage":{', 'data: {"usage":{}}\n\n' + text):
+        chunk = json.dumps({"text": said}, ensure_ascii=False, separators=(",", ":"))
+        last = json.dumps({"text": said, "usage": {"prompt_tokens": 9}}, ensure_ascii=False, separators=(",", ":"))
+        assert events_with_cached_tokens(f"data: {chunk}\n\n", cached) == f"data: {chunk}\n\n"
+        told = events_with_cached_tokens(f"data: {chunk}\n\ndata: {last}\n\n", cached)
+        head, tail = told.removesuffix("\n\n").split("\n\n")
+        assert head == f"data: {chunk}"
+        usage = {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": cached}}
+        assert json.loads(tail.removeprefix("data: ")) == {"text": said, "usage": usage}
+
+
 def test_a_temperature_samples(client: TestClient, texts: dict[int, str]) -> None:
     sampled = {ask(client, temperature=1.5, seed=seed)["choices"][0]["text"] for seed in range(4)}
     assert len(sampled) > 1
@@ -218,7 +269,6 @@ def test_text_ends_with_the_context(client: TestClient, models: ServedModels) ->
     assert answer["usage"]["prompt_tokens"] == len(prompt)
 
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 BAD = {
     "another model": (TEXT, {"model": "gpt"}, 404, "no model 'gpt' is served here; there are tiny, tiny:4"),
     "no width": (TEXT, {"model": "tiny:9"}, 404, "tiny:9"),

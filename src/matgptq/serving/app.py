@@ -7,6 +7,7 @@ instead of whatever a client names. Imported when a server starts: it needs Fast
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 import uuid
@@ -25,6 +26,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, Mod
 from matgptq.errors import ConfigurationError
 from matgptq.serving.decoding_loop import DecodingLoop, TextRequest
 from matgptq.serving.served_models import ServedModels, UnknownModelError
+from matgptq.serving.usage import events_with_cached_tokens, with_cached_tokens
 
 _SEED = "_matgptq_seed"  # where a request's generation config carries its own
 _LOOK_AFTER_CLIENT = 0.5  # seconds
@@ -43,9 +45,9 @@ def make_app(models: ServedModels, parallel: int, cache_bytes: int = 0) -> Any:
     request that names no model gets the one that answers to the checkpoint's own name.
     """
     app = FastAPI(title="matgptq")
-    shared = {"model_manager": _Manager(models), "generation_state": _OneLoop(parallel, cache_bytes)}
+    loop = DecodingLoop(parallel, cache_bytes)
     for path, kind in _HANDLERS.items():
-        app.post(path)(_route(models, kind(**shared)))
+        app.post(path)(_route(models, loop, kind))
     started = int(time.time())
 
     @app.get("/v1/models")
@@ -97,10 +99,12 @@ class _Response(_Samples, ResponseHandler):  # type: ignore[misc]
 _HANDLERS = {"/v1/chat/completions": _Chat, "/v1/completions": _Completion, "/v1/responses": _Response}
 
 
-def _route(models: ServedModels, handler: Any) -> Callable[[Request], Any]:
-    """What answers a request with a handler."""
+def _route(models: ServedModels, loop: DecodingLoop, kind: type[Any]) -> Callable[[Request], Any]:
+    """What answers a request with a handler of its own."""
 
     async def answer(request: Request) -> Any:
+        decoding = _Decoding(loop)
+        handler = kind(_Manager(models), _OneLoop(decoding))
         if not isinstance(handler, _Completion) and not models.tokenizer.chat_template:
             return _refusal(400, f"{models.name} has no chat template; ask /v1/completions")
         try:
@@ -120,8 +124,12 @@ def _route(models: ServedModels, handler: Any) -> Callable[[Request], Any]:
             return _refusal(400, f"the request lacks {error}")
         except (TypeError, ValueError, TemplateError) as error:
             return _refusal(400, error)
-        if isinstance(answered, StreamingResponse) and not isinstance(handler, _Response):
-            answered.body_iterator = _ended(answered.body_iterator)
+        if isinstance(answered, StreamingResponse):
+            answered.body_iterator = _told(answered.body_iterator, decoding)
+            if not isinstance(handler, _Response):
+                answered.body_iterator = _ended(answered.body_iterator)
+        elif isinstance(answered, JSONResponse):
+            answered = JSONResponse(with_cached_tokens(json.loads(bytes(answered.body)), decoding.cached))
         return answered
 
     return answer
@@ -142,6 +150,12 @@ def _refusal(status: int, reason: object, code: str | None = None) -> JSONRespon
     """An error in the form in which OpenAI's clients expect one."""
     error = {"message": str(reason), "type": "invalid_request_error", "param": None, "code": code}
     return JSONResponse({"error": error}, status)
+
+
+async def _told(stream: Any, decoding: _Decoding) -> AsyncIterator[Any]:
+    """A stream whose usage tells what was read before."""
+    async for part in stream:
+        yield events_with_cached_tokens(part, decoding.cached)
 
 
 async def _ended(stream: Any) -> AsyncIterator[Any]:
@@ -172,34 +186,45 @@ class _Manager:
 class _OneLoop(GenerationState):  # type: ignore[misc]
     """One thread for all widths: they multiply by the same weights, and would take turns on the processors anyway."""
 
-    def __init__(self, parallel: int, cache_bytes: int) -> None:
+    def __init__(self, decoding: _Decoding) -> None:
         super().__init__()
-        self._manager = _Decoding(DecodingLoop(parallel, cache_bytes))
+        self._manager = decoding
 
     def get_manager(self, *_: Any, **__: Any) -> GenerateManager:
         return self._manager
 
 
 class _Decoding(GenerateManager):  # type: ignore[misc]
-    """Hands requests to the loop; refuses prompts that a model has no positions for, and ends texts where they end."""
+    """Hands a request to the loop; refuses prompts that a model has no positions for, and ends texts where they end."""
 
     def __init__(self, loop: DecodingLoop) -> None:
         self._loop = loop
+        self._looped: _Looped | None = None
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the request's prompt that had been read before."""
+        return self._looped.cached if self._looped is not None else 0
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any) -> Any:
-        _fit(model, inputs, gen_config)
-        return super().generate_streaming(_Looped(model, self._loop), processor, inputs, gen_config, **others)
+        return super().generate_streaming(
+            self._fitted(model, inputs, gen_config), processor, inputs, gen_config, **others
+        )
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any
     ) -> Any:
-        _fit(model, inputs, gen_config)
-        looped = _Looped(model, self._loop)
+        looped = self._fitted(model, inputs, gen_config)
         try:
             return await super().generate_non_streaming(looped, processor, inputs, gen_config, **others)
         except asyncio.CancelledError:
             looped.withdrawn.set()
             raise
+
+    def _fitted(self, model: Any, inputs: Any, generation: Any) -> _Looped:
+        _fit(model, inputs, generation)
+        self._looped = _Looped(model, self._loop)
+        return self._looped
 
     def submit(self, call: Callable[..., Any], *given: Any, **keywords: Any) -> Future[Any]:
         """Call something that waits for the loop, in a thread that the end of the process does not wait for."""
@@ -228,13 +253,19 @@ class _Looped:
 
     def __init__(self, model: Any, loop: DecodingLoop) -> None:
         self._model, self._loop = model, loop
+        self._request: TextRequest | None = None
         self.withdrawn = threading.Event()
+
+    @property
+    def cached(self) -> int:
+        """See ``TextRequest``."""
+        return self._request.cached if self._request is not None else 0
 
     def generate(self, streamer: Any = None, **arguments: Any) -> Any:
         seed = getattr(arguments["generation_config"], _SEED, None)
-        request = TextRequest(self._model, arguments, streamer, seed, self.withdrawn)
-        self._loop.submit(request)
-        return request.answer.result()
+        self._request = TextRequest(self._model, arguments, streamer, seed, self.withdrawn)
+        self._loop.submit(self._request)
+        return self._request.answer.result()
 
 
 def _fit(model: Any, inputs: Any, generation: Any) -> None:

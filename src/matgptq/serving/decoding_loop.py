@@ -36,6 +36,7 @@ class TextRequest:
         streamer: is given the prompt and each token, as ``generate`` gives them.
         seed: of the sampling; default: by chance.
         withdrawn: set by whoever asked and does not wait for the answer any more.
+        cached: tokens of the prompt that had been read for other texts; known as soon as it is read.
         answer: the ids of prompt and text ``[1, tokens]``, or what went wrong.
     """
 
@@ -44,6 +45,7 @@ class TextRequest:
     streamer: Any = None
     seed: int | None = None
     withdrawn: threading.Event = field(default_factory=threading.Event)
+    cached: int = 0
     answer: Future[Tensor] = field(default_factory=Future)
 
     def check_wanted(self) -> None:
@@ -114,6 +116,7 @@ class DecodingLoop:
             return []
         if held is not None:
             text.cache = held
+            request.cached = int(held.get_seq_length())
         return [text]
 
 

@@ -48,6 +48,7 @@ from matgptq.serving.app import make_app
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 PROMPT, TOKENS = "hello there", 6
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +182,12 @@ def test_models_are_listed(client: TestClient, models: ServedModels) -> None:
 
 
 def test_a_stream_says_the_same_and_ends(client: TestClient, texts: dict[int, str]) -> None:
-    body = {"model": "tiny:2", "prompt": PROMPT, "max_tokens": TOKENS, "stream": True}
+    body = {"model": "tiny:2", "prompt": PROMPT, "max_tokens": TOKENS, **STREAM}
     with client.stream("POST", "/v1/completions", json=body) as response:
         parts = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert parts[-1] == "[DONE]"
     chunks = [json.loads(part) for part in parts[:-1]]
-    said = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    said = "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1])
     assert said.rstrip("\ufffd") == texts[2].rstrip("\ufffd")  # of a character that does not end
     assert chunks[-1]["usage"]["completion_tokens"] == TOKENS
 
@@ -217,7 +218,7 @@ def test_a_response_tells_what_was_read_before(make_checkpoint: Any, path: str, 
     words = 'data: {"usage":{"a": 1}} ' * 2  # as in a response
     chat = {"messages": [{"role": "user", "content": words}], "max_tokens": 3}
     body = {TEXT: {"prompt": words, "max_tokens": 3}, CHAT: chat, "/v1/responses": {"input": words}}[path]
-    body = {**body, **({"max_output_tokens": 3} if path == "/v1/responses" else {}), "stream": stream}
+    body = {**body, **({"max_output_tokens": 3} if path == "/v1/responses" else {}), **(STREAM if stream else {})}
     client = TestClient(make_app(models, 2, cache_bytes=2**20))
 
     def usage() -> Any:
@@ -279,6 +280,11 @@ BAD = {
     "prompts": (TEXT, {"prompt": ["a", "b"]}, 400, "must be a string"),
     "an unknown field": (TEXT, {"colour": "red"}, 422, "colour"),
     "no tokens": (TEXT, {"max_tokens": 0}, 400, "max_new_tokens"),
+    "a stream of no tokens": (TEXT, {"max_tokens": 0, "stream": True}, 400, "max_new_tokens"),
+    "a long prompt of a stream": (TEXT, {"prompt": PROMPT * 500, "stream": True}, 400, "the model's context 64"),
+    "a large seed": (TEXT, {"seed": 2**64}, 400, "64 bits"),
+    "an unknown setting": (TEXT, {"generation_config": '{"colour": 1}'}, 400, "no settings .* colour"),
+    "settings in words": (TEXT, {"generation_config": "warm"}, 400, "Expecting value"),
     "tokens in words": (TEXT, {"max_tokens": "ten"}, 400, "ten"),
     "a cold temperature": (TEXT, {"temperature": -1}, 400, "temperature"),
     "no messages": (CHAT, {}, 400, "lacks 'messages'"),
@@ -313,8 +319,9 @@ def test_without_a_chat_template_there_are_completions(out: Path, texts: dict[in
     assert ask(client)["choices"][0]["text"] == texts[4]
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [TEXT, CHAT, "/v1/responses"])
-def test_nothing_is_generated_for_a_client_that_has_gone(models: ServedModels, path: str) -> None:
+def test_nothing_is_generated_for_a_client_that_has_gone(models: ServedModels, path: str, stream: bool) -> None:
     model = models.get("tiny:5")
     steps = 0
 
@@ -329,11 +336,16 @@ def test_nothing_is_generated_for_a_client_that_has_gone(models: ServedModels, p
         "/v1/responses": {"input": "a", "max_output_tokens": 40},
     }[path]
     application = make_app(models, 2)
-    messages = [{"type": "http.request", "body": json.dumps({"model": "tiny:5", **body}).encode()}]
+    body = {"model": "tiny:5", "stream": stream, **body}
+    messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
     answers = []
 
     async def receive() -> Any:
-        return messages.pop() if messages else {"type": "http.disconnect"}
+        if messages:
+            return messages.pop()
+        while not steps:
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         answers.append(message)
@@ -342,7 +354,8 @@ def test_nothing_is_generated_for_a_client_that_has_gone(models: ServedModels, p
     hook = model.register_forward_pre_hook(slow)
     try:
         asyncio.run(application(scope, receive, send))
-        assert answers[0]["status"] == 499
+        assert all(message.get("more_body") for message in answers[1:])  # nobody reads an end
+        assert stream or not answers
         seen = steps
         ask(TestClient(application), model="tiny:5")  # waits for the thread
         assert steps <= seen + 2 + TOKENS < 40
@@ -399,3 +412,6 @@ def test_refused_before_anything_is_loaded(out: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     result = CliRunner().invoke(app, ["serve", str(out)])
     assert 'pip install "matgptq[serve]"' in str(result.exception)
+    monkeypatch.setattr("transformers.__version__", "5.24.1")
+    result = CliRunner().invoke(app, ["serve", str(out)])
+    assert "needs transformers 5.25 or newer, and this is 5.24.1" in str(result.exception)

@@ -48,6 +48,9 @@ class TextRequest:
     cached: int = 0
     answer: Future[Tensor] = field(default_factory=Future)
 
+    def __post_init__(self) -> None:
+        self.answer.set_running_or_notify_cancel()  # it is given even if whoever asked waits no more
+
     def check_wanted(self) -> None:
         """Raise ``WithdrawnError`` if it was withdrawn."""
         if self.withdrawn.is_set():

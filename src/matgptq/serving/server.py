@@ -7,11 +7,21 @@ import socket
 from matgptq.errors import ConfigurationError
 from matgptq.serving.served_models import ServedModels
 
+_TRANSFORMERS = (5, 25)  # the first whose handlers of requests ask an engine for texts
+
 
 def require_packages() -> None:
-    """Refuse to serve where a package for it is missing; raises ``ConfigurationError``."""
+    """Refuse to serve where a package for it is missing or old; raises ``ConfigurationError``."""
+    import transformers
+    from packaging.version import Version
     from transformers.utils.import_utils import is_serve_available
 
+    if Version(transformers.__version__).release[:2] < _TRANSFORMERS:
+        oldest = ".".join(map(str, _TRANSFORMERS))
+        raise ConfigurationError(
+            f"serving needs transformers {oldest} or newer, and this is {transformers.__version__}: "
+            'pip install --upgrade "matgptq[serve]"'
+        )
     if not is_serve_available():
         raise ConfigurationError('serving needs FastAPI, Uvicorn and the OpenAI client: pip install "matgptq[serve]"')
 
